@@ -1,0 +1,17 @@
+//! A machine as a stream: the image format, the index, chunks, the pager's logic, overlays and the chunk protocol.
+//!
+//! A machine is a small *machine state* plus a few large *volumes* (guest RAM and disks). A volume is cut into
+//! *chunks*. Snapshot, stream, resume and fork are each a way of moving chunks between stores while the machine
+//! runs, ordered so that what is needed first arrives first.
+//!
+//! **Architecture invariants.** This crate names no device, calls no KVM and opens no network socket; everything in
+//! it is written against traits and is tested without KVM. Bytes read from an image or a peer are untrusted: no
+//! length is believed before it was held against a cap.
+
+pub mod block_store;
+pub mod digest;
+pub mod machine;
+pub mod section;
+pub mod source;
+pub mod units;
+pub mod volume;
