@@ -52,10 +52,13 @@ impl FromStr for BlobDigest {
     type Err = BadDigest;
 
     fn from_str(text: &str) -> Result<Self, BadDigest> {
-        text.strip_prefix("sha256:").and_then(parse_hex).map(Self).ok_or_else(|| {
-            // What a peer sent is quoted, but never without a limit.
-            BadDigest(text.chars().take(100).collect())
-        })
+        text.strip_prefix("sha256:")
+            .and_then(parse_hex)
+            .map(Self)
+            .ok_or_else(|| {
+                // What a peer sent is quoted, but never without a limit.
+                BadDigest(text.chars().take(100).collect())
+            })
     }
 }
 

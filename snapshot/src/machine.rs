@@ -11,7 +11,9 @@ pub struct Paused<'m> {
 impl<'m> Paused<'m> {
     /// Vouches that the machine stands still until `resume` is called; called once, when the token is dropped.
     pub fn until(resume: impl FnOnce() + Send + 'm) -> Self {
-        Self { on_drop: Some(Box::new(resume)) }
+        Self {
+            on_drop: Some(Box::new(resume)),
+        }
     }
 }
 

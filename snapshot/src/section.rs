@@ -52,7 +52,9 @@ pub struct SavedSection {
 #[derive(Debug, thiserror::Error)]
 pub enum SectionError {
     /// The writer was newer.
-    #[error("section {kind:?} has version {found}, and this Runnel reads up to {supported}: resume it with a newer Runnel")]
+    #[error(
+        "section {kind:?} has version {found}, and this Runnel reads up to {supported}: resume it with a newer Runnel"
+    )]
     Newer {
         /// The section's kind.
         kind: String,
@@ -86,7 +88,12 @@ impl SavedSection {
             id: id.clone(),
             source,
         })?;
-        Ok(Self { kind: S::KIND.to_owned(), id, version: S::VERSION, state })
+        Ok(Self {
+            kind: S::KIND.to_owned(),
+            id,
+            version: S::VERSION,
+            state,
+        })
     }
 
     /// Reads the state of `S` back. Whoever calls it has looked at `kind`.
@@ -96,7 +103,11 @@ impl SavedSection {
     pub fn state_of<S: Section>(self) -> Result<S::State, SectionError> {
         debug_assert_eq!(self.kind, S::KIND);
         if self.version > S::VERSION {
-            return Err(SectionError::Newer { kind: self.kind, found: self.version, supported: S::VERSION });
+            return Err(SectionError::Newer {
+                kind: self.kind,
+                found: self.version,
+                supported: S::VERSION,
+            });
         }
         serde_json::from_value(self.state).map_err(|source| SectionError::Malformed {
             kind: self.kind,

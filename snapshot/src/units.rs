@@ -63,7 +63,9 @@ impl ChunkSize {
     /// [`BadChunkSize`] unless it is a power of two from [`Self::MIN`] to [`Self::MAX`].
     pub fn new(bytes: u32) -> Result<Self, BadChunkSize> {
         match NonZeroU32::new(bytes) {
-            Some(size) if bytes.is_power_of_two() && (Self::MIN..=Self::MAX).contains(&bytes) => Ok(Self(size)),
+            Some(size) if bytes.is_power_of_two() && (Self::MIN..=Self::MAX).contains(&bytes) => {
+                Ok(Self(size))
+            }
             _ => Err(BadChunkSize(bytes)),
         }
     }
@@ -96,7 +98,10 @@ impl ChunkSize {
     #[must_use]
     pub fn range_of(self, chunk: ChunkIndex, volume_bytes: u64) -> ByteRange {
         let start = chunk.0.saturating_mul(self.bytes()).min(volume_bytes);
-        ByteRange { start, len: self.bytes().min(volume_bytes - start) }
+        ByteRange {
+            start,
+            len: self.bytes().min(volume_bytes - start),
+        }
     }
 }
 
@@ -161,14 +166,26 @@ mod tests {
         let size = ChunkSize::DEFAULT;
         let volume_bytes = 3 * size.bytes() + 512;
         assert_eq!(size.chunks_in(volume_bytes), 4);
-        assert_eq!(size.range_of(ChunkIndex(3), volume_bytes), ByteRange { start: 3 * size.bytes(), len: 512 });
+        assert_eq!(
+            size.range_of(ChunkIndex(3), volume_bytes),
+            ByteRange {
+                start: 3 * size.bytes(),
+                len: 512
+            }
+        );
         assert_eq!(size.range_of(ChunkIndex(4), volume_bytes).len, 0);
         assert_eq!(size.range_of(ChunkIndex(u64::MAX), volume_bytes).len, 0);
     }
 
     #[test]
     fn a_range_that_overflows_fits_nowhere() {
-        assert!(!ByteRange { start: u64::MAX, len: 2 }.fits_in(u64::MAX));
+        assert!(
+            !ByteRange {
+                start: u64::MAX,
+                len: 2
+            }
+            .fits_in(u64::MAX)
+        );
         assert!(ByteRange { start: 2, len: 2 }.fits_in(4));
         assert!(!ByteRange { start: 2, len: 3 }.fits_in(4));
     }

@@ -17,7 +17,9 @@ pub enum VolumeName {
 
 /// Text that names no volume.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} names no volume: expected \"memory\" or \"drive:<drive_id>\", the identifier of 1 to 64 letters, digits, '-' or '_'")]
+#[error(
+    "{0:?} names no volume: expected \"memory\" or \"drive:<drive_id>\", the identifier of 1 to 64 letters, digits, '-' or '_'"
+)]
 pub struct BadVolumeName(String);
 
 impl VolumeName {
