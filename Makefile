@@ -1,0 +1,28 @@
+# Everything a newcomer types. `make help` lists it; each target does its own set-up.
+
+CARGO ?= cargo
+
+.PHONY: help build test fmt clippy check clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+build: ## the programs, optimized, in target/release
+	$(CARGO) build --release --locked --workspace
+
+test: ## every test of both levels
+	$(CARGO) test --locked --workspace
+
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+clippy: ## lint, warnings denied
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+check: ## what CI does before it tests: formatting and lints
+	$(CARGO) fmt --all --check
+	$(MAKE) --no-print-directory clippy
+
+clean: ## remove target/, built programs, kernels and guests
+	$(CARGO) clean
