@@ -1,1 +1,6 @@
-//! Under construction.
+//! The monitor: one process a machine, its API on a unix socket.
+//!
+//! **Architecture invariant.** It opens no network socket, its taps aside, and links nothing of TLS or remote stores:
+//! chunks of remote images come from the agent, over a unix socket.
+
+pub mod config;

@@ -1,0 +1,157 @@
+use super::*;
+
+fn create(json: &str) -> Result<CreateSnapshot, SnapshotError> {
+    serde_json::from_str::<CreateSnapshotBody>(json)
+        .unwrap()
+        .try_into()
+}
+
+fn load(json: &str) -> Result<LoadSnapshot, SnapshotError> {
+    serde_json::from_str::<LoadSnapshotBody>(json).unwrap().try_into()
+}
+
+#[test]
+fn firecrackers_two_files_are_taken_as_its_clients_send_them() {
+    let two = create(r#"{"snapshot_type": "Full", "snapshot_path": "s", "mem_file_path": "m"}"#).unwrap();
+    assert_eq!(
+        two.save_as,
+        SaveAs::TwoFiles {
+            state: "s".into(),
+            memory: "m".into()
+        }
+    );
+
+    let from = LoadFrom::TwoFiles {
+        state: "s".into(),
+        memory: "m".into(),
+    };
+    let backend = r#"{"snapshot_path": "s", "mem_backend": {"backend_type": "File", "backend_path": "m"}}"#;
+    let loaded = load(backend).unwrap();
+    assert_eq!(loaded.from, from);
+    assert!(!loaded.resume && !loaded.track_dirty_pages && !loaded.clock_realtime);
+
+    let old: LoadSnapshotBody = serde_json::from_str(
+        r#"{"snapshot_path": "s", "mem_file_path": "m", "enable_diff_snapshots": true}"#,
+    )
+    .unwrap();
+    assert!(old.deprecation().is_some());
+    let old = LoadSnapshot::try_from(old).unwrap();
+    assert_eq!(old.from, from);
+    assert!(old.track_dirty_pages);
+}
+
+#[test]
+fn what_is_missing_or_too_much_is_named() {
+    for (json, refusal) in [
+        (r#"{}"#, SnapshotError::Missing("snapshot_path")),
+        (
+            r#"{"mem_file_path": "m"}"#,
+            SnapshotError::Missing("snapshot_path"),
+        ),
+        (
+            r#"{"snapshot_path": "s"}"#,
+            SnapshotError::Missing("mem_file_path"),
+        ),
+        (
+            r#"{"image_path": "i", "snapshot_path": "s"}"#,
+            SnapshotError::Exclusive("image_path", "snapshot_path"),
+        ),
+        (
+            r#"{"image_path": "i", "mem_file_path": "m"}"#,
+            SnapshotError::Exclusive("image_path", "mem_file_path"),
+        ),
+        (
+            r#"{"snapshot_path": "s", "mem_file_path": "m", "excluded_drives": ["a"]}"#,
+            SnapshotError::Needs("excluded_drives", "image_path"),
+        ),
+        (
+            r#"{"snapshot_type": "Diff", "snapshot_path": "s", "mem_file_path": "m"}"#,
+            SnapshotError::Diff,
+        ),
+    ] {
+        assert_eq!(create(json), Err(refusal), "{json}");
+    }
+    let backend = r#""mem_backend": {"backend_type": "File", "backend_path": "m"}"#;
+    for (json, refusal) in [
+        (r#"{}"#.to_owned(), SnapshotError::Missing("snapshot_path")),
+        (r#"{"snapshot_path": "s"}"#.to_owned(), SnapshotError::NoMemory),
+        (
+            format!(r#"{{"snapshot_path": "s", "mem_file_path": "m", {backend}}}"#),
+            SnapshotError::TwoMemories,
+        ),
+        (
+            format!(r#"{{"image": "i", {backend}}}"#),
+            SnapshotError::Exclusive("image", "mem_backend"),
+        ),
+        (
+            r#"{"agent_path": "a"}"#.to_owned(),
+            SnapshotError::Needs("agent_path", "image"),
+        ),
+        (
+            r#"{"snapshot_path": "s", "mem_backend": {"backend_type": "Uffd", "backend_path": "u"}}"#
+                .to_owned(),
+            SnapshotError::Uffd,
+        ),
+        (
+            r#"{"image": "i", "vsock_override": {"uds_path": "u"}}"#.to_owned(),
+            SnapshotError::Vsock,
+        ),
+        (
+            r#"{"image": "i", "huge_pages": "2M"}"#.to_owned(),
+            SnapshotError::HugePages(SnapshotHugePages::Hugetlbfs2M),
+        ),
+    ] {
+        assert_eq!(load(&json), Err(refusal), "{json}");
+    }
+}
+
+#[test]
+fn an_image_of_another_host_needs_an_agent() {
+    let url = "http://127.0.0.1:5000/web:latest";
+    assert_eq!(
+        load(&format!(r#"{{"image": "{url}"}}"#)),
+        Err(SnapshotError::NoAgent(url.to_owned()))
+    );
+    let loaded = load(&format!(
+        r#"{{"image": "{url}", "agent_path": "/run/agent.sock"}}"#
+    ))
+    .unwrap();
+    let agent = Image::Agent {
+        reference: url.to_owned(),
+        socket: "/run/agent.sock".into(),
+    };
+    assert_eq!(loaded.from, LoadFrom::Image(agent));
+    let local = load(r#"{"image": "/srv/image", "stall_after_ms": 1500}"#).unwrap();
+    assert_eq!(local.from, LoadFrom::Image(Image::Directory("/srv/image".into())));
+    assert_eq!(local.stall_after, Some(Duration::from_millis(1500)));
+}
+
+#[test]
+fn overrides_name_each_thing_once_and_by_a_possible_name() {
+    let twice = r#"{"image": "i", "drive_overrides": [
+        {"drive_id": "a", "path_on_host": "x"}, {"drive_id": "a", "path_on_host": "y"}]}"#;
+    assert_eq!(
+        load(twice),
+        Err(SnapshotError::Twice {
+            field: "drive_overrides",
+            id: "a".parse().unwrap()
+        })
+    );
+    let tap = r#"{"image": "i", "network_overrides": [{"iface_id": "eth0", "host_dev_name": "a/b"}]}"#;
+    assert_eq!(load(tap), Err(SnapshotError::TapName("a/b".to_owned())));
+    let id = r#"{"image": "i", "network_overrides": [{"iface_id": "", "host_dev_name": "tap0"}]}"#;
+    assert!(matches!(
+        load(id),
+        Err(SnapshotError::Id {
+            field: "network_overrides",
+            ..
+        })
+    ));
+    assert!(matches!(
+        create(r#"{"image_path": "i", "excluded_drives": ["../a"]}"#),
+        Err(SnapshotError::Id {
+            field: "excluded_drives",
+            ..
+        })
+    ));
+}
