@@ -8,8 +8,12 @@
 //! it is written against traits and is tested without KVM. Bytes read from an image or a peer are untrusted: no
 //! length is believed before it was held against a cap.
 
+pub mod blobs;
 pub mod block_store;
+pub mod decode;
 pub mod digest;
+pub mod index;
+pub mod layer;
 pub mod machine;
 pub mod section;
 pub mod source;

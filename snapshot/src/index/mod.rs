@@ -1,0 +1,74 @@
+//! The index of a volume: for every chunk whether it is zero or where its frame lies, and the digest of its bytes.
+//!
+//! There is one index for each volume and image, *merged over all layers*, in two levels, so that no resume waits
+//! for the whole of it: a **root**, inline in the manifest, holds the BLAKE3 of each **segment**; segments, one for
+//! each 128 MiB of volume, lie back to back in the index blob and are fetched when they are first needed. Trust goes
+//! manifest digest → root → segment → chunk.
+//!
+//! All numbers are little-endian; a *varint* is LEB128: seven bits a byte, low ones first, no longer than needed.
+//!
+//! ```text
+//! root     = "RNLX" | version u8 = 1 | log2 chunk size u8 | layers u16 | volume bytes u64 | segment entry…
+//! segment entry (36 bytes) = stored bytes u32 | BLAKE3 of those bytes [32]
+//! segment  = run…            the runs cover the chunks of the segment in order and exactly
+//! run      = varint (chunks << 2 | kind) | …
+//!   kind 0   zero: nothing follows
+//!   kind 1   data: varint layer | varint zigzag(first frame's offset - end of that layer's last frame in this
+//!            segment, 0 before its first) | chunks × (varint frame bytes | BLAKE3 of the plain bytes [32])
+//!   kind 2   diff: reserved for chunks whose pages come from several layers; refused by name today
+//! ```
+//!
+//! A segment of zeros alone has no bytes. A dense volume costs 35 bytes a chunk, and the root 36 for each 128 MiB.
+//! Layer numbers count the manifest's layers of that volume.
+
+mod builder;
+mod reader;
+mod root;
+mod segment;
+mod varint;
+
+pub use builder::{IndexBuilder, IndexTooLarge};
+pub use reader::{IndexError, IndexReader};
+pub use root::{IndexRoot, RootError, SegmentAt, SegmentIndex};
+pub use segment::{Segment, SegmentError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::ChunkDigest;
+use crate::units::ByteRange;
+
+/// The bytes of volume that one segment describes, 128 MiB: some 70 KiB of index, one round trip for most guests.
+pub const SEGMENT_VOLUME_BYTES: u64 = 128 << 20;
+
+/// The largest volume of an image, 4 TiB: its root (1.1 MiB) still fits into a manifest that registries accept.
+pub const VOLUME_BYTES_MAX: u64 = 4 << 40;
+
+/// The most layers that one volume may have: a chain that long wants compacting.
+pub const LAYERS_MAX: u16 = 128;
+
+/// Which of the volume's layers, counted in the manifest's order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct LayerNumber(pub u16);
+
+/// Where the bytes of a chunk are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredChunk {
+    /// Which layer holds its frame.
+    pub layer: LayerNumber,
+    /// The bytes of the layer.
+    pub frame: ByteRange,
+    /// The digest of its plain bytes.
+    pub digest: ChunkDigest,
+}
+
+/// What the index says of a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// It is all zeros, and costs no transfer.
+    Zero,
+    /// It has a frame.
+    Data(StoredChunk),
+}
+
+#[cfg(test)]
+mod tests;

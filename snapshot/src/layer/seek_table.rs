@@ -1,0 +1,248 @@
+//! The seek table at the end of a layer, read with every count held against the layer's true length.
+
+use zeekstd::seek_table::{Format, SeekTable};
+use zeekstd::{BytesWrapper, SEEKABLE_MAGIC_NUMBER, SEEKABLE_MAX_FRAMES};
+
+use crate::blobs::{Blob, BlobError, BlobStore};
+use crate::units::ByteRange;
+
+/// Number of frames, descriptor, magic: the last bytes of a layer.
+const FOOTER_BYTES: u64 = 9;
+/// Magic and length of the skippable frame around the table.
+const SKIPPABLE_HEADER_BYTES: u64 = 8;
+/// Compressed and decompressed length of one frame. Runnel writes no checksums into the table.
+const ENTRY_BYTES: u64 = 8;
+
+/// Why the end of a layer is no seek table.
+#[derive(Debug, thiserror::Error)]
+pub enum SeekTableError {
+    /// The blob could not be read.
+    #[error("the seek table cannot be read")]
+    Blob(#[from] BlobError),
+    /// The blob does not end in a table of the expected kind.
+    #[error("layer {layer} ends in no seek table: {reason}")]
+    Malformed {
+        /// Which layer.
+        layer: Blob,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// Where one frame lies: in its layer, and its content in the volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameAt {
+    /// The bytes of the layer.
+    pub stored: ByteRange,
+    /// The bytes of the volume.
+    pub content: ByteRange,
+}
+
+/// Collects frames while a layer is written.
+#[derive(Default)]
+pub struct SeekTableWriter {
+    table: SeekTable,
+}
+
+/// A layer of more frames than the format can list.
+#[derive(Debug, thiserror::Error)]
+#[error("a layer holds at most {SEEKABLE_MAX_FRAMES} frames: choose a larger chunk size")]
+pub struct TooManyFrames;
+
+impl SeekTableWriter {
+    /// Adds the next frame.
+    ///
+    /// # Errors
+    /// When the table is full.
+    pub fn push(&mut self, stored: u32, content: u32) -> Result<(), TooManyFrames> {
+        self.table.log_frame(stored, content).map_err(|_| TooManyFrames)
+    }
+
+    /// The table as it goes to the end of the layer, handed over piece by piece.
+    ///
+    /// # Errors
+    /// The first error of `write`.
+    pub fn finish<E>(self, mut write: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        let mut serializer = self.table.into_format_serializer(Format::Foot);
+        let mut piece = vec![0; 64 << 10];
+        loop {
+            match serializer.write_into(&mut piece) {
+                0 => return Ok(()),
+                len => write(&piece[..len])?,
+            }
+        }
+    }
+}
+
+/// A seek table that was read from a layer and fits to its length.
+pub struct LayerSeekTable {
+    table: SeekTable,
+}
+
+impl LayerSeekTable {
+    /// Reads the table of `layer`.
+    ///
+    /// # Errors
+    /// When it cannot be read, or the frames it lists do not make up the layer exactly.
+    pub fn read(store: &dyn BlobStore, layer: &Blob) -> Result<Self, SeekTableError> {
+        let malformed = |reason: String| SeekTableError::Malformed {
+            layer: *layer,
+            reason,
+        };
+        let Some(footer_at) = layer.bytes.checked_sub(FOOTER_BYTES) else {
+            return Err(malformed("it is too short".into()));
+        };
+        let mut footer = [0; FOOTER_BYTES as usize];
+        store.read_range(layer, footer_at, &mut footer)?;
+        let table_bytes = table_bytes(footer).map_err(malformed)?;
+        let Some(table_at) = layer.bytes.checked_sub(table_bytes) else {
+            return Err(malformed(format!("its table would have {table_bytes} bytes")));
+        };
+        // Bounded by the layer's length just now, and by the format's 2^27 frames.
+        let mut bytes = vec![0; table_bytes as usize];
+        store.read_range(layer, table_at, &mut bytes)?;
+        let table = Self::parse(&bytes).map_err(malformed)?;
+        if table.stored_bytes() != table_at {
+            return Err(malformed(format!(
+                "its frames should end at byte {}, and the table begins at {table_at}",
+                table.stored_bytes()
+            )));
+        }
+        Ok(table)
+    }
+
+    /// Reads a table from exactly its bytes.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let footer = bytes.last_chunk().ok_or("it is too short")?;
+        if table_bytes(*footer)? != bytes.len() as u64 {
+            return Err("the number of frames does not fit its length".into());
+        }
+        let table =
+            SeekTable::from_seekable(&mut BytesWrapper::new(bytes)).map_err(|error| error.to_string())?;
+        Ok(Self { table })
+    }
+
+    /// How many frames there are.
+    #[must_use]
+    pub fn frames(&self) -> u32 {
+        self.table.num_frames()
+    }
+
+    /// Where the frames end and the table begins.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.table.size_comp()
+    }
+
+    /// How many bytes the frames hold.
+    #[must_use]
+    pub fn content_bytes(&self) -> u64 {
+        self.table.size_decomp()
+    }
+
+    /// The frame at position `number`, or `None` behind the last.
+    #[must_use]
+    pub fn frame(&self, number: u32) -> Option<FrameAt> {
+        let range = |start, len| Some(ByteRange { start, len });
+        Some(FrameAt {
+            stored: range(
+                self.table.frame_start_comp(number).ok()?,
+                self.table.frame_size_comp(number).ok()?,
+            )?,
+            content: range(
+                self.table.frame_start_decomp(number).ok()?,
+                self.table.frame_size_decomp(number).ok()?,
+            )?,
+        })
+    }
+}
+
+/// The length of the whole table, from its last bytes.
+fn table_bytes(footer: [u8; FOOTER_BYTES as usize]) -> Result<u64, String> {
+    let [n0, n1, n2, n3, descriptor, m0, m1, m2, m3] = footer;
+    if u32::from_le_bytes([m0, m1, m2, m3]) != SEEKABLE_MAGIC_NUMBER {
+        return Err("its magic number is missing".into());
+    }
+    if descriptor != 0 {
+        return Err(format!(
+            "its descriptor is {descriptor:#x}, and only tables without checksums are read"
+        ));
+    }
+    let frames = u32::from_le_bytes([n0, n1, n2, n3]);
+    if frames > SEEKABLE_MAX_FRAMES {
+        return Err(format!(
+            "it lists {frames} frames, and at most {SEEKABLE_MAX_FRAMES} are possible"
+        ));
+    }
+    Ok(SKIPPABLE_HEADER_BYTES + u64::from(frames) * ENTRY_BYTES + FOOTER_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(frames: &[(u32, u32)]) -> Vec<u8> {
+        let mut writer = SeekTableWriter::default();
+        for (stored, content) in frames {
+            writer.push(*stored, *content).unwrap();
+        }
+        let mut bytes = Vec::new();
+        writer
+            .finish(|piece| {
+                bytes.extend_from_slice(piece);
+                Ok::<_, ()>(())
+            })
+            .unwrap();
+        bytes
+    }
+
+    #[test]
+    fn frames_are_found_again() {
+        // More than one piece of the serializer and of zeekstd's reader.
+        let frames: Vec<(u32, u32)> = (0..20_000).map(|n| (10 + n % 7, 65536)).collect();
+        let read = LayerSeekTable::parse(&table(&frames)).unwrap();
+        assert_eq!(read.frames(), 20_000);
+        assert_eq!(read.content_bytes(), 20_000 * 65536);
+        let first: u64 = frames[..12_345].iter().map(|frame| u64::from(frame.0)).sum();
+        let frame = read.frame(12_345).unwrap();
+        assert_eq!(
+            frame.stored,
+            ByteRange {
+                start: first,
+                len: u64::from(frames[12_345].0)
+            }
+        );
+        assert_eq!(
+            frame.content,
+            ByteRange {
+                start: 12_345 * 65536,
+                len: 65536
+            }
+        );
+        assert!(read.frame(20_000).is_none());
+    }
+
+    #[test]
+    fn an_empty_table_is_a_table() {
+        assert_eq!(LayerSeekTable::parse(&table(&[])).unwrap().frames(), 0);
+    }
+
+    #[test]
+    fn a_table_with_any_byte_of_its_frame_changed_is_refused_or_differs() {
+        let good = table(&[(100, 65536), (200, 65536)]);
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x41;
+            if let Ok(read) = LayerSeekTable::parse(&bad) {
+                assert!((8..24).contains(&at), "byte {at} was ignored");
+                assert!(read.stored_bytes() != 300 || read.content_bytes() != 2 * 65536);
+            }
+        }
+        for len in 0..good.len() {
+            assert!(LayerSeekTable::parse(&good[..len]).is_err());
+        }
+    }
+}
