@@ -15,6 +15,8 @@ pub mod digest;
 pub mod index;
 pub mod layer;
 pub mod machine;
+pub mod overlay;
+pub mod pager;
 pub mod section;
 pub mod source;
 pub mod units;

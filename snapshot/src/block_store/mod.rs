@@ -1,5 +1,7 @@
 //! What a block device reads and writes: a file, an overlay over an image's volume, later a mirror of two.
 
+pub mod guest_io;
+
 use std::io;
 
 use vm_memory::bitmap::{AtomicBitmap, BS};

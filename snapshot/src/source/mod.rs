@@ -101,3 +101,6 @@ pub trait PageSource: Send + Sync {
     /// Nobody needs these chunks any more; an answer may still come.
     fn cancel(&self, chunks: &[ChunkId]);
 }
+
+#[cfg(test)]
+pub(crate) mod model;

@@ -1,0 +1,297 @@
+//! An overlay: a machine's private, writable disk data over an image's volume.
+//!
+//! ```text
+//!   guest ──read──► block in the overlay?  ──yes──► the overlay file (local, sparse)
+//!                                          ──no───► wait for the chunk ──► the volume's page file
+//!   guest ──write─► the overlay file, and the block is the overlay's from then on
+//! ```
+//!
+//! A *block* here is a page of the volume, 4096 bytes. A write that covers only part of a block takes the rest from
+//! the image first. Discarded blocks become the overlay's and read as zeros. What the overlay holds is lost with the
+//! machine unless a snapshot takes it along.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+
+use crate::block_store::{BlockStore, GuestSlice, guest_io};
+use crate::pager::{Fetcher, PageSet};
+use crate::source::{Arrived, ChunkId, SourceVolume, VolumeId};
+use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE, PageIndex};
+use crate::volume::VolumeName;
+
+/// A drive whose content is an image's volume, changed by what this machine wrote. See the module.
+pub struct Overlay {
+    fetcher: Arc<Fetcher>,
+    volume: VolumeId,
+    about: SourceVolume,
+    base: Arc<File>,
+    /// Written blocks, at their own offset; everything else is a hole.
+    own: File,
+    read_only: bool,
+    /// Held by whoever changes the overlay, so that taking a block over never undoes a write. Taken before `written`;
+    /// its holder may wait for a chunk, readers never take it.
+    writer: Mutex<()>,
+    /// Which blocks are the overlay's: added once their bytes are in the file, never taken out.
+    written: Mutex<PageSet>,
+}
+
+/// Why an overlay cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum OverlayError {
+    /// The image lacks the volume.
+    #[error("the image has no volume {0}")]
+    NoVolume(VolumeName),
+    /// There is no room, or no permission.
+    #[error(
+        "cannot create an overlay of {bytes} bytes in {directory}; choose another directory for overlays"
+    )]
+    Create {
+        /// Where.
+        directory: String,
+        /// How large it would be, when all of it was written.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Overlay {
+    /// Makes an empty overlay over a volume of the fetcher's source. Its file has no name and vanishes with the
+    /// process; it is made in `directory`.
+    ///
+    /// # Errors
+    /// When the source lacks the volume, or the file cannot be made.
+    pub fn new(
+        fetcher: &Arc<Fetcher>,
+        name: &VolumeName,
+        directory: &Path,
+        read_only: bool,
+    ) -> Result<Self, OverlayError> {
+        let (volume, about) = fetcher
+            .volume_named(name)
+            .ok_or_else(|| OverlayError::NoVolume(name.clone()))?;
+        let failed = |source: io::Error| OverlayError::Create {
+            directory: directory.display().to_string(),
+            bytes: about.bytes,
+            source,
+        };
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let own = File::from(
+            rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?,
+        );
+        own.set_len(about.bytes.next_multiple_of(PAGE_SIZE))
+            .map_err(failed)?;
+        Ok(Self {
+            fetcher: fetcher.clone(),
+            volume,
+            about: about.clone(),
+            base: fetcher.source().page_file(volume),
+            own,
+            read_only,
+            writer: Mutex::default(),
+            written: Mutex::new(PageSet::new(about.bytes.div_ceil(PAGE_SIZE))),
+        })
+    }
+
+    fn written(&self) -> MutexGuard<'_, PageSet> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_for_writing(&self) -> MutexGuard<'_, ()> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check(&self, range: ByteRange) -> io::Result<()> {
+        if range.fits_in(self.about.bytes) {
+            return Ok(());
+        }
+        let message = format!(
+            "{range} lie outside {}, which has {} bytes",
+            self.about.name, self.about.bytes
+        );
+        Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+    }
+
+    fn check_write(&self, range: ByteRange) -> io::Result<()> {
+        if self.read_only {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("{} is read-only", self.about.name),
+            ));
+        }
+        self.check(range)
+    }
+
+    /// Waits until every chunk of `range` that the overlay does not cover is in the page file. Asks for all of them
+    /// before it waits for the first.
+    fn await_base(&self, range: ByteRange) -> io::Result<()> {
+        let missing = self.missing_chunks(range);
+        self.fetcher.prefetch(&missing);
+        missing
+            .into_iter()
+            .try_for_each(|id| self.fetcher.wait(id).map(drop))
+    }
+
+    fn missing_chunks(&self, range: ByteRange) -> Vec<ChunkId> {
+        let Some(last) = range.len.checked_sub(1) else {
+            return Vec::new();
+        };
+        let size = self.about.chunk_size;
+        let written = self.written();
+        (size.chunk_holding(range.start).0..=size.chunk_holding(range.start + last).0)
+            .map(|chunk| ChunkId {
+                volume: self.volume,
+                chunk: ChunkIndex(chunk),
+            })
+            .filter(|id| self.fetcher.state(*id).is_none())
+            .filter(|id| {
+                let chunk = self.about.range_of(id.chunk);
+                let start = range.start.max(chunk.start);
+                let end = (range.start + range.len).min(chunk.start + chunk.len);
+                let first = PageIndex::holding(start);
+                let blocks = end.div_ceil(PAGE_SIZE) - first.0;
+                written.run_at(first, blocks) != (true, blocks)
+            })
+            .collect()
+    }
+
+    /// Runs of `range` that lie in one place, in order: `(in the overlay, bytes)`.
+    fn runs(&self, range: ByteRange) -> Vec<(bool, ByteRange)> {
+        let written = self.written();
+        let end = range.start + range.len;
+        let mut runs = Vec::new();
+        let mut start = range.start;
+        while start < end {
+            let first = PageIndex::holding(start);
+            let (own, blocks) = written.run_at(first, end.div_ceil(PAGE_SIZE) - first.0);
+            let run_end = ((first.0 + blocks) * PAGE_SIZE).min(end);
+            runs.push((
+                own,
+                ByteRange {
+                    start,
+                    len: run_end - start,
+                },
+            ));
+            start = run_end;
+        }
+        runs
+    }
+
+    /// Makes the blocks that `range` covers only in part the overlay's, so that the part around it is not lost.
+    fn take_over_edges(&self, range: ByteRange) -> io::Result<()> {
+        let end = range.start + range.len;
+        if !range.start.is_multiple_of(PAGE_SIZE) {
+            self.take_over(PageIndex::holding(range.start))?;
+        }
+        if !end.is_multiple_of(PAGE_SIZE) && end != self.about.bytes {
+            self.take_over(PageIndex::holding(end))?;
+        }
+        Ok(())
+    }
+
+    /// Copies one block of the image into the overlay, unless it is there already.
+    fn take_over(&self, block: PageIndex) -> io::Result<()> {
+        if self.written().contains(block) {
+            return Ok(());
+        }
+        let len = PAGE_SIZE.min(self.about.bytes - block.offset());
+        let id = ChunkId {
+            volume: self.volume,
+            chunk: self.about.chunk_size.chunk_holding(block.offset()),
+        };
+        let what = self.fetcher.wait(id)?;
+        let mut bytes = [0; PAGE_SIZE as usize];
+        let bytes = &mut bytes[..len as usize];
+        if what == Arrived::Data {
+            self.base.read_exact_at(bytes, block.offset())?;
+        }
+        self.own.write_all_at(bytes, block.offset())?;
+        self.written().insert_run(block, 1);
+        Ok(())
+    }
+
+    /// Makes `range` the overlay's, as zeros; the whole blocks in it take no room (the file system punches them out,
+    /// and writes zeros over parts of blocks).
+    fn make_zero(&self, range: ByteRange) -> io::Result<()> {
+        self.take_over_edges(range)?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.own, flags, range.start, range.len)?;
+        self.mark_written(range);
+        Ok(())
+    }
+
+    fn mark_written(&self, range: ByteRange) {
+        let first = PageIndex::holding(range.start);
+        self.written()
+            .insert_run(first, (range.start + range.len).div_ceil(PAGE_SIZE) - first.0);
+    }
+}
+
+impl BlockStore for Overlay {
+    fn bytes(&self) -> u64 {
+        // Devices count in sectors; a tail shorter than one is not the guest's.
+        self.about.bytes / 512 * 512
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, offset: u64, into: &[GuestSlice<'_>]) -> io::Result<()> {
+        let range = ByteRange {
+            start: offset,
+            len: guest_io::total(into),
+        };
+        self.check(range)?;
+        self.await_base(range)?;
+        let mut slices = guest_io::Cursor::new(into);
+        for (own, run) in self.runs(range) {
+            let from = if own { &self.own } else { &*self.base };
+            guest_io::read_slices_at(from, run.start, &slices.take(run.len))?;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+        let range = ByteRange {
+            start: offset,
+            len: guest_io::total(from),
+        };
+        self.check_write(range)?;
+        if range.len == 0 {
+            return Ok(());
+        }
+        let _writer = self.lock_for_writing();
+        self.take_over_edges(range)?;
+        guest_io::write_slices_at(&self.own, offset, from)?;
+        self.mark_written(range);
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        // An overlay lives as long as its process: there is no crash after which its file could be found again.
+        Ok(())
+    }
+
+    fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.write_zeroes(range, true)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, _unmap: bool) -> io::Result<()> {
+        self.check_write(range)?;
+        if range.len == 0 {
+            return Ok(());
+        }
+        let _writer = self.lock_for_writing();
+        self.make_zero(range)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,587 @@
+//! Which chunks a machine has, which it waits for: asks a [`PageSource`], asks again after failures, fills the rest
+//! in the background, and knows when the machine is stalled.
+//!
+//! ```text
+//!            ask                      arrived
+//!   absent ───────► asked ──────────────────────────► data | zero
+//!     ▲               │ failed ▲ retry, when its time has come
+//!     │ lost          └────────┴─ failing (somebody waits) ── stalled, visible in `stall()`
+//!     └────────────────────────── data (the page file no longer holds it)
+//! ```
+//!
+//! One fetcher serves a whole machine: its memory through [`MemoryPager`](super::MemoryPager), its drives through
+//! overlays that block in [`Fetcher::wait`].
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+use crate::units::ChunkIndex;
+use crate::volume::VolumeName;
+
+/// How a [`Fetcher`] behaves.
+#[derive(Clone, Debug)]
+pub struct FetcherSettings {
+    /// Chunks behind a demanded one that are asked for along with it.
+    pub neighbours: u64,
+    /// Whether chunks that nobody asked for are fetched in the background, until the machine has them all.
+    pub fill: bool,
+    /// Background chunks under way at once. The source holds its rate; this only keeps its queue short.
+    pub fill_window: usize,
+    /// The first pause before asking again for a chunk that failed; doubles each time.
+    pub retry_min: Duration,
+    /// The longest such pause.
+    pub retry_max: Duration,
+    /// A demanded chunk that stays away this long, without a failure being reported, stalls the machine.
+    pub stall_after: Duration,
+}
+
+impl Default for FetcherSettings {
+    fn default() -> Self {
+        Self {
+            neighbours: 3,
+            fill: true,
+            fill_window: 64,
+            retry_min: Duration::from_millis(50),
+            retry_max: Duration::from_secs(2),
+            stall_after: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why a machine is stalled: the oldest chunk that somebody waits for and that does not come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stall {
+    /// The volume it belongs to.
+    pub volume: VolumeName,
+    /// The chunk that is missing.
+    pub chunk: ChunkIndex,
+    /// What the source said, or that it says nothing.
+    pub reason: String,
+    /// How long it has been waited for.
+    pub waiting: Duration,
+    /// How many chunks are waited for in all.
+    pub chunks_waited_for: usize,
+}
+
+/// What a fetcher has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FetcherCounters {
+    /// Chunks that arrived with data.
+    pub data_chunks: u64,
+    /// Chunks that arrived as zeros.
+    pub zero_chunks: u64,
+    /// Chunks that somebody waited for.
+    pub demanded_chunks: u64,
+    /// Failures that the source reported.
+    pub failures: u64,
+    /// Chunks of all volumes.
+    pub chunks_total: u64,
+}
+
+impl FetcherCounters {
+    /// Whether every chunk has arrived: the machine needs its source no more.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.data_chunks + self.zero_chunks == self.chunks_total
+    }
+}
+
+const ABSENT: u8 = 0;
+const DATA: u8 = 1;
+const ZERO: u8 = 2;
+
+/// Called on the source's thread when a chunk of a volume has arrived.
+type ArrivalHook = Box<dyn Fn(ChunkIndex, Arrived) + Send + Sync>;
+
+struct Volume {
+    about: SourceVolume,
+    /// `ABSENT`, `DATA` or `ZERO`, one a chunk; read without a lock on the fault path.
+    chunks: Vec<AtomicU8>,
+    on_arrival: OnceLock<ArrivalHook>,
+}
+
+/// A chunk under way.
+struct Pending {
+    urgency: Urgency,
+    /// Whether it takes a place in the fill's window.
+    fills: bool,
+    /// Since when somebody waits for it; `None` for prefetch.
+    demanded: Option<Instant>,
+    failed: Option<(ChunkFailure, u32)>,
+    /// When to ask again, after a failure.
+    retry_at: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Queue {
+    pending: BTreeMap<ChunkId, Pending>,
+    /// Where the background fill goes on.
+    fill_next: Option<ChunkId>,
+    fill_under_way: usize,
+    /// Something came that the thread should look at; kept here because it may not be waiting yet.
+    news: bool,
+    stopping: bool,
+}
+
+/// The queue and its signal, apart from the fetcher, so that the thread can wait without keeping the fetcher alive.
+#[derive(Default)]
+struct Work {
+    /// Held for bookkeeping only: never while the source, a hook or guest memory is touched.
+    queue: Mutex<Queue>,
+    /// Told of arrivals (for [`Fetcher::wait`]), of work for the thread, and of stopping.
+    changed: Condvar,
+}
+
+impl Work {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        // Every critical section leaves the queue whole, so a panic elsewhere does not spoil it.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when there are news, or after `pause`.
+    fn sleep(&self, pause: Duration) {
+        let nothing_new = |queue: &mut Queue| !queue.stopping && !queue.news;
+        let slept = self.changed.wait_timeout_while(self.lock(), pause, nothing_new);
+        slept.unwrap_or_else(PoisonError::into_inner).0.news = false;
+    }
+}
+
+/// See the module.
+pub struct Fetcher {
+    source: Arc<dyn PageSource>,
+    settings: FetcherSettings,
+    volumes: Vec<Volume>,
+    work: Arc<Work>,
+    arrived_data: AtomicU64,
+    arrived_zero: AtomicU64,
+    demanded: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Fetcher {
+    /// Connects to `source` and starts the thread that repeats and fills. Fill starts with [`Fetcher::start_fill`],
+    /// so that a resume's first chunks have the link to themselves.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(source: Arc<dyn PageSource>, settings: FetcherSettings) -> std::io::Result<Arc<Self>> {
+        let volumes = source.volumes().iter().map(Volume::new).collect();
+        let work = Arc::<Work>::default();
+        let fetcher = Arc::new(Self {
+            source: source.clone(),
+            settings,
+            volumes,
+            work: work.clone(),
+            arrived_data: AtomicU64::new(0),
+            arrived_zero: AtomicU64::new(0),
+            demanded: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+        });
+        source.deliver_to(Arc::new(Sink(Arc::downgrade(&fetcher))));
+        let weak = Arc::downgrade(&fetcher);
+        std::thread::Builder::new()
+            .name("fetcher".into())
+            .spawn(move || repeat_and_fill(&weak, &work))?;
+        Ok(fetcher)
+    }
+
+    /// The volumes of the source.
+    #[must_use]
+    pub fn source(&self) -> &Arc<dyn PageSource> {
+        &self.source
+    }
+
+    /// The volume with this name.
+    #[must_use]
+    pub fn volume_named(&self, name: &VolumeName) -> Option<(VolumeId, &SourceVolume)> {
+        let position = self
+            .volumes
+            .iter()
+            .position(|volume| volume.about.name == *name)?;
+        Some((
+            VolumeId(u16::try_from(position).ok()?),
+            &self.volumes[position].about,
+        ))
+    }
+
+    /// Has `hook` called whenever a chunk of `volume` arrives, on the source's thread.
+    ///
+    /// # Panics
+    /// If the volume has a hook already.
+    pub fn on_arrival(&self, volume: VolumeId, hook: impl Fn(ChunkIndex, Arrived) + Send + Sync + 'static) {
+        let set = self.volumes[usize::from(volume.0)].on_arrival.set(Box::new(hook));
+        assert!(set.is_ok(), "a volume's chunks arrive at one place");
+    }
+
+    /// Whether the chunk has arrived, and what it is. Takes no lock. A chunk outside its volume never arrives.
+    #[must_use]
+    pub fn state(&self, id: ChunkId) -> Option<Arrived> {
+        match self.slot(id)?.load(Ordering::Acquire) {
+            DATA => Some(Arrived::Data),
+            ZERO => Some(Arrived::Zero),
+            _ => None,
+        }
+    }
+
+    /// Somebody waits for this chunk: asks for it, and its neighbours, before everything else. Answers at once; if
+    /// the chunk is not here yet the volume's hook hears of it, or [`wait`](Self::wait) returns.
+    pub fn demand(&self, id: ChunkId) -> Option<Arrived> {
+        if let Some(arrived) = self.state(id) {
+            return Some(arrived);
+        }
+        let newly = {
+            let mut queue = self.work.lock();
+            // The arrival may have come between the look above and the lock; it takes the lock to say so.
+            if let Some(arrived) = self.state(id) {
+                return Some(arrived);
+            }
+            let now = Instant::now();
+            let pending = queue.pending.entry(id).or_insert_with(Pending::new);
+            if pending.demanded.is_some() {
+                return None;
+            }
+            pending.demanded = Some(now);
+            let newly = pending.urgency < Urgency::Demand || pending.retry_at.is_some();
+            pending.urgency = Urgency::Demand;
+            pending.retry_at = None;
+            newly
+        };
+        self.demanded.fetch_add(1, Ordering::Relaxed);
+        if newly {
+            self.source.ask(&[id], Urgency::Demand);
+        }
+        self.prefetch(&self.neighbours_of(id));
+        None
+    }
+
+    /// These chunks will be wanted soon: asks for those that are neither here nor under way.
+    pub fn prefetch(&self, chunks: &[ChunkId]) {
+        let mut wanted: Vec<ChunkId> = chunks
+            .iter()
+            .copied()
+            .filter(|id| self.slot(*id).is_some() && self.state(*id).is_none())
+            .collect();
+        if wanted.is_empty() {
+            return;
+        }
+        {
+            let mut queue = self.work.lock();
+            wanted.retain(|id| self.state(*id).is_none() && queue.add(*id, Urgency::Soon));
+        }
+        if !wanted.is_empty() {
+            self.source.ask(&wanted, Urgency::Soon);
+        }
+    }
+
+    /// Waits until the chunk is here, however long that takes.
+    ///
+    /// # Errors
+    /// When the fetcher is stopped meanwhile, or the chunk lies outside its volume.
+    pub fn wait(&self, id: ChunkId) -> std::io::Result<Arrived> {
+        if self.slot(id).is_none() {
+            return Err(std::io::Error::other(format!(
+                "{} lies outside its volume",
+                id.chunk
+            )));
+        }
+        if let Some(arrived) = self.demand(id) {
+            return Ok(arrived);
+        }
+        let mut queue = self.work.lock();
+        loop {
+            if let Some(arrived) = self.state(id) {
+                return Ok(arrived);
+            }
+            if queue.stopping {
+                return Err(std::io::Error::other("the machine is being taken down"));
+            }
+            queue = self
+                .work
+                .changed
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The page file turned out not to hold this chunk any more: it is absent again, and demanded.
+    pub fn lost(&self, id: ChunkId) {
+        if let Some(slot) = self.slot(id)
+            && slot.swap(ABSENT, Ordering::AcqRel) == DATA
+        {
+            self.arrived_data.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.demand(id);
+    }
+
+    /// Begins to fetch, in the background and volume by volume, what nobody has asked for. Does nothing if the
+    /// settings say so.
+    pub fn start_fill(&self) {
+        if self.settings.fill && !self.volumes.is_empty() {
+            let mut queue = self.work.lock();
+            queue.fill_next = Some(ChunkId {
+                volume: VolumeId(0),
+                chunk: ChunkIndex(0),
+            });
+            queue.news = true;
+            self.work.changed.notify_all();
+        }
+    }
+
+    /// The oldest wait that makes the machine stalled, if there is one.
+    #[must_use]
+    pub fn stall(&self) -> Option<Stall> {
+        let queue = self.work.lock();
+        let now = Instant::now();
+        let waits = || {
+            queue
+                .pending
+                .iter()
+                .filter_map(|(id, pending)| Some((id, pending, pending.demanded?)))
+        };
+        let stalls = |(_, pending, since): &(&ChunkId, &Pending, Instant)| {
+            pending.failed.is_some() || now.duration_since(*since) >= self.settings.stall_after
+        };
+        let (id, pending, since) = waits().filter(stalls).min_by_key(|(_, _, since)| *since)?;
+        let reason = match &pending.failed {
+            Some((failure, _)) => failure.reason.clone(),
+            None => "its source does not answer".to_owned(),
+        };
+        Some(Stall {
+            volume: self.volumes[usize::from(id.volume.0)].about.name.clone(),
+            chunk: id.chunk,
+            reason,
+            waiting: now.duration_since(since),
+            chunks_waited_for: waits().count(),
+        })
+    }
+
+    /// What has been done so far.
+    #[must_use]
+    pub fn counters(&self) -> FetcherCounters {
+        FetcherCounters {
+            data_chunks: self.arrived_data.load(Ordering::Relaxed),
+            zero_chunks: self.arrived_zero.load(Ordering::Relaxed),
+            demanded_chunks: self.demanded.load(Ordering::Relaxed),
+            failures: self.failures.load(Ordering::Relaxed),
+            chunks_total: self.volumes.iter().map(|volume| volume.chunks.len() as u64).sum(),
+        }
+    }
+
+    /// Ends the thread and every [`wait`](Self::wait).
+    pub fn stop(&self) {
+        self.work.lock().stopping = true;
+        self.work.changed.notify_all();
+    }
+
+    fn slot(&self, id: ChunkId) -> Option<&AtomicU8> {
+        self.volumes
+            .get(usize::from(id.volume.0))?
+            .chunks
+            .get(usize::try_from(id.chunk.0).ok()?)
+    }
+
+    fn neighbours_of(&self, id: ChunkId) -> Vec<ChunkId> {
+        (1..=self.settings.neighbours)
+            .map(|step| ChunkId {
+                chunk: ChunkIndex(id.chunk.0.saturating_add(step)),
+                ..id
+            })
+            .collect()
+    }
+
+    fn arrived(&self, id: ChunkId, what: Arrived) {
+        let Some(slot) = self.slot(id) else { return };
+        {
+            let mut queue = self.work.lock();
+            let (state, counter) = match what {
+                Arrived::Data => (DATA, &self.arrived_data),
+                Arrived::Zero => (ZERO, &self.arrived_zero),
+            };
+            if slot.swap(state, Ordering::AcqRel) == ABSENT {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }
+            if queue.pending.remove(&id).is_some_and(|pending| pending.fills) {
+                queue.fill_under_way -= 1;
+                queue.news = true;
+            }
+        }
+        self.work.changed.notify_all();
+        if let Some(hook) = self.volumes[usize::from(id.volume.0)].on_arrival.get() {
+            hook(id.chunk, what);
+        }
+    }
+
+    fn failed(&self, id: ChunkId, failure: ChunkFailure) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        let mut queue = self.work.lock();
+        let Some(pending) = queue.pending.get_mut(&id) else {
+            return;
+        };
+        let attempts = pending.failed.as_ref().map_or(0, |(_, attempts)| *attempts) + 1;
+        if pending.failed.is_none() {
+            tracing::warn!(
+                volume = id.volume.0,
+                chunk = id.chunk.0,
+                reason = failure.reason,
+                "a chunk could not be had"
+            );
+        }
+        // A failure that asking again cannot cure now may be cured by somebody who repairs the store: it is asked
+        // for again too, at the longest pause.
+        let pause = if failure.transient {
+            self.settings
+                .retry_min
+                .saturating_mul(1 << (attempts - 1).min(16))
+                .min(self.settings.retry_max)
+        } else {
+            self.settings.retry_max
+        };
+        pending.failed = Some((failure, attempts));
+        pending.retry_at = Some(Instant::now() + pause);
+        queue.news = true;
+        self.work.changed.notify_all();
+    }
+
+    /// What the thread has to ask for now, and when to look again.
+    fn due(&self, queue: &mut Queue) -> (Vec<(ChunkId, Urgency)>, Option<Instant>) {
+        let now = Instant::now();
+        let mut asks = Vec::new();
+        let mut next = None;
+        for (id, pending) in &mut queue.pending {
+            match pending.retry_at {
+                Some(at) if at <= now => {
+                    pending.retry_at = None;
+                    asks.push((*id, pending.urgency));
+                }
+                Some(at) => next = Some(next.map_or(at, |next: Instant| next.min(at))),
+                None => {}
+            }
+        }
+        while queue.fill_under_way < self.settings.fill_window
+            && let Some(id) = queue.fill_next
+        {
+            queue.fill_next = self.after(id);
+            if self.slot(id).is_some() && self.state(id).is_none() && queue.add(id, Urgency::Fill) {
+                queue.fill_under_way += 1;
+                asks.push((id, Urgency::Fill));
+            }
+        }
+        (asks, next)
+    }
+
+    fn after(&self, id: ChunkId) -> Option<ChunkId> {
+        let volume = self.volumes.get(usize::from(id.volume.0))?;
+        if id.chunk.0 + 1 < volume.chunks.len() as u64 {
+            return Some(ChunkId {
+                chunk: ChunkIndex(id.chunk.0 + 1),
+                ..id
+            });
+        }
+        let volume = VolumeId(id.volume.0.checked_add(1)?);
+        (usize::from(volume.0) < self.volumes.len()).then_some(ChunkId {
+            volume,
+            chunk: ChunkIndex(0),
+        })
+    }
+}
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Volume {
+    fn new(about: &SourceVolume) -> Self {
+        let chunks = about.chunk_size.chunks_in(about.bytes);
+        Self {
+            about: about.clone(),
+            chunks: (0..chunks).map(|_| AtomicU8::new(ABSENT)).collect(),
+            on_arrival: OnceLock::new(),
+        }
+    }
+}
+
+impl Pending {
+    fn new() -> Self {
+        Self {
+            urgency: Urgency::Fill,
+            fills: false,
+            demanded: None,
+            failed: None,
+            retry_at: None,
+        }
+    }
+}
+
+impl Queue {
+    /// Notes that a chunk is under way; `false` if it was already.
+    fn add(&mut self, id: ChunkId, urgency: Urgency) -> bool {
+        if self.pending.contains_key(&id) {
+            return false;
+        }
+        self.pending.insert(
+            id,
+            Pending {
+                urgency,
+                fills: urgency == Urgency::Fill,
+                ..Pending::new()
+            },
+        );
+        true
+    }
+}
+
+/// How long the thread sleeps when nothing is due; it is woken whenever something is.
+const IDLE: Duration = Duration::from_secs(60);
+
+fn repeat_and_fill(fetcher: &Weak<Fetcher>, work: &Work) {
+    // The fetcher is held only while it is looked at: dropping the last other reference ends the thread.
+    while let Some(fetcher) = fetcher.upgrade() {
+        let mut queue = work.lock();
+        if queue.stopping {
+            return;
+        }
+        let (asks, next) = fetcher.due(&mut queue);
+        if asks.is_empty() {
+            drop(queue);
+            drop(fetcher); // may be the last one: its drop takes the lock to say so
+            work.sleep(next.map_or(IDLE, |at| at.saturating_duration_since(Instant::now())));
+            continue;
+        }
+        drop(queue);
+        for urgency in [Urgency::Demand, Urgency::Soon, Urgency::Fill] {
+            let chunks: Vec<_> = asks
+                .iter()
+                .filter(|ask| ask.1 == urgency)
+                .map(|ask| ask.0)
+                .collect();
+            if !chunks.is_empty() {
+                fetcher.source.ask(&chunks, urgency);
+            }
+        }
+    }
+}
+
+/// What the source talks to; it does not keep the fetcher alive.
+struct Sink(Weak<Fetcher>);
+
+impl ChunkSink for Sink {
+    fn arrived(&self, chunk: ChunkId, what: Arrived) {
+        if let Some(fetcher) = self.0.upgrade() {
+            fetcher.arrived(chunk, what);
+        }
+    }
+
+    fn failed(&self, chunk: ChunkId, failure: ChunkFailure) {
+        if let Some(fetcher) = self.0.upgrade() {
+            fetcher.failed(chunk, failure);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,219 @@
+use super::*;
+use crate::source::model::{ModelSource, id};
+use crate::units::ChunkSize;
+
+const CHUNK: u64 = 64 << 10;
+
+fn source(chunks: &[u64]) -> Arc<ModelSource> {
+    let volume = |(number, chunks): (usize, &u64)| {
+        let name = if number == 0 {
+            VolumeName::Memory
+        } else {
+            VolumeName::Drive(format!("d{number}"))
+        };
+        let bytes = chunks * CHUNK;
+        // Odd chunks hold data, even ones are zeros.
+        let content = (0..bytes).map(|at| (at / CHUNK % 2) as u8).collect();
+        (
+            SourceVolume {
+                name,
+                bytes,
+                chunk_size: ChunkSize::DEFAULT,
+            },
+            content,
+        )
+    };
+    ModelSource::new(chunks.iter().enumerate().map(volume).collect())
+}
+
+fn quiet() -> FetcherSettings {
+    FetcherSettings {
+        neighbours: 0,
+        fill: false,
+        ..FetcherSettings::default()
+    }
+}
+
+#[test]
+fn a_demanded_chunk_is_asked_for_once_and_its_neighbours_behind_it() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(
+        source.clone(),
+        FetcherSettings {
+            neighbours: 2,
+            ..quiet()
+        },
+    )
+    .unwrap();
+    assert_eq!(fetcher.demand(id(0, 6)), None);
+    assert_eq!(fetcher.demand(id(0, 6)), None);
+    // The second neighbour lies outside the volume.
+    assert_eq!(
+        source.asked(),
+        [(id(0, 6), Urgency::Demand), (id(0, 7), Urgency::Soon)]
+    );
+}
+
+#[test]
+fn a_prefetched_chunk_that_becomes_demanded_is_lifted() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(source.clone(), quiet()).unwrap();
+    fetcher.prefetch(&[id(0, 3), id(0, 3), id(7, 0)]);
+    fetcher.demand(id(0, 3));
+    assert_eq!(
+        source.asked(),
+        [(id(0, 3), Urgency::Soon), (id(0, 3), Urgency::Demand)]
+    );
+}
+
+#[test]
+fn waiting_ends_with_the_arrival_and_tells_zeros_from_data() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(source.clone(), quiet()).unwrap();
+    let waiter = std::thread::spawn({
+        let fetcher = fetcher.clone();
+        move || (fetcher.wait(id(0, 1)).unwrap(), fetcher.wait(id(0, 2)).unwrap())
+    });
+    source.asked_until(|asked| asked.contains(&(id(0, 1), Urgency::Demand)));
+    source.deliver(id(0, 1));
+    source.asked_until(|asked| asked.contains(&(id(0, 2), Urgency::Demand)));
+    source.deliver(id(0, 2));
+    assert_eq!(waiter.join().unwrap(), (Arrived::Data, Arrived::Zero));
+    assert_eq!(fetcher.demand(id(0, 1)), Some(Arrived::Data));
+    let counters = fetcher.counters();
+    assert_eq!(
+        (
+            counters.data_chunks,
+            counters.zero_chunks,
+            counters.demanded_chunks
+        ),
+        (1, 1, 2)
+    );
+}
+
+#[test]
+fn a_failed_chunk_stalls_with_its_reason_is_asked_for_again_and_the_stall_ends() {
+    let source = source(&[8]);
+    let settings = FetcherSettings {
+        retry_min: Duration::from_millis(1),
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.demand(id(0, 5));
+    assert_eq!(fetcher.stall(), None);
+    assert_eq!(source.asked().len(), 1);
+    source.fail(id(0, 5), "the link is down", true);
+
+    let stall = fetcher.stall().unwrap();
+    assert_eq!(
+        (stall.volume, stall.chunk, stall.chunks_waited_for),
+        (VolumeName::Memory, ChunkIndex(5), 1)
+    );
+    assert_eq!(stall.reason, "the link is down");
+
+    source.asked_until(|asked| asked.contains(&(id(0, 5), Urgency::Demand)));
+    source.deliver(id(0, 5));
+    assert_eq!(fetcher.stall(), None);
+}
+
+#[test]
+fn a_failed_prefetch_stalls_nobody() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(source.clone(), quiet()).unwrap();
+    fetcher.prefetch(&[id(0, 5)]);
+    source.fail(id(0, 5), "the link is down", true);
+    assert_eq!(fetcher.stall(), None);
+    // Demanded now, it is asked for at once, whatever the pause after the failure was to be.
+    source.asked();
+    fetcher.demand(id(0, 5));
+    assert_eq!(source.asked(), [(id(0, 5), Urgency::Demand)]);
+}
+
+#[test]
+fn a_silent_source_stalls_the_machine() {
+    let source = source(&[8]);
+    let settings = FetcherSettings {
+        stall_after: Duration::ZERO,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source, settings).unwrap();
+    fetcher.demand(id(0, 0));
+    assert_eq!(fetcher.stall().unwrap().reason, "its source does not answer");
+}
+
+#[test]
+fn fill_fetches_every_chunk_of_every_volume_within_its_window() {
+    let source = source(&[5, 4]);
+    let settings = FetcherSettings {
+        fill: true,
+        fill_window: 2,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.demand(id(0, 3));
+    source.deliver(id(0, 3));
+    source.asked();
+    fetcher.start_fill();
+    let mut under_way = source.asked_until(|asked| asked.len() == 2);
+    let mut filled = Vec::new();
+    while let Some((chunk, urgency)) = under_way.pop() {
+        assert_eq!(urgency, Urgency::Fill);
+        source.deliver(chunk);
+        filled.push(chunk);
+        let room = 2.min(8 - filled.len()) - under_way.len();
+        under_way.extend(source.asked_until(|asked| asked.len() == room));
+    }
+    filled.sort();
+    let expected: Vec<_> = (0..5)
+        .filter(|c| *c != 3)
+        .map(|c| id(0, c))
+        .chain((0..4).map(|c| id(1, c)))
+        .collect();
+    assert_eq!(filled, expected);
+    assert!(fetcher.counters().is_complete());
+}
+
+#[test]
+fn a_filling_chunk_that_becomes_demanded_leaves_the_window_when_it_arrives() {
+    let source = source(&[3]);
+    let settings = FetcherSettings {
+        fill: true,
+        fill_window: 1,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.start_fill();
+    source.asked_until(|asked| asked == [(id(0, 0), Urgency::Fill)]);
+    fetcher.demand(id(0, 0));
+    source.asked();
+    source.deliver(id(0, 0));
+    source.asked_until(|asked| asked == [(id(0, 1), Urgency::Fill)]);
+}
+
+#[test]
+fn a_chunk_that_the_page_file_lost_is_fetched_again() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(source.clone(), quiet()).unwrap();
+    fetcher.demand(id(0, 1));
+    source.deliver(id(0, 1));
+    source.asked();
+    fetcher.lost(id(0, 1));
+    assert_eq!(fetcher.state(id(0, 1)), None);
+    assert_eq!(source.asked(), [(id(0, 1), Urgency::Demand)]);
+    source.deliver(id(0, 1));
+    assert_eq!(fetcher.counters().data_chunks, 1);
+}
+
+#[test]
+fn stopping_ends_every_wait() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(source.clone(), quiet()).unwrap();
+    let waiter = std::thread::spawn({
+        let fetcher = fetcher.clone();
+        move || fetcher.wait(id(0, 1))
+    });
+    source.asked_until(|asked| !asked.is_empty());
+    fetcher.stop();
+    assert!(waiter.join().unwrap().is_err());
+    assert!(fetcher.wait(id(0, 99)).is_err());
+}
