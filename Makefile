@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help build test fmt clippy check clean
+.PHONY: help setup build test fmt clippy check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -11,7 +11,12 @@ help: ## this list
 build: ## the programs, optimized, in target/release
 	$(CARGO) build --release --locked --workspace
 
+setup: ## Debian packages, kernels and guests that tests and the demo use; they do it themselves if need be
+	@resources/lab/need kernel/6.1-cloud kernel/6.12-cloud host/6.1-cloud host/6.12-cloud host-root \
+		guest/6.1-cloud guest/6.12-cloud >/dev/null
+
 test: ## every test of both levels
+	$(CARGO) build --locked --workspace
 	$(CARGO) test --locked --workspace
 
 fmt: ## format the sources

@@ -1,1 +1,3 @@
-//! Under construction.
+//! What Runnel's behaviour tests, benches and demo stand on.
+
+pub mod lab;
