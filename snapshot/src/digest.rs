@@ -11,10 +11,23 @@ use sha2::Digest as _;
 #[serde(try_from = "String", into = "String")]
 pub struct BlobDigest([u8; 32]);
 
-/// Text that is not `sha256:` and 64 lower-case hex digits.
+/// Text that is no digest of the expected kind.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is not a digest: expected sha256: and 64 lower-case hex digits")]
-pub struct BadDigest(String);
+#[error("{text:?} is not a digest: expected {expected} and 64 lower-case hex digits")]
+pub struct BadDigest {
+    text: String,
+    expected: &'static str,
+}
+
+impl BadDigest {
+    fn new(text: &str, expected: &'static str) -> Self {
+        // What a peer sent is quoted, but never without a limit.
+        Self {
+            text: text.chars().take(100).collect(),
+            expected,
+        }
+    }
+}
 
 impl BlobDigest {
     /// The digest of `bytes`.
@@ -55,10 +68,7 @@ impl FromStr for BlobDigest {
         text.strip_prefix("sha256:")
             .and_then(parse_hex)
             .map(Self)
-            .ok_or_else(|| {
-                // What a peer sent is quoted, but never without a limit.
-                BadDigest(text.chars().take(100).collect())
-            })
+            .ok_or_else(|| BadDigest::new(text, "sha256:"))
     }
 }
 
@@ -77,8 +87,9 @@ impl From<BlobDigest> for String {
 }
 
 /// The full 32-byte BLAKE3 of a chunk's plain bytes. Never shortened: caches deduplicate by it across the images of
-/// strangers.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// strangers. Written `blake3:<64 hex digits>`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct ChunkDigest(pub [u8; 32]);
 
 impl ChunkDigest {
@@ -98,6 +109,31 @@ impl fmt::Display for ChunkDigest {
 impl fmt::Debug for ChunkDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for ChunkDigest {
+    type Err = BadDigest;
+
+    fn from_str(text: &str) -> Result<Self, BadDigest> {
+        text.strip_prefix("blake3:")
+            .and_then(parse_hex)
+            .map(Self)
+            .ok_or_else(|| BadDigest::new(text, "blake3:"))
+    }
+}
+
+impl TryFrom<String> for ChunkDigest {
+    type Error = BadDigest;
+
+    fn try_from(text: String) -> Result<Self, BadDigest> {
+        text.parse()
+    }
+}
+
+impl From<ChunkDigest> for String {
+    fn from(digest: ChunkDigest) -> String {
+        digest.to_string()
     }
 }
 
@@ -137,6 +173,19 @@ mod tests {
         assert_eq!(
             BlobDigest::of(b"").to_string(),
             "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
+    }
+
+    #[test]
+    fn a_chunk_digest_survives_its_text_and_the_two_kinds_are_not_confused() {
+        let digest = ChunkDigest::of(b"runnel");
+        assert_eq!(digest.to_string().parse::<ChunkDigest>().unwrap(), digest);
+        assert!(digest.to_string().parse::<BlobDigest>().is_err());
+        assert!(
+            BlobDigest::of(b"runnel")
+                .to_string()
+                .parse::<ChunkDigest>()
+                .is_err()
         );
     }
 

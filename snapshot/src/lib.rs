@@ -10,8 +10,10 @@
 
 pub mod blobs;
 pub mod block_store;
+pub mod capture;
 pub mod decode;
 pub mod digest;
+pub mod image;
 pub mod index;
 pub mod layer;
 pub mod machine;
@@ -19,5 +21,6 @@ pub mod overlay;
 pub mod pager;
 pub mod section;
 pub mod source;
+pub mod state;
 pub mod units;
 pub mod volume;

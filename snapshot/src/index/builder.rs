@@ -1,4 +1,4 @@
-//! Writes an index, chunk after chunk, holding no more than one segment.
+//! Writes an index, chunk after chunk, holding no more than one segment. The blob's header is its writer's to put first.
 
 use super::segment::{KIND_DATA, KIND_ZERO};
 use super::{Entry, IndexRoot, LAYERS_MAX, SEGMENT_VOLUME_BYTES, StoredChunk, VOLUME_BYTES_MAX, varint};

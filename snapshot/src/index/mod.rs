@@ -8,6 +8,7 @@
 //! All numbers are little-endian; a *varint* is LEB128: seven bits a byte, low ones first, no longer than needed.
 //!
 //! ```text
+//! blob     = "RNLXSEG" | version u8 = 1 | segment…
 //! root     = "RNLX" | version u8 = 1 | log2 chunk size u8 | layers u16 | volume bytes u64 | segment entry…
 //! segment entry (36 bytes) = stored bytes u32 | BLAKE3 of those bytes [32]
 //! segment  = run…            the runs cover the chunks of the segment in order and exactly
@@ -36,6 +37,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::ChunkDigest;
 use crate::units::ByteRange;
+
+/// What an index blob begins with, before its first segment. It also keeps the blob of a volume of zeros from being
+/// empty, which not every registry takes.
+pub const INDEX_BLOB_HEADER: &[u8; 8] = b"RNLXSEG\x01";
 
 /// The bytes of volume that one segment describes, 128 MiB: some 70 KiB of index, one round trip for most guests.
 pub const SEGMENT_VOLUME_BYTES: u64 = 128 << 20;

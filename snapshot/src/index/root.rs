@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{LAYERS_MAX, SEGMENT_VOLUME_BYTES, VOLUME_BYTES_MAX};
+use super::{INDEX_BLOB_HEADER, LAYERS_MAX, SEGMENT_VOLUME_BYTES, VOLUME_BYTES_MAX};
 use crate::units::{ByteRange, ChunkIndex, ChunkSize};
 
 const MAGIC: &[u8; 4] = b"RNLX";
@@ -65,7 +65,7 @@ impl IndexRoot {
         layers: u16,
         segments: impl IntoIterator<Item = (u32, [u8; 32])>,
     ) -> Self {
-        let mut start = 0;
+        let mut start = INDEX_BLOB_HEADER.len() as u64;
         let segments = segments.into_iter().map(|(len, digest)| {
             let stored = ByteRange {
                 start,
@@ -261,7 +261,7 @@ mod tests {
     fn a_root_survives_its_bytes_and_keeps_to_its_budget() {
         let bytes = root().to_bytes();
         assert_eq!(IndexRoot::parse(&bytes).unwrap(), root());
-        assert_eq!(root().index_bytes(), 70_035);
+        assert_eq!(root().index_bytes(), 8 + 70_035);
         let one_segment = IndexRoot::new(SEGMENT_VOLUME_BYTES, ChunkSize::DEFAULT, 1, [(9, [1; 32])]);
         assert!(one_segment.to_bytes().len() < 64);
     }

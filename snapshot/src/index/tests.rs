@@ -20,7 +20,7 @@ fn data(layer: u16, start: u64, len: u64) -> Entry {
 
 fn build(volume_bytes: u64, entries: &[Entry]) -> (IndexRoot, Vec<u8>) {
     let mut builder = IndexBuilder::new(volume_bytes, ChunkSize::DEFAULT, 2).unwrap();
-    let mut bytes = Vec::new();
+    let mut bytes = INDEX_BLOB_HEADER.to_vec();
     for entry in entries {
         builder
             .push(*entry, |segment| {
@@ -73,7 +73,7 @@ fn segments_of_zeros_have_no_bytes() {
         )
         .unwrap();
     let root = builder.finish();
-    assert_eq!(root.index_bytes(), 0);
+    assert_eq!(root.index_bytes(), 8);
     let segment = Segment::parse(&[], &root, SegmentIndex(8191), &[0]).unwrap();
     assert_eq!(segment.entry(2047), Some(Entry::Zero));
     assert_eq!(segment.entry(2048), None);
@@ -189,7 +189,7 @@ proptest! {
     fn a_changed_byte_is_noticed(at in 0_usize..100, flip in 1_u8..=255) {
         let entries: Vec<Entry> = (0..20).map(|n| data(0, n * 1000, 1000)).collect();
         let (root, mut bytes) = build(20 * CHUNK, &entries);
-        bytes[at] ^= flip;
+        bytes[8 + at] ^= flip;
         prop_assert!(matches!(parse(&root, &bytes, 0), Err(SegmentError::Corrupt(_))));
     }
 }

@@ -1,0 +1,3 @@
+//! Capture: volumes and machine state become an image.
+
+pub mod volume_writer;

@@ -1,0 +1,474 @@
+//! The manifest of an image: OCI's JSON (image-spec 1.1, manifest.md, descriptor.md), and what Runnel reads in it.
+//!
+//! The manifest's `layers` hold, for each volume, under the annotation [`VOLUME`]: its layers in order, its index,
+//! and the index's root, whose content is also inline (`data`), so that one request brings what a resume needs to
+//! find its first chunks.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::{Deserialize, Serialize};
+
+use crate::blobs::Blob;
+use crate::digest::BlobDigest;
+use crate::index::{IndexRoot, RootError};
+use crate::volume::VolumeName;
+
+/// The manifest's own media type.
+pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+/// What kind of artifact the manifest describes.
+pub const IMAGE: &str = "application/vnd.runnel.image.v1";
+/// Machine state: JSON, compressed.
+pub const MACHINE_STATE: &str = "application/vnd.runnel.machine-state.v1+json+zstd";
+/// A layer: chunks of one volume.
+pub const LAYER: &str = "application/vnd.runnel.volume.v1+zstd";
+/// The segments of a volume's index.
+pub const INDEX: &str = "application/vnd.runnel.volume-index.v1";
+/// The root of a volume's index.
+pub const INDEX_ROOT: &str = "application/vnd.runnel.volume-index-root.v1";
+/// The chunks that a resumed machine touches first, in order.
+pub const WORKING_SET: &str = "application/vnd.runnel.working-set.v1";
+
+/// Annotation of a descriptor: the volume it belongs to.
+pub const VOLUME: &str = "vnd.runnel.volume";
+/// Annotation of a layer: `full`, or a kind that a later version brings.
+pub const LAYER_KIND: &str = "vnd.runnel.layer";
+/// Annotation of the manifest: the digest of the manifest that this image descends from.
+pub const PARENT: &str = "vnd.runnel.parent";
+
+/// The kind of layer that covers every byte of its volume in order.
+const FULL: &str = "full";
+
+/// What registries accept as a manifest, 4 MiB.
+pub const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+
+/// More volumes than a machine can have drives.
+pub const VOLUMES_MAX: usize = 128;
+
+/// Why a manifest is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// It is no OCI manifest.
+    #[error("the manifest is not JSON of an OCI image manifest")]
+    Json(#[from] serde_json::Error),
+    /// It describes something else, or something newer.
+    #[error(
+        "the manifest's {what} is {found:?}, and this Runnel reads {expected:?}: it is no Runnel image, or a newer Runnel wrote it"
+    )]
+    Kind {
+        /// Which field.
+        what: &'static str,
+        /// What it says.
+        found: String,
+        /// What it should say.
+        expected: &'static str,
+    },
+    /// A descriptor is not understood.
+    #[error("blob {digest} of the manifest: {reason}")]
+    Descriptor {
+        /// The blob.
+        digest: BlobDigest,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A volume lacks something.
+    #[error("volume {volume} of the manifest: {reason}")]
+    Volume {
+        /// Which volume.
+        volume: VolumeName,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The inline root of an index makes no sense.
+    #[error("volume {volume} of the manifest has no usable index root")]
+    Root {
+        /// Which volume.
+        volume: VolumeName,
+        /// What is wrong.
+        #[source]
+        source: RootError,
+    },
+    /// The manifest would be, or is, larger than registries accept.
+    #[error(
+        "a manifest of {bytes} bytes is larger than the {MANIFEST_BYTES_MAX} that registries accept: the image's volumes are too large together"
+    )]
+    TooLarge {
+        /// Its length.
+        bytes: u64,
+    },
+    /// Anything else.
+    #[error("the manifest is not usable: {0}")]
+    Unusable(String),
+}
+
+/// An OCI descriptor. Fields that Runnel does not know are ignored, as the specification asks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What the blob is.
+    pub media_type: String,
+    /// The blob's name.
+    pub digest: BlobDigest,
+    /// The blob's length.
+    pub size: u64,
+    /// The blob's content, base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// What the descriptor's subject is, where the descriptor says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// What the blob is for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Descriptor {
+    /// A descriptor without annotations.
+    #[must_use]
+    pub fn new(media_type: &str, blob: Blob) -> Self {
+        Self {
+            media_type: media_type.to_owned(),
+            digest: blob.digest,
+            size: blob.bytes,
+            data: None,
+            artifact_type: None,
+            annotations: BTreeMap::new(),
+        }
+    }
+
+    /// The blob it describes.
+    #[must_use]
+    pub fn blob(&self) -> Blob {
+        Blob {
+            digest: self.digest,
+            bytes: self.size,
+        }
+    }
+
+    fn annotated(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OciManifest {
+    schema_version: u32,
+    #[serde(default)]
+    media_type: String,
+    #[serde(default)]
+    artifact_type: String,
+    config: Descriptor,
+    #[serde(default)]
+    layers: Vec<Descriptor>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
+}
+
+/// A volume of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageVolume {
+    /// Its name.
+    pub name: VolumeName,
+    /// Its layers, as [`crate::index::LayerNumber`] counts them.
+    pub layers: Vec<Blob>,
+    /// The blob of its index's segments.
+    pub index: Blob,
+    /// The root of its index.
+    pub root: IndexRoot,
+}
+
+impl ImageVolume {
+    /// The blob that holds the root.
+    #[must_use]
+    pub fn root_blob(&self) -> Blob {
+        let bytes = self.root.to_bytes();
+        Blob {
+            digest: BlobDigest::of(&bytes),
+            bytes: bytes.len() as u64,
+        }
+    }
+}
+
+/// A manifest that was checked: every volume is complete, every number within its cap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageManifest {
+    /// The digest of the manifest's bytes.
+    pub digest: BlobDigest,
+    /// The machine state.
+    pub state: Blob,
+    /// The volumes, each name once.
+    pub volumes: Vec<ImageVolume>,
+    /// The recorded working set.
+    pub working_set: Option<Blob>,
+    /// The image that this one descends from.
+    pub parent: Option<BlobDigest>,
+}
+
+/// What a manifest is made from.
+#[derive(Clone, Debug)]
+pub struct ManifestDraft {
+    /// The machine state.
+    pub state: Blob,
+    /// The volumes.
+    pub volumes: Vec<ImageVolume>,
+    /// The recorded working set.
+    pub working_set: Option<Blob>,
+    /// The image that this one descends from.
+    pub parent: Option<BlobDigest>,
+}
+
+impl ManifestDraft {
+    /// The manifest's bytes.
+    ///
+    /// # Errors
+    /// When it would be too large.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, ManifestError> {
+        let mut layers: Vec<Descriptor> = self.volumes.iter().flat_map(volume_descriptors).collect();
+        layers.extend(self.working_set.map(|blob| Descriptor::new(WORKING_SET, blob)));
+        let manifest = OciManifest {
+            schema_version: 2,
+            media_type: MANIFEST.to_owned(),
+            artifact_type: IMAGE.to_owned(),
+            config: Descriptor::new(MACHINE_STATE, self.state),
+            layers,
+            annotations: self
+                .parent
+                .map(|parent| (PARENT.to_owned(), parent.to_string()))
+                .into_iter()
+                .collect(),
+        };
+        let bytes = serde_json::to_vec_pretty(&manifest)?;
+        if bytes.len() as u64 > MANIFEST_BYTES_MAX {
+            return Err(ManifestError::TooLarge {
+                bytes: bytes.len() as u64,
+            });
+        }
+        Ok(bytes)
+    }
+}
+
+fn volume_descriptors(volume: &ImageVolume) -> Vec<Descriptor> {
+    let name = volume.name.to_string();
+    let layer = |blob: &Blob| {
+        Descriptor::new(LAYER, *blob)
+            .annotated(VOLUME, &name)
+            .annotated(LAYER_KIND, FULL)
+    };
+    let mut descriptors: Vec<Descriptor> = volume.layers.iter().map(layer).collect();
+    descriptors.push(Descriptor::new(INDEX, volume.index).annotated(VOLUME, &name));
+    let mut root = Descriptor::new(INDEX_ROOT, volume.root_blob()).annotated(VOLUME, &name);
+    root.data = Some(BASE64.encode(volume.root.to_bytes()));
+    descriptors.push(root);
+    descriptors
+}
+
+impl ImageManifest {
+    /// Reads a manifest. Whoever asked for a digest compares it with [`Self::digest`].
+    ///
+    /// # Errors
+    /// When it is no manifest of an image, incomplete, or of a newer Runnel.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() as u64 > MANIFEST_BYTES_MAX {
+            return Err(ManifestError::TooLarge {
+                bytes: bytes.len() as u64,
+            });
+        }
+        let manifest: OciManifest = serde_json::from_slice(bytes)?;
+        if manifest.schema_version != 2 {
+            return Err(ManifestError::Unusable(format!(
+                "its schemaVersion is {}, not 2",
+                manifest.schema_version
+            )));
+        }
+        expect_kind("artifactType", &manifest.artifact_type, IMAGE)?;
+        expect_kind("config mediaType", &manifest.config.media_type, MACHINE_STATE)?;
+        let parent = match manifest.annotations.get(PARENT) {
+            Some(text) => Some(
+                text.parse()
+                    .map_err(|error| ManifestError::Unusable(format!("{PARENT}: {error}")))?,
+            ),
+            None => None,
+        };
+        let (volumes, working_set) = read_layers(&manifest.layers)?;
+        Ok(Self {
+            digest: BlobDigest::of(bytes),
+            state: manifest.config.blob(),
+            volumes,
+            working_set,
+            parent,
+        })
+    }
+
+    /// Every blob of the image except the manifest, each once.
+    #[must_use]
+    pub fn blobs(&self) -> Vec<Blob> {
+        let volumes = self.volumes.iter().flat_map(|volume| {
+            let own = [volume.index, volume.root_blob()];
+            volume.layers.iter().copied().chain(own)
+        });
+        let mut seen = BTreeSet::new();
+        let all = std::iter::once(self.state).chain(volumes).chain(self.working_set);
+        all.filter(|blob| seen.insert(blob.digest)).collect()
+    }
+}
+
+fn expect_kind(what: &'static str, found: &str, expected: &'static str) -> Result<(), ManifestError> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(ManifestError::Kind {
+        what,
+        found: found.chars().take(100).collect(),
+        expected,
+    })
+}
+
+/// A volume of which not everything was seen yet.
+#[derive(Default)]
+struct Parts {
+    layers: Vec<Blob>,
+    index: Option<Blob>,
+    root: Option<IndexRoot>,
+}
+
+fn read_layers(descriptors: &[Descriptor]) -> Result<(Vec<ImageVolume>, Option<Blob>), ManifestError> {
+    let mut working_set = None;
+    // In the order of their first mention.
+    let mut volumes: Vec<(VolumeName, Parts)> = Vec::new();
+    for descriptor in descriptors {
+        let refuse = |reason: String| ManifestError::Descriptor {
+            digest: descriptor.digest,
+            reason,
+        };
+        if descriptor.media_type == WORKING_SET {
+            if working_set.replace(descriptor.blob()).is_some() {
+                return Err(refuse("it is a second working set".into()));
+            }
+            continue;
+        }
+        let name = descriptor
+            .annotations
+            .get(VOLUME)
+            .ok_or_else(|| refuse(format!("it has no {VOLUME}")))?;
+        let name: VolumeName = name
+            .parse()
+            .map_err(|error| refuse(format!("{VOLUME}: {error}")))?;
+        let position = match volumes.iter().position(|(other, _)| *other == name) {
+            Some(position) => position,
+            None if volumes.len() < VOLUMES_MAX => {
+                volumes.push((name.clone(), Parts::default()));
+                volumes.len() - 1
+            }
+            None => return Err(refuse(format!("more than {VOLUMES_MAX} volumes"))),
+        };
+        let (_, parts) = &mut volumes[position];
+        read_descriptor(descriptor, &name, parts)?;
+    }
+    let volumes = volumes
+        .into_iter()
+        .map(|(name, parts)| complete(name, parts))
+        .collect::<Result<_, _>>()?;
+    Ok((volumes, working_set))
+}
+
+fn read_descriptor(
+    descriptor: &Descriptor,
+    volume: &VolumeName,
+    parts: &mut Parts,
+) -> Result<(), ManifestError> {
+    let refuse = |reason: String| {
+        Err(ManifestError::Descriptor {
+            digest: descriptor.digest,
+            reason,
+        })
+    };
+    match descriptor.media_type.as_str() {
+        LAYER => match descriptor.annotations.get(LAYER_KIND).map(String::as_str) {
+            Some(FULL) if parts.layers.is_empty() => parts.layers.push(descriptor.blob()),
+            Some(FULL) => return refuse(format!("it is a second full layer of volume {volume}")),
+            kind => {
+                let kind = kind.unwrap_or("no").chars().take(40).collect::<String>();
+                return refuse(format!(
+                    "it is a layer of {kind} kind, which this Runnel does not read: use a newer one"
+                ));
+            }
+        },
+        INDEX => {
+            if parts.index.replace(descriptor.blob()).is_some() {
+                return refuse(format!("it is a second index of volume {volume}"));
+            }
+        }
+        INDEX_ROOT => {
+            if parts.root.replace(read_root(descriptor, volume)?).is_some() {
+                return refuse(format!("it is a second index root of volume {volume}"));
+            }
+        }
+        other => {
+            let other: String = other.chars().take(100).collect();
+            return refuse(format!(
+                "its media type is {other:?}, which this Runnel does not read: use a newer one"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn read_root(descriptor: &Descriptor, volume: &VolumeName) -> Result<IndexRoot, ManifestError> {
+    let refuse = |reason: &str| ManifestError::Descriptor {
+        digest: descriptor.digest,
+        reason: reason.to_owned(),
+    };
+    let data = descriptor
+        .data
+        .as_deref()
+        .ok_or_else(|| refuse("an index root must be inline"))?;
+    let bytes = BASE64
+        .decode(data)
+        .map_err(|_| refuse("its inline content is not base64"))?;
+    if bytes.len() as u64 != descriptor.size || BlobDigest::of(&bytes) != descriptor.digest {
+        return Err(refuse("its inline content does not match its digest"));
+    }
+    IndexRoot::parse(&bytes).map_err(|source| ManifestError::Root {
+        volume: volume.clone(),
+        source,
+    })
+}
+
+fn complete(volume: VolumeName, parts: Parts) -> Result<ImageVolume, ManifestError> {
+    let Parts {
+        layers,
+        index: Some(index),
+        root: Some(root),
+    } = parts
+    else {
+        return Err(ManifestError::Volume {
+            volume,
+            reason: "its index or the index's root is missing".into(),
+        });
+    };
+    if usize::from(root.layers()) != layers.len() || layers.is_empty() {
+        let reason = format!(
+            "its index is over {} layers, and {} are there",
+            root.layers(),
+            layers.len()
+        );
+        return Err(ManifestError::Volume { volume, reason });
+    }
+    if root.index_bytes() != index.bytes {
+        let reason = format!(
+            "its index should have {} bytes and has {}",
+            root.index_bytes(),
+            index.bytes
+        );
+        return Err(ManifestError::Volume { volume, reason });
+    }
+    Ok(ImageVolume {
+        name: volume,
+        layers,
+        index,
+        root,
+    })
+}

@@ -1,0 +1,103 @@
+//! Images: a machine at rest, as an OCI image layout on disk or an OCI artifact in a registry.
+//!
+//! A manifest names the machine state (its *config*) and, for each volume, the layers, the index of their chunks and
+//! the index's root. Blobs never change; an image appears whole, by a rename, or not at all.
+//!
+//! ```text
+//! IMAGE/oci-layout, index.json          → manifest
+//! IMAGE/blobs/sha256/<manifest>         → state, layers, indexes, roots (also inline), working set
+//! ```
+
+pub mod layout;
+pub mod manifest;
+pub mod publication;
+pub mod reference;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::blobs::{BlobError, BlobStore, read_verified};
+use crate::digest::BlobDigest;
+use crate::index::IndexReader;
+use crate::state::{MachineState, STATE_BYTES_MAX, StateError};
+use crate::volume::VolumeName;
+use layout::{Layout, LayoutError};
+use manifest::{ImageManifest, ImageVolume, MANIFEST_BYTES_MAX, ManifestError};
+
+/// Why an image cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The directory is no image layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A blob that is needed at once cannot be had.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// The manifest makes no sense.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The machine state makes no sense.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// An image whose manifest was read and checked, over the store of its blobs.
+#[derive(Clone)]
+pub struct Image {
+    /// What it consists of.
+    pub manifest: Arc<ImageManifest>,
+    /// Where the blobs are.
+    pub store: Arc<dyn BlobStore>,
+}
+
+impl Image {
+    /// Opens the image in a directory, or that of them which `wanted` names. Every blob must be there and have its
+    /// length; digests are checked as bytes are read.
+    ///
+    /// # Errors
+    /// When it is no image, incomplete, or of a newer Runnel.
+    pub fn open_directory(path: &Path, wanted: &reference::Wanted) -> Result<Self, ImageError> {
+        let layout = Layout::open(path)?;
+        let descriptor = layout.choose(wanted)?;
+        let bytes = layout.read(&descriptor, MANIFEST_BYTES_MAX)?;
+        let manifest = ImageManifest::parse(&bytes)?;
+        let store = layout.open_blobs(manifest.blobs())?;
+        Ok(Self {
+            manifest: Arc::new(manifest),
+            store: Arc::new(store),
+        })
+    }
+
+    /// The manifest's digest: who pins it is protected against every later byte.
+    #[must_use]
+    pub fn digest(&self) -> BlobDigest {
+        self.manifest.digest
+    }
+
+    /// Reads the machine state.
+    ///
+    /// # Errors
+    /// When it cannot be had, does not match its digest, or is of a newer Runnel.
+    pub fn state(&self) -> Result<MachineState, ImageError> {
+        let bytes = read_verified(self.store.as_ref(), &self.manifest.state, STATE_BYTES_MAX)?;
+        Ok(MachineState::decode(&bytes)?)
+    }
+
+    /// The volume of that name.
+    #[must_use]
+    pub fn volume(&self, name: &VolumeName) -> Option<&ImageVolume> {
+        self.manifest.volumes.iter().find(|volume| volume.name == *name)
+    }
+
+    /// The index of one of the image's volumes.
+    #[must_use]
+    pub fn index(&self, volume: &ImageVolume) -> IndexReader {
+        let layer_bytes = volume.layers.iter().map(|layer| layer.bytes).collect();
+        IndexReader::new(
+            Arc::clone(&self.store),
+            volume.index,
+            volume.root.clone(),
+            layer_bytes,
+        )
+    }
+}

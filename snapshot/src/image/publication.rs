@@ -1,0 +1,319 @@
+//! Writes an image so that nobody ever sees half of one: into a hidden directory beside the target, everything
+//! synchronised, then one rename that refuses to replace anything.
+//!
+//! A writer that is dropped removes what it wrote; what one that was killed left behind is removed by the next
+//! publication beside it: the directory is locked as long as its writer lives.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FlockOperation, RenameFlags};
+use sha2::Digest as _;
+
+use super::layout::{BLOBS, INDEX_JSON, IndexJson, Layout, MARKER, REF_NAME};
+use super::manifest::{Descriptor, IMAGE, MANIFEST, ManifestDraft, ManifestError};
+use crate::blobs::Blob;
+use crate::digest::BlobDigest;
+
+/// What hidden directories are called: `.<target>.partial-<process>-<number>`.
+const PARTIAL: &str = ".partial-";
+
+/// Why an image could not be published. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The target is taken.
+    #[error("{0} exists already: choose another path, or remove it first")]
+    Exists(PathBuf),
+    /// The target has no parent or no name.
+    #[error("{0} cannot be an image's path: give a directory's name in an existing directory")]
+    BadTarget(PathBuf),
+    /// The system refused.
+    #[error("{what} {path} failed")]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's reason: no space, no permission.
+        #[source]
+        source: io::Error,
+    },
+    /// The manifest cannot be written.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+}
+
+fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> PublishError + 'a {
+    move |source| PublishError::Io {
+        what,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// An image that is being written.
+#[derive(Debug)]
+pub struct Publication {
+    target: PathBuf,
+    parent: PathBuf,
+    partial: PathBuf,
+    /// Locked as long as the writer lives.
+    _lock: File,
+    next_blob: AtomicU64,
+}
+
+impl Publication {
+    /// Begins an image at `target`, which must not exist, in a directory that does.
+    ///
+    /// # Errors
+    /// When the target exists or the directory cannot be written.
+    pub fn begin(target: &Path) -> Result<Self, PublishError> {
+        let bad = || PublishError::BadTarget(target.to_owned());
+        let name = target.file_name().ok_or_else(bad)?.to_str().ok_or_else(bad)?;
+        let parent = match target.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => PathBuf::from("."),
+            Some(parent) => parent.to_owned(),
+            None => return Err(bad()),
+        };
+        if fs::symlink_metadata(target).is_ok() {
+            return Err(PublishError::Exists(target.to_owned()));
+        }
+        sweep(&parent, name);
+        let partial = make_partial(&parent, name)?;
+        let lock = File::open(&partial).and_then(|directory| {
+            rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(directory)
+        });
+        let lock = lock.map_err(|source| {
+            let _ = fs::remove_dir(&partial); // the first failure is the one to tell
+            io_error("locking", &partial)(source)
+        })?;
+        let publication = Self {
+            target: target.to_owned(),
+            parent,
+            partial,
+            _lock: lock,
+            next_blob: AtomicU64::new(0),
+        };
+        let blobs = publication.partial.join(BLOBS);
+        private_directories()
+            .recursive(true)
+            .create(&blobs)
+            .map_err(io_error("creating", &blobs))?;
+        Ok(publication)
+    }
+
+    /// Begins a blob whose name is known when it is finished.
+    ///
+    /// # Errors
+    /// When its file cannot be created.
+    pub fn blob(&self) -> Result<BlobWriter, PublishError> {
+        let number = self.next_blob.fetch_add(1, Ordering::Relaxed);
+        let directory = self.partial.join(BLOBS);
+        let path = directory.join(format!("unfinished-{number}"));
+        let file = create(&path)?;
+        Ok(BlobWriter {
+            directory,
+            path,
+            file,
+            hash: sha2::Sha256::default(),
+            bytes: 0,
+        })
+    }
+
+    /// Adds a blob that is at hand.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn add(&self, bytes: &[u8]) -> Result<Blob, PublishError> {
+        let mut blob = self.blob()?;
+        blob.write(bytes)?;
+        blob.finish()
+    }
+
+    /// Takes a blob over from another image: as a link where it can be, else as a copy that shares its blocks where
+    /// it can. It is not hashed again: its digest was checked when it was made, and is again when it is read.
+    ///
+    /// # Errors
+    /// When it is not there, or cannot be copied.
+    pub fn take_over(&self, from: &Layout, blob: &Blob) -> Result<(), PublishError> {
+        let source_path = from.blob_path(&blob.digest);
+        let path = self.partial.join(BLOBS).join(blob.digest.hex());
+        let mut source = from
+            .open_blob(blob)
+            .map_err(|error| io_error("opening", &source_path)(io::Error::other(error)))?;
+        match fs::hard_link(&source_path, &path) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+            Err(_) => {} // another file system, another owner: copy
+        }
+        let mut copy = create(&path)?;
+        if rustix::fs::ioctl_ficlone(&copy, &source).is_err() {
+            io::copy(&mut source, &mut copy).map_err(io_error("writing", &path))?;
+        }
+        copy.sync_all().map_err(io_error("synchronising", &path))
+    }
+
+    /// Publishes the image: from here on it is there, whole, and stays.
+    ///
+    /// # Errors
+    /// When it cannot be written, or the target exists by now.
+    pub fn publish(self, draft: &ManifestDraft, name: Option<&str>) -> Result<Blob, PublishError> {
+        let manifest = self.add(&draft.to_bytes()?)?;
+        let mut descriptor = Descriptor::new(MANIFEST, manifest);
+        descriptor.artifact_type = Some(IMAGE.to_owned());
+        if let Some(name) = name {
+            descriptor
+                .annotations
+                .insert(REF_NAME.to_owned(), name.to_owned());
+        }
+        let index = IndexJson {
+            schema_version: 2,
+            media_type: "application/vnd.oci.image.index.v1+json".to_owned(),
+            manifests: vec![descriptor],
+        };
+        self.write_file(
+            INDEX_JSON,
+            &serde_json::to_vec_pretty(&index).map_err(ManifestError::Json)?,
+        )?;
+        self.write_file(MARKER.0, MARKER.1.as_bytes())?;
+        for directory in [
+            self.partial.join(BLOBS),
+            self.partial.join("blobs"),
+            self.partial.clone(),
+        ] {
+            sync_directory(&directory)?;
+        }
+        let at = rustix::fs::CWD;
+        match rustix::fs::renameat_with(at, &self.partial, at, &self.target, RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::EXIST) => return Err(PublishError::Exists(self.target.clone())),
+            Err(error) => return Err(io_error("publishing", &self.target)(error.into())),
+        }
+        sync_directory(&self.parent)?;
+        Ok(manifest)
+    }
+
+    fn write_file(&self, name: &str, bytes: &[u8]) -> Result<(), PublishError> {
+        let path = self.partial.join(name);
+        let mut file = create(&path)?;
+        file.write_all(bytes).map_err(io_error("writing", &path))?;
+        file.sync_all().map_err(io_error("synchronising", &path))
+    }
+}
+
+impl Drop for Publication {
+    fn drop(&mut self) {
+        // After the rename it is not there any more. A failure leaves a directory that the next writer sweeps.
+        let _ = fs::remove_dir_all(&self.partial);
+    }
+}
+
+/// A blob that is being written, its digest running along.
+#[derive(Debug)]
+pub struct BlobWriter {
+    directory: PathBuf,
+    path: PathBuf,
+    file: File,
+    hash: sha2::Sha256,
+    bytes: u64,
+}
+
+impl BlobWriter {
+    /// Appends `bytes`.
+    ///
+    /// # Errors
+    /// When they cannot be written: no space.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), PublishError> {
+        self.file
+            .write_all(bytes)
+            .map_err(io_error("writing", &self.path))?;
+        self.hash.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// How many bytes were written.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Brings the blob to stable storage and gives it its name.
+    ///
+    /// # Errors
+    /// When the storage failed.
+    pub fn finish(self) -> Result<Blob, PublishError> {
+        self.file
+            .sync_all()
+            .map_err(io_error("synchronising", &self.path))?;
+        let blob = Blob {
+            digest: BlobDigest::from_hash(self.hash),
+            bytes: self.bytes,
+        };
+        let path = self.directory.join(blob.digest.hex());
+        // The same content twice is the same blob.
+        fs::rename(&self.path, &path).map_err(io_error("renaming", &self.path))?;
+        Ok(blob)
+    }
+}
+
+fn create(path: &Path) -> Result<File, PublishError> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(io_error("creating", path))
+}
+
+/// Images hold guests' memory: their owner alone may read them.
+fn private_directories() -> DirBuilder {
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700);
+    builder
+}
+
+fn make_partial(parent: &Path, name: &str) -> Result<PathBuf, PublishError> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = parent.join(format!(".{name}{PARTIAL}{}-{number}", std::process::id()));
+        match private_directories().create(&path) {
+            // A killed process of the same number left it, and it is not ours to sweep while locked.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return made.map(|()| path.clone()).map_err(io_error("creating", &path)),
+        }
+    }
+}
+
+/// Removes what killed writers of the same target left: directories that nobody holds locked. Best effort; whoever
+/// is just between making and locking its directory would lose it, and fail cleanly.
+fn sweep(parent: &Path, name: &str) {
+    let prefix = format!(".{name}{PARTIAL}");
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+    {
+        let path = entry.path();
+        let Ok(directory) = File::open(&path) else {
+            continue;
+        };
+        if rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            tracing::info!(path = %path.display(), "removing an image that was never finished");
+            if let Err(error) = fs::remove_dir_all(&path) {
+                tracing::warn!(path = %path.display(), %error, "an unfinished image cannot be removed");
+            }
+        }
+    }
+}
+
+fn sync_directory(path: &Path) -> Result<(), PublishError> {
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(io_error("synchronising", path))
+}

@@ -1,0 +1,226 @@
+//! An image on disk: what is published opens again, half of one is never seen, and stock tools can read it.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use runnel_snapshot::blobs::Blob;
+use runnel_snapshot::capture::volume_writer::{CompressedChunk, VolumeWriter};
+use runnel_snapshot::decode::ChunkDecoder;
+use runnel_snapshot::digest::{BlobDigest, ChunkDigest};
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::manifest::ManifestDraft;
+use runnel_snapshot::image::publication::{Publication, PublishError};
+use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::index::Entry;
+use runnel_snapshot::layer::frame::ChunkCompressor;
+use runnel_snapshot::state::MachineState;
+use runnel_snapshot::units::{ChunkIndex, ChunkSize};
+use runnel_snapshot::volume::VolumeName;
+
+const CHUNK: usize = 64 << 10;
+
+fn chunk_of(number: u8) -> Vec<u8> {
+    (0..CHUNK).map(|at| number ^ (at / 100) as u8).collect()
+}
+
+/// Publishes an image whose memory is: data, zeros, zeros, data, and half a chunk of data.
+fn publish(target: &Path) -> Result<Blob, PublishError> {
+    let publication = Publication::begin(target)?;
+    let volume_bytes = 4 * CHUNK as u64 + CHUNK as u64 / 2;
+    let wanted = BTreeSet::from([ChunkIndex(1), ChunkIndex(3)]);
+    let mut writer = VolumeWriter::new(&publication, volume_bytes, ChunkSize::DEFAULT, wanted).unwrap();
+    let mut compressor = ChunkCompressor::new(1).unwrap();
+    let mut push = |writer: &mut VolumeWriter, plain: &[u8]| {
+        let mut frames = Vec::new();
+        let frame_bytes = compressor.append_frame(plain, &mut frames).unwrap();
+        writer
+            .push_frames(
+                &frames,
+                &[CompressedChunk {
+                    frame_bytes,
+                    digest: ChunkDigest::of(plain),
+                }],
+            )
+            .unwrap();
+    };
+    push(&mut writer, &chunk_of(1));
+    writer.push_zeros(2).unwrap();
+    push(&mut writer, &chunk_of(2));
+    push(&mut writer, &chunk_of(3)[..CHUNK / 2]);
+    let written = writer.finish(&publication, VolumeName::Memory).unwrap();
+    assert_eq!(
+        written.wanted.keys().collect::<Vec<_>>(),
+        [&ChunkIndex(3)],
+        "zeros have no entry"
+    );
+
+    let state = MachineState::new(0, Vec::new()).encode().unwrap();
+    let state = publication.add(&state)?;
+    let draft = ManifestDraft {
+        state,
+        volumes: vec![written.volume],
+        working_set: None,
+        parent: None,
+    };
+    publication.publish(&draft, Some("latest"))
+}
+
+fn read_chunk(image: &Image, chunk: u64) -> Vec<u8> {
+    let volume = image.volume(&VolumeName::Memory).unwrap();
+    let range = volume
+        .root
+        .chunk_size()
+        .range_of(ChunkIndex(chunk), volume.root.volume_bytes());
+    let mut plain = vec![0; range.len as usize];
+    if let Entry::Data(stored) = image.index(volume).entry(ChunkIndex(chunk)).unwrap() {
+        let mut frame = vec![0; stored.frame.len as usize];
+        let layer = &volume.layers[usize::from(stored.layer.0)];
+        image
+            .store
+            .read_range(layer, stored.frame.start, &mut frame)
+            .unwrap();
+        ChunkDecoder::new()
+            .unwrap()
+            .decode(&frame, &stored.digest, &mut plain)
+            .unwrap();
+    }
+    plain
+}
+
+#[test]
+fn what_was_published_opens_and_reads_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    let manifest = publish(&target).unwrap();
+
+    for wanted in [
+        Wanted::Only,
+        Wanted::Named("latest".into()),
+        Wanted::Pinned(manifest.digest),
+    ] {
+        let image = Image::open_directory(&target, &wanted).unwrap();
+        assert_eq!(image.digest(), manifest.digest);
+        assert_eq!(image.state().unwrap(), MachineState::new(0, Vec::new()));
+        assert_eq!(read_chunk(&image, 0), chunk_of(1));
+        assert_eq!(read_chunk(&image, 1), vec![0; CHUNK]);
+        assert_eq!(read_chunk(&image, 2), vec![0; CHUNK]);
+        assert_eq!(read_chunk(&image, 3), chunk_of(2));
+        assert_eq!(read_chunk(&image, 4), chunk_of(3)[..CHUNK / 2]);
+        assert!(
+            image
+                .index(&image.manifest.volumes[0])
+                .entry(ChunkIndex(5))
+                .is_err()
+        );
+    }
+    for wanted in [Wanted::Named("other".into()), Wanted::Pinned(BlobDigest::of(b""))] {
+        assert!(Image::open_directory(&target, &wanted).is_err());
+    }
+}
+
+#[test]
+fn an_existing_target_is_refused_and_stays_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    let first = publish(&target).unwrap();
+    assert!(matches!(publish(&target), Err(PublishError::Exists(_))));
+    assert_eq!(
+        Image::open_directory(&target, &Wanted::Only).unwrap().digest(),
+        first.digest
+    );
+
+    // Also one that appears while the image is being written.
+    let late = folder.path().join("late");
+    let publication = Publication::begin(&late).unwrap();
+    fs::create_dir(&late).unwrap();
+    fs::write(late.join("precious"), "x").unwrap();
+    let state = publication.add(b"state").unwrap();
+    let draft = ManifestDraft {
+        state,
+        volumes: Vec::new(),
+        working_set: None,
+        parent: None,
+    };
+    assert!(matches!(
+        publication.publish(&draft, None),
+        Err(PublishError::Exists(_))
+    ));
+    assert!(late.join("precious").exists());
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        2,
+        "nothing hidden is left"
+    );
+}
+
+#[test]
+fn a_writer_that_is_dropped_leaves_nothing_and_what_a_killed_one_left_is_swept() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    // As if by a killed process: nobody holds it locked.
+    let orphan = folder.path().join(".image.partial-1-1");
+    fs::create_dir(&orphan).unwrap();
+    fs::write(orphan.join("blob"), "half").unwrap();
+
+    let alive = Publication::begin(&target).unwrap();
+    alive.blob().unwrap().write(b"half a blob").unwrap();
+    assert!(!orphan.exists());
+
+    // A second writer spares the first, which is alive.
+    drop(Publication::begin(&target).unwrap());
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    drop(alive);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn images_are_readable_by_their_owner_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    publish(&target).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
+    assert_eq!(mode(&target), 0);
+    for entry in fs::read_dir(target.join("blobs/sha256")).unwrap() {
+        assert_eq!(mode(&entry.unwrap().path()), 0);
+    }
+}
+
+#[test]
+fn an_image_that_lacks_a_blob_or_has_a_short_one_is_refused_by_the_blobs_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    publish(&target).unwrap();
+    let image = Image::open_directory(&target, &Wanted::Only).unwrap();
+    let layer = image.manifest.volumes[0].layers[0];
+    let path = target.join("blobs/sha256").join(layer.digest.hex());
+    let refused = || {
+        let error = Image::open_directory(&target, &Wanted::Only)
+            .map(|_| ())
+            .unwrap_err();
+        let mut trace = error.to_string();
+        let mut source = std::error::Error::source(&error);
+        while let Some(error) = source {
+            trace = format!("{trace}: {error}");
+            source = error.source();
+        }
+        assert!(trace.contains(&layer.digest.hex()), "{trace}");
+        trace
+    };
+
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(refused().contains("truncated"));
+    fs::remove_file(&path).unwrap();
+    assert!(refused().contains("not in"));
+    // A link to the right bytes is not followed: an image may come from a stranger.
+    let elsewhere = folder.path().join("elsewhere");
+    fs::write(&elsewhere, &bytes).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+    refused();
+    // The image that was opened before does not mind.
+    assert_eq!(read_chunk(&image, 3), chunk_of(2));
+}
