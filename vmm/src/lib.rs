@@ -4,3 +4,6 @@
 //! chunks of remote images come from the agent, over a unix socket.
 
 pub mod config;
+pub mod control;
+pub mod exit;
+pub mod version;

@@ -1,0 +1,130 @@
+//! A machine that needs no KVM, and remembers what was asked of it.
+
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex};
+
+use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::volume::VolumeName;
+
+use super::guest::{Engine, Guest, GuestError, Paging, Residency, Stalled};
+use super::operation::Operation;
+use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig};
+use crate::exit::{EndSignal, Ended};
+
+/// What was asked of the machine, in order.
+pub(crate) type Log = Arc<Mutex<Vec<&'static str>>>;
+
+#[derive(Clone, Default)]
+pub(crate) struct FakeEngine {
+    pub(crate) log: Log,
+    /// Told when a snapshot is being made, which then takes until it is cancelled.
+    pub(crate) endless_save: Option<Sender<()>>,
+    /// The call that fails.
+    pub(crate) fails: Option<&'static str>,
+}
+
+impl FakeEngine {
+    fn call(&self, name: &'static str) -> Result<(), GuestError> {
+        self.log.lock().unwrap().push(name);
+        if self.fails == Some(name) {
+            Err(format!("{name} failed").into())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn guest(&self, config: &MicrovmConfig) -> Box<dyn Guest> {
+        Box::new(FakeGuest {
+            engine: self.clone(),
+            config: config.clone(),
+            end: EndSignal::new().unwrap(),
+        })
+    }
+}
+
+impl Engine for FakeEngine {
+    fn boot(&mut self, config: &MicrovmConfig) -> Result<Box<dyn Guest>, GuestError> {
+        self.call("boot")?;
+        Ok(self.guest(config))
+    }
+
+    fn load(
+        &mut self,
+        _: &LoadSnapshot,
+        config: &MicrovmConfig,
+        _: &Operation,
+    ) -> Result<Box<dyn Guest>, GuestError> {
+        self.call("load")?;
+        Ok(self.guest(config))
+    }
+}
+
+struct FakeGuest {
+    engine: FakeEngine,
+    config: MicrovmConfig,
+    end: EndSignal,
+}
+
+impl Guest for FakeGuest {
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.engine.call("pause")
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.engine.call("resume")
+    }
+
+    fn press_ctrl_alt_del(&mut self) -> Result<(), GuestError> {
+        self.engine.call("ctrl_alt_del")?;
+        self.end.end(Ended::Reset);
+        Ok(())
+    }
+
+    fn save(&mut self, _: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
+        operation.enter("copying");
+        self.engine.call("save")?;
+        let Some(begun) = &self.engine.endless_save else {
+            return Ok(());
+        };
+        let (cancelled, wait): (Sender<()>, Receiver<()>) = std::sync::mpsc::channel();
+        operation.expect_bytes(100);
+        operation.advance(40);
+        operation.on_cancel(move || drop(cancelled));
+        begun.send(())?;
+        // Disconnected, once the hook has been called.
+        wait.recv().map_err(|_| "cancelled".into())
+    }
+
+    fn config(&self) -> &MicrovmConfig {
+        &self.config
+    }
+
+    fn end(&self) -> &EndSignal {
+        &self.end
+    }
+
+    fn paging(&self) -> Option<Arc<dyn Paging>> {
+        Some(Arc::new(FakePaging))
+    }
+}
+
+struct FakePaging;
+
+impl Paging for FakePaging {
+    fn stalled(&self) -> Option<Stalled> {
+        Some(Stalled {
+            volume: VolumeName::Memory,
+            chunk: ChunkIndex(7),
+            reason: "away".into(),
+            waiting_ms: 1,
+        })
+    }
+
+    fn residency(&self) -> Vec<Residency> {
+        vec![Residency {
+            volume: VolumeName::Memory,
+            bytes_resident: 1,
+            bytes_total: 2,
+        }]
+    }
+}

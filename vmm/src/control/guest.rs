@@ -1,0 +1,106 @@
+//! What the control thread asks of a machine; `Microvm` gives it, and so does a machine of tests that needs no KVM.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::volume::VolumeName;
+use serde::Serialize;
+
+use super::operation::Operation;
+use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig};
+use crate::exit::EndSignal;
+
+/// Why a machine could not do something. Its trace of sources becomes the `fault_message`, outermost first, so no
+/// message repeats its source.
+pub type GuestError = Box<dyn Error + Send + Sync>;
+
+/// Who makes machines.
+pub trait Engine {
+    /// Builds the machine that `config` describes, ready to boot; its vCPUs stand still.
+    ///
+    /// # Errors
+    /// When it cannot be built. Nothing is left of it.
+    fn boot(&mut self, config: &MicrovmConfig) -> Result<Box<dyn Guest>, GuestError>;
+
+    /// Builds a machine from a snapshot; its vCPUs stand still. `config` says what a snapshot does not: where the
+    /// serial console ends.
+    ///
+    /// # Errors
+    /// When the snapshot or this host does not allow it, or the operation was cancelled. Nothing is left of it.
+    fn load(
+        &mut self,
+        load: &LoadSnapshot,
+        config: &MicrovmConfig,
+        operation: &Operation,
+    ) -> Result<Box<dyn Guest>, GuestError>;
+}
+
+/// A machine that was booted or loaded.
+pub trait Guest {
+    /// Stops the vCPUs, and then the devices.
+    ///
+    /// # Errors
+    /// When the machine is stalled, or KVM fails; it runs on then.
+    fn pause(&mut self) -> Result<(), GuestError>;
+
+    /// Lets the devices and then the vCPUs go on.
+    ///
+    /// # Errors
+    /// When KVM fails; the machine stands still then.
+    fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// Presses Ctrl+Alt+Del on the guest's keyboard.
+    ///
+    /// # Errors
+    /// When the keyboard cannot take it.
+    fn press_ctrl_alt_del(&mut self) -> Result<(), GuestError>;
+
+    /// Saves the machine. Whether it fails or not, the machine goes on as it was, running or paused. Looks at
+    /// [`Operation::is_cancelled`] often enough for whoever waits.
+    ///
+    /// # Errors
+    /// When it cannot be saved, or the operation was cancelled; nothing is left of the snapshot.
+    fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError>;
+
+    /// What the machine is made of.
+    fn config(&self) -> &MicrovmConfig;
+
+    /// Where it is said how the machine ended.
+    fn end(&self) -> &EndSignal;
+
+    /// What is known of memory and drives that are still on their way, if some are.
+    fn paging(&self) -> Option<Arc<dyn Paging>>;
+}
+
+/// What can be asked, at any time and without waiting, of a machine whose volumes are still on their way.
+pub trait Paging: Send + Sync {
+    /// Why the machine is stalled, if it is.
+    fn stalled(&self) -> Option<Stalled>;
+    /// How much of each volume has arrived.
+    fn residency(&self) -> Vec<Residency>;
+}
+
+/// The machine waits for a chunk that cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Stalled {
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// Which chunk.
+    pub chunk: ChunkIndex,
+    /// Why it cannot be had.
+    pub reason: String,
+    /// How long it has been waited for, in milliseconds.
+    pub waiting_ms: u64,
+}
+
+/// How much of a volume has arrived.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Residency {
+    /// Of which volume.
+    pub volume: VolumeName,
+    /// So much of it.
+    pub bytes_resident: u64,
+    /// Of so much.
+    pub bytes_total: u64,
+}
