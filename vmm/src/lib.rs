@@ -3,6 +3,7 @@
 //! **Architecture invariant.** It opens no network socket, its taps aside, and links nothing of TLS or remote stores:
 //! chunks of remote images come from the agent, over a unix socket.
 
+pub mod api;
 pub mod config;
 pub mod control;
 pub mod exit;
