@@ -2,71 +2,23 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::collections::BTreeSet;
+mod fixture;
+
 use std::fs;
 use std::path::Path;
 
-use runnel_snapshot::blobs::Blob;
-use runnel_snapshot::capture::volume_writer::{CompressedChunk, VolumeWriter};
 use runnel_snapshot::decode::ChunkDecoder;
-use runnel_snapshot::digest::{BlobDigest, ChunkDigest};
+use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::manifest::ManifestDraft;
 use runnel_snapshot::image::publication::{Publication, PublishError};
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::index::Entry;
-use runnel_snapshot::layer::frame::ChunkCompressor;
 use runnel_snapshot::state::MachineState;
-use runnel_snapshot::units::{ChunkIndex, ChunkSize};
+use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
 
-const CHUNK: usize = 64 << 10;
-
-fn chunk_of(number: u8) -> Vec<u8> {
-    (0..CHUNK).map(|at| number ^ (at / 100) as u8).collect()
-}
-
-/// Publishes an image whose memory is: data, zeros, zeros, data, and half a chunk of data.
-fn publish(target: &Path) -> Result<Blob, PublishError> {
-    let publication = Publication::begin(target)?;
-    let volume_bytes = 4 * CHUNK as u64 + CHUNK as u64 / 2;
-    let wanted = BTreeSet::from([ChunkIndex(1), ChunkIndex(3)]);
-    let mut writer = VolumeWriter::new(&publication, volume_bytes, ChunkSize::DEFAULT, wanted).unwrap();
-    let mut compressor = ChunkCompressor::new(1).unwrap();
-    let mut push = |writer: &mut VolumeWriter, plain: &[u8]| {
-        let mut frames = Vec::new();
-        let frame_bytes = compressor.append_frame(plain, &mut frames).unwrap();
-        writer
-            .push_frames(
-                &frames,
-                &[CompressedChunk {
-                    frame_bytes,
-                    digest: ChunkDigest::of(plain),
-                }],
-            )
-            .unwrap();
-    };
-    push(&mut writer, &chunk_of(1));
-    writer.push_zeros(2).unwrap();
-    push(&mut writer, &chunk_of(2));
-    push(&mut writer, &chunk_of(3)[..CHUNK / 2]);
-    let written = writer.finish(&publication, VolumeName::Memory).unwrap();
-    assert_eq!(
-        written.wanted.keys().collect::<Vec<_>>(),
-        [&ChunkIndex(3)],
-        "zeros have no entry"
-    );
-
-    let state = MachineState::new(0, Vec::new()).encode().unwrap();
-    let state = publication.add(&state)?;
-    let draft = ManifestDraft {
-        state,
-        volumes: vec![written.volume],
-        working_set: None,
-        parent: None,
-    };
-    publication.publish(&draft, Some("latest"))
-}
+use fixture::{CHUNK, chunk_of, publish};
 
 fn read_chunk(image: &Image, chunk: u64) -> Vec<u8> {
     let volume = image.volume(&VolumeName::Memory).unwrap();

@@ -12,6 +12,7 @@ pub mod layout;
 pub mod manifest;
 pub mod publication;
 pub mod reference;
+pub mod source;
 
 use std::path::Path;
 use std::sync::Arc;

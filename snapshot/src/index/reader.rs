@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Entry, IndexRoot, Segment, SegmentError, SegmentIndex};
 use crate::blobs::{Blob, BlobError, BlobStore};
+use crate::digest::BlobDigest;
 use crate::units::ChunkIndex;
 
 /// Segments kept parsed: 4 GiB of volume, some 100 KiB each at the default chunk size.
@@ -26,7 +27,7 @@ pub enum IndexError {
         /// Which segment.
         segment: SegmentIndex,
         /// The index blob.
-        index: Blob,
+        index: BlobDigest,
         /// The store's reason.
         #[source]
         source: BlobError,
@@ -35,7 +36,7 @@ pub enum IndexError {
     #[error("index {index} is not usable")]
     Segment {
         /// The index blob.
-        index: Blob,
+        index: BlobDigest,
         /// What is wrong.
         #[source]
         source: SegmentError,
@@ -113,7 +114,7 @@ impl IndexReader {
 
     fn read(&self, number: SegmentIndex) -> Result<Segment, IndexError> {
         let unusable = |source| IndexError::Segment {
-            index: self.index,
+            index: self.index.digest,
             source,
         };
         let at = self
@@ -126,7 +127,7 @@ impl IndexReader {
             .read_range(&self.index, at.stored.start, &mut bytes)
             .map_err(|source| IndexError::Blob {
                 segment: number,
-                index: self.index,
+                index: self.index.digest,
                 source,
             })?;
         Segment::parse(&bytes, &self.root, number, &self.layer_bytes).map_err(unusable)

@@ -1,0 +1,137 @@
+//! An image directory as a source of chunks: verified bytes in page files, each ask answered once, damage named.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod fixture;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::image::source::{ImageSource, SourceSettings};
+use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, Urgency, VolumeId};
+use runnel_snapshot::units::ChunkIndex;
+
+use fixture::{CHUNK, chunk_of, publish};
+
+type Answer = (u64, Result<Arrived, ChunkFailure>);
+
+/// Passes every answer on to the test.
+struct Answers(Sender<Answer>);
+
+impl ChunkSink for Answers {
+    fn arrived(&self, chunk: ChunkId, what: Arrived) {
+        self.0.send((chunk.chunk.0, Ok(what))).unwrap();
+    }
+
+    fn failed(&self, chunk: ChunkId, failure: ChunkFailure) {
+        self.0.send((chunk.chunk.0, Err(failure))).unwrap();
+    }
+}
+
+fn source(image: &Image) -> (ImageSource, Receiver<Answer>) {
+    let settings = SourceSettings {
+        workers: 2,
+        drive_folder: "/tmp".into(),
+    };
+    let source = ImageSource::new(image, &settings).unwrap();
+    let (sender, answers) = channel();
+    source.deliver_to(Arc::new(Answers(sender)));
+    (source, answers)
+}
+
+fn chunk(number: u64) -> ChunkId {
+    ChunkId {
+        volume: VolumeId(0),
+        chunk: ChunkIndex(number),
+    }
+}
+
+#[test]
+fn chunks_that_were_asked_for_appear_in_the_page_file() {
+    let folder = tempfile::tempdir().unwrap();
+    publish(&folder.path().join("image")).unwrap();
+    let image = Image::open_directory(&folder.path().join("image"), &Wanted::Only).unwrap();
+    let (source, answers) = source(&image);
+    assert_eq!(source.volumes()[0].bytes, 4 * CHUNK as u64 + CHUNK as u64 / 2);
+
+    source.ask(&(0..5).map(chunk).collect::<Vec<_>>(), Urgency::Soon);
+    let mut arrived: Vec<Answer> = answers.iter().take(5).collect();
+    arrived.sort_by_key(|answer| answer.0);
+    use Arrived::{Data, Zero};
+    assert_eq!(
+        arrived,
+        [
+            (0, Ok(Data)),
+            (1, Ok(Zero)),
+            (2, Ok(Zero)),
+            (3, Ok(Data)),
+            (4, Ok(Data))
+        ]
+    );
+
+    let pages = source.page_file(VolumeId(0));
+    let mut bytes = vec![0; CHUNK];
+    pages.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, chunk_of(1));
+    pages.read_exact_at(&mut bytes, 3 * CHUNK as u64).unwrap();
+    assert_eq!(bytes, chunk_of(2));
+    pages
+        .read_exact_at(&mut bytes[..CHUNK / 2], 4 * CHUNK as u64)
+        .unwrap();
+    assert_eq!(bytes[..CHUNK / 2], chunk_of(3)[..CHUNK / 2]);
+
+    // What is there already is answered again.
+    source.ask(&[chunk(3)], Urgency::Demand);
+    assert_eq!(answers.recv().unwrap(), (3, Ok(Data)));
+}
+
+#[test]
+fn a_damaged_chunk_fails_by_name_and_none_of_it_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    publish(&path).unwrap();
+    let image = Image::open_directory(&path, &Wanted::Only).unwrap();
+    let layer = image.manifest.volumes[0].layers[0];
+    let file = path.join("blobs/sha256").join(layer.digest.hex());
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[20] ^= 1; // in the first frame, behind its header
+    fs::write(&file, bytes).unwrap();
+
+    let (source, answers) = source(&image);
+    source.ask(&[chunk(0)], Urgency::Demand);
+    let (_, answer) = answers.recv().unwrap();
+    let failure = answer.unwrap_err();
+    assert!(!failure.transient);
+    for part in ["chunk 0", "memory", &layer.digest.hex()] {
+        assert!(failure.reason.contains(part), "{}", failure.reason);
+    }
+    let mut seen = vec![1; CHUNK];
+    source.page_file(VolumeId(0)).read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!(seen, vec![0; CHUNK]);
+    // The others are not affected.
+    source.ask(&[chunk(3)], Urgency::Demand);
+    assert_eq!(answers.recv().unwrap(), (3, Ok(Arrived::Data)));
+}
+
+#[test]
+fn a_chunk_or_a_volume_that_does_not_exist_fails_for_good() {
+    let folder = tempfile::tempdir().unwrap();
+    publish(&folder.path().join("image")).unwrap();
+    let image = Image::open_directory(&folder.path().join("image"), &Wanted::Only).unwrap();
+    let (source, answers) = source(&image);
+    for id in [
+        chunk(5),
+        chunk(u64::MAX),
+        ChunkId {
+            volume: VolumeId(1),
+            chunk: ChunkIndex(0),
+        },
+    ] {
+        source.ask(&[id], Urgency::Demand);
+        assert!(!answers.recv().unwrap().1.unwrap_err().transient);
+    }
+}
