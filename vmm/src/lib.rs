@@ -4,7 +4,9 @@
 //! chunks of remote images come from the agent, over a unix socket.
 
 pub mod api;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod exit;
+pub mod logger;
 pub mod version;
