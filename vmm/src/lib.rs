@@ -9,4 +9,5 @@ pub mod config;
 pub mod control;
 pub mod exit;
 pub mod logger;
+pub mod pager;
 pub mod version;

@@ -77,6 +77,8 @@ struct Pages {
     /// Faults that the host would not let us answer, by chunk, with what it said; tried again by
     /// [`MemoryPager::retry`].
     refused: BTreeMap<ChunkIndex, Refused>,
+    /// Chunks that the page file turned out not to hold any more; asked for again once the lock is released.
+    lost: Vec<ChunkIndex>,
 }
 
 struct Refused {
@@ -125,6 +127,7 @@ impl MemoryPager {
                 awaited: HashSet::new(),
                 discarded: PageSet::new(pages_total),
                 refused: BTreeMap::new(),
+                lost: Vec::new(),
             }),
             faults: Faults::default(),
         });
@@ -149,7 +152,7 @@ impl MemoryPager {
         if pages.discarded.contains(page) {
             self.faults.zero.fetch_add(1, Ordering::Relaxed);
             self.report(self.installer.zero(page, 1), chunk, &mut pages);
-            return;
+            return self.finish(pages);
         }
         match self.fetcher.state(self.id(chunk)) {
             Some(what) => {
@@ -169,9 +172,10 @@ impl MemoryPager {
                 self.faults.waiting.fetch_add(1, Ordering::Relaxed);
                 pages.awaited.insert(chunk);
                 drop(pages);
-                self.await_chunk(chunk);
+                return self.await_chunk(chunk);
             }
         }
+        self.finish(pages);
     }
 
     /// The guest gives these pages back. To be called *before* the mapping is told (`MADV_DONTNEED`): from here on
@@ -187,13 +191,20 @@ impl MemoryPager {
         for chunk in std::mem::take(&mut pages.refused).into_keys() {
             match self.fetcher.state(self.id(chunk)) {
                 Some(what) => self.install(chunk, what, &mut pages),
-                // A single page of it was to be installed; whoever waits faults again when the chunk is here.
+                // A single page of it was to be installed: now the whole chunk is.
                 None => {
                     pages.awaited.insert(chunk);
-                    self.fetcher.demand(self.id(chunk));
+                    pages.lost.push(chunk);
                 }
             }
         }
+        self.finish(pages);
+    }
+
+    /// Whether there are faults to [`retry`](Self::retry).
+    #[must_use]
+    pub fn has_refused(&self) -> bool {
+        !self.lock().refused.is_empty()
     }
 
     /// Why the machine is stalled, if it is: a chunk that does not come, or a host that cannot take it.
@@ -264,6 +275,16 @@ impl MemoryPager {
         let mut pages = self.lock();
         if pages.awaited.remove(&chunk) {
             self.install(chunk, what, &mut pages);
+            self.finish(pages);
+        }
+    }
+
+    /// Releases the lock, then asks for what was found lost under it.
+    fn finish(&self, mut pages: MutexGuard<'_, Pages>) {
+        let lost = std::mem::take(&mut pages.lost);
+        drop(pages);
+        for chunk in lost {
+            self.fetcher.lost(self.id(chunk));
         }
     }
 
@@ -297,7 +318,7 @@ impl MemoryPager {
                     "the page file lost a chunk; asking for it again"
                 );
                 pages.awaited.insert(chunk);
-                self.fetcher.lost(self.id(chunk));
+                pages.lost.push(chunk);
             }
             Err(error @ InstallError::Host(..)) => {
                 self.faults.install_errors.fetch_add(1, Ordering::Relaxed);

@@ -17,5 +17,5 @@ mod memory;
 mod page_set;
 
 pub use fetcher::{Fetcher, FetcherCounters, FetcherSettings, Stall};
-pub use memory::{InstallError, MemoryPager, PageInstaller, PagerCounters};
+pub use memory::{InstallError, MemoryPager, NoMemory, PageInstaller, PagerCounters};
 pub use page_set::PageSet;

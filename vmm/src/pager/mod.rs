@@ -1,0 +1,20 @@
+//! The pager: the thread of the monitor that reads page faults in guest memory and has them answered.
+//!
+//! The logic (which chunk to ask for, what a fault becomes) is `runnel_snapshot::pager`; here are the userfaultfd,
+//! the calls that install pages, and the thread. The monitor alone creates and reads its userfaultfd: an event that a
+//! dead reader had consumed would not come again, and when the last descriptor closes waiting readers would get
+//! zeros.
+//!
+//! **Architecture invariant.** The pager's thread never touches guest memory and takes no lock that is held by a thread
+//! that does.
+
+mod install;
+mod thread;
+mod uffd;
+
+pub use install::{HostAddress, HostMapping};
+pub use thread::{Pager, PagerError};
+pub use uffd::{UffdError, check_host};
+
+#[cfg(test)]
+mod tests;
