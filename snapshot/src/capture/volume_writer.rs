@@ -101,8 +101,7 @@ impl VolumeWriter {
         let start = self.next_chunk_range().start;
         let index = &mut self.index;
         self.builder.push_zeros(chunks, |bytes| index.write(bytes))?;
-        self.zeros_pending +=
-            (self.builder.chunks() * self.chunk_size.bytes()).min(self.volume_bytes) - start;
+        self.zeros_pending += self.content_bytes() - start;
         Ok(())
     }
 
@@ -171,6 +170,12 @@ impl VolumeWriter {
             volume,
             wanted: self.found,
         })
+    }
+
+    /// How many bytes of the volume were described so far.
+    #[must_use]
+    pub fn content_bytes(&self) -> u64 {
+        (self.builder.chunks() * self.chunk_size.bytes()).min(self.volume_bytes)
     }
 
     /// How many bytes the layer has so far.

@@ -181,6 +181,14 @@ pub struct ImageVolume {
 }
 
 impl ImageVolume {
+    /// What the volume takes in its image.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        let blobs = self.layers.iter().chain([&self.index]).map(|blob| blob.bytes);
+        // The lengths are a manifest's word.
+        blobs.fold(self.root_blob().bytes, u64::saturating_add)
+    }
+
     /// The blob that holds the root.
     #[must_use]
     pub fn root_blob(&self) -> Blob {

@@ -1,0 +1,310 @@
+//! A capture: some volumes and a machine state, of one moment, become one image.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::CaptureSettings;
+use super::content::Content;
+use super::pool::capture_volume;
+use super::progress::{Progress, Stage};
+use super::volume_writer::{VolumeWriter, WriteError};
+use crate::blobs::Blob;
+use crate::digest::BlobDigest;
+use crate::image::layout::{Layout, LayoutError};
+use crate::image::manifest::{ImageVolume, ManifestDraft};
+use crate::image::publication::{Publication, PublishError};
+use crate::index::{Entry, IndexError, IndexReader, StoredChunk};
+use crate::state::{FirstChunk, MachineState, StateError};
+use crate::units::{ByteRange, ChunkIndex};
+use crate::volume::VolumeName;
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// It was called off.
+    #[error("the snapshot was cancelled")]
+    Cancelled,
+    /// Content cannot be read.
+    #[error("reading {range} of volume {volume} failed")]
+    Read {
+        /// Which volume.
+        volume: VolumeName,
+        /// Which bytes.
+        range: ByteRange,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// zstd cannot be set up.
+    #[error("no compressor of level {level} can be set up")]
+    Compressor {
+        /// The level asked for.
+        level: i32,
+        /// zstd's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// zstd failed.
+    #[error("compressing {range} of volume {volume} failed")]
+    Compress {
+        /// Which volume.
+        volume: VolumeName,
+        /// Which bytes.
+        range: ByteRange,
+        /// zstd's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The image cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The image cannot be published.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The state cannot be encoded.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A volume that did not change cannot be taken over.
+    #[error("the volume {volume} cannot be taken over from {from}")]
+    TakeOver {
+        /// Which volume.
+        volume: VolumeName,
+        /// The image that has it.
+        from: String,
+        /// Why.
+        #[source]
+        source: Box<TakeOverError>,
+    },
+    /// Two volumes of one name.
+    #[error("there are two volumes named {0}")]
+    Twice(VolumeName),
+    /// No thread can be started.
+    #[error("no thread that compresses can be started")]
+    Thread(#[source] io::Error),
+}
+
+/// Why a volume of another image cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeOverError {
+    /// Its directory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Its index.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+}
+
+/// Where a volume comes from.
+pub enum VolumeSource {
+    /// It is captured.
+    Content(Arc<dyn Content>),
+    /// It is byte for byte the volume of an image of this host: a read-only drive that was captured before.
+    Unchanged {
+        /// The image's directory.
+        layout: Arc<Layout>,
+        /// The volume there.
+        volume: ImageVolume,
+    },
+}
+
+impl VolumeSource {
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Content(content) => content.bytes(),
+            Self::Unchanged { volume, .. } => volume.root.volume_bytes(),
+        }
+    }
+}
+
+/// What is to be captured.
+pub struct Job {
+    settings: CaptureSettings,
+    volumes: Vec<(VolumeName, VolumeSource)>,
+    /// The chunks whose entries go into the machine state.
+    first_chunks: Vec<(VolumeName, ChunkIndex)>,
+    parent: Option<BlobDigest>,
+    name: Option<String>,
+    progress: Arc<Progress>,
+}
+
+/// An image that was made.
+#[derive(Clone, Debug)]
+pub struct Captured {
+    /// Its manifest.
+    pub manifest: Blob,
+    /// Its volumes.
+    pub volumes: Vec<ImageVolume>,
+}
+
+impl Job {
+    /// A capture of these volumes, all as they were at one moment.
+    ///
+    /// # Errors
+    /// When two have the same name.
+    pub fn new(
+        settings: CaptureSettings,
+        volumes: Vec<(VolumeName, VolumeSource)>,
+    ) -> Result<Self, CaptureError> {
+        let mut names = BTreeSet::new();
+        if let Some((name, _)) = volumes.iter().find(|(name, _)| !names.insert(name)) {
+            return Err(CaptureError::Twice(name.clone()));
+        }
+        let progress = Progress::new(
+            volumes
+                .iter()
+                .map(|(name, source)| (name.clone(), source.bytes())),
+        );
+        let progress = Arc::new(progress);
+        Ok(Self {
+            settings,
+            volumes,
+            first_chunks: Vec::new(),
+            parent: None,
+            name: None,
+            progress,
+        })
+    }
+
+    /// The chunks that a resume needs first, the most urgent first: their places are written into the machine state.
+    #[must_use]
+    pub fn with_first_chunks(mut self, first_chunks: Vec<(VolumeName, ChunkIndex)>) -> Self {
+        self.first_chunks = first_chunks;
+        self
+    }
+
+    /// The image that the machine was resumed from.
+    #[must_use]
+    pub fn with_parent(mut self, parent: BlobDigest) -> Self {
+        self.parent = Some(parent);
+        self
+    }
+
+    /// The name of the image in its `index.json`: a tag.
+    #[must_use]
+    pub fn with_name(mut self, name: String) -> Self {
+        self.name = Some(name);
+        self
+    }
+
+    /// To watch it, and to call it off, from another thread.
+    #[must_use]
+    pub fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
+    }
+
+    /// Makes the image at `target`, which must not exist.
+    ///
+    /// # Errors
+    /// When anything fails or it was cancelled; nothing is left of the image then.
+    pub fn run(self, target: &Path, mut state: MachineState) -> Result<Captured, CaptureError> {
+        let publication = Publication::begin(target)?;
+        let mut volumes = Vec::new();
+        let mut places: BTreeMap<(VolumeName, ChunkIndex), StoredChunk> = BTreeMap::new();
+        for (position, (name, source)) in self.volumes.iter().enumerate() {
+            let wanted = self.first_chunks.iter().filter(|(volume, _)| volume == name);
+            let wanted: BTreeSet<ChunkIndex> = wanted.map(|(_, chunk)| *chunk).collect();
+            let (volume, found) = match source {
+                VolumeSource::Content(content) => {
+                    self.capture(&publication, position, name, content.as_ref(), wanted)?
+                }
+                VolumeSource::Unchanged { layout, volume } => {
+                    self.take_over(&publication, position, name, layout, volume, &wanted)?
+                }
+            };
+            places.extend(
+                found
+                    .into_iter()
+                    .map(|(chunk, stored)| ((name.clone(), chunk), stored)),
+            );
+            volumes.push(volume);
+        }
+        state.first_chunks = self
+            .first_chunks
+            .iter()
+            .filter_map(|(volume, chunk)| {
+                let stored = places.remove(&(volume.clone(), *chunk))?; // once, however often it is named
+                Some(FirstChunk::new(volume.clone(), *chunk, stored))
+            })
+            .collect();
+        let state = publication.add(&state.encode()?)?;
+        if self.progress.is_cancelled() {
+            return Err(CaptureError::Cancelled);
+        }
+        self.progress.set_stage(Stage::Publishing);
+        let draft = ManifestDraft {
+            state,
+            volumes,
+            working_set: None,
+            parent: self.parent,
+        };
+        let manifest = publication.publish(&draft, self.name.as_deref())?;
+        self.progress.set_stage(Stage::Published);
+        Ok(Captured {
+            manifest,
+            volumes: draft.volumes,
+        })
+    }
+
+    fn capture(
+        &self,
+        publication: &Publication,
+        position: usize,
+        name: &VolumeName,
+        content: &dyn Content,
+        wanted: BTreeSet<ChunkIndex>,
+    ) -> Result<(ImageVolume, BTreeMap<ChunkIndex, StoredChunk>), CaptureError> {
+        let mut writer = VolumeWriter::new(publication, content.bytes(), self.settings.chunk_size, wanted)?;
+        capture_volume(
+            name,
+            content,
+            &self.settings,
+            (&self.progress, position),
+            &mut writer,
+        )?;
+        let written = writer.finish(publication, name.clone())?;
+        self.progress.set_stored(position, written.volume.stored_bytes());
+        Ok((written.volume, written.wanted))
+    }
+
+    fn take_over(
+        &self,
+        publication: &Publication,
+        position: usize,
+        name: &VolumeName,
+        layout: &Layout,
+        volume: &ImageVolume,
+        wanted: &BTreeSet<ChunkIndex>,
+    ) -> Result<(ImageVolume, BTreeMap<ChunkIndex, StoredChunk>), CaptureError> {
+        let failed = |source| CaptureError::TakeOver {
+            volume: name.clone(),
+            from: layout.path().display().to_string(),
+            source: Box::new(source),
+        };
+        let root = volume.root_blob();
+        for blob in volume.layers.iter().chain([&volume.index, &root]) {
+            publication.take_over(layout, blob)?;
+        }
+        let store = layout
+            .open_blobs([volume.index])
+            .map_err(|error| failed(error.into()))?;
+        let layer_bytes = volume.layers.iter().map(|layer| layer.bytes).collect();
+        let index = IndexReader::new(Arc::new(store), volume.index, volume.root.clone(), layer_bytes);
+        let mut found = BTreeMap::new();
+        for chunk in wanted {
+            if let Entry::Data(stored) = index.entry(*chunk).map_err(|error| failed(error.into()))? {
+                found.insert(*chunk, stored);
+            }
+        }
+        self.progress.add_done(position, volume.root.volume_bytes());
+        self.progress.set_stored(position, volume.stored_bytes());
+        Ok((
+            ImageVolume {
+                name: name.clone(),
+                ..volume.clone()
+            },
+            found,
+        ))
+    }
+}

@@ -1,0 +1,188 @@
+//! Firecracker's form of memory: one raw, sparse file, as its handlers and tools expect (`mem_file_path`).
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+use super::CaptureSettings;
+use super::content::{Content, Found};
+use super::progress::{Progress, Stage};
+use super::splitter::{Piece, Splitter};
+use crate::layer::frame::is_zero;
+use crate::units::{ByteRange, ChunkIndex};
+
+/// Why there is no raw file. What was at its path before is still there.
+#[derive(Debug, thiserror::Error)]
+pub enum RawError {
+    /// It was called off.
+    #[error("the snapshot was cancelled")]
+    Cancelled,
+    /// Content cannot be read.
+    #[error("reading {range} of the volume failed")]
+    Read {
+        /// Which bytes.
+        range: ByteRange,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("{what} {path} failed")]
+    Write {
+        /// What was attempted.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Writes `content` to `target`, zeros as holes, and puts it in the place of what was there by a rename: a machine
+/// that still maps the old file keeps it. The volume's figures are the first of `progress`.
+///
+/// # Errors
+/// When reading or writing fails, or it was cancelled.
+pub fn write_raw(
+    content: &dyn Content,
+    target: &Path,
+    settings: &CaptureSettings,
+    progress: &Progress,
+) -> Result<(), RawError> {
+    let partial = Partial::create(target, content.bytes())?;
+    let splitter = Mutex::new(Splitter::new(content, settings.chunk_size));
+    let copy = || copy_pieces(content, &partial, &splitter, settings, progress);
+    thread::scope(|scope| {
+        // This thread works too, so that it goes on if no other can be started.
+        let others: Vec<_> = (1..settings.compressors)
+            .map_while(|_| {
+                thread::Builder::new()
+                    .name("copy".into())
+                    .spawn_scoped(scope, copy)
+                    .ok()
+            })
+            .collect();
+        let own = copy();
+        others
+            .into_iter()
+            .map(|other| {
+                other
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .fold(own, Result::and)
+    })?;
+    progress.set_stage(Stage::Publishing);
+    partial.publish(target)?;
+    progress.set_stage(Stage::Published);
+    Ok(())
+}
+
+fn copy_pieces(
+    content: &dyn Content,
+    partial: &Partial,
+    splitter: &Mutex<Splitter<'_>>,
+    settings: &CaptureSettings,
+    progress: &Progress,
+) -> Result<(), RawError> {
+    let mut buffer = Vec::new();
+    loop {
+        if progress.is_cancelled() {
+            return Err(RawError::Cancelled);
+        }
+        let next = splitter.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let (first, chunks) = match next.map_err(|(range, source)| RawError::Read { range, source })? {
+            None => return Ok(()),
+            Some(Piece::Zeros { chunks }) => {
+                progress.add_done(0, chunks * settings.chunk_size.bytes());
+                continue;
+            }
+            Some(Piece::Span { first, chunks }) => (first, chunks),
+        };
+        for number in first.0..first.0 + chunks {
+            let range = settings.chunk_size.range_of(ChunkIndex(number), content.bytes());
+            buffer.resize(range.len as usize, 0); // at most 2 MiB
+            let found = content
+                .read(range.start, &mut buffer)
+                .map_err(|source| RawError::Read { range, source })?;
+            if found == Found::Data && !is_zero(&buffer) {
+                partial.write(&buffer, range.start)?;
+            }
+            progress.add_done(0, range.len);
+        }
+    }
+}
+
+/// The file while it is being written; removed when dropped.
+struct Partial {
+    file: File,
+    path: PathBuf,
+}
+
+impl Partial {
+    fn create(target: &Path, bytes: u64) -> Result<Self, RawError> {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(target.file_name().unwrap_or_default());
+        name.push(format!(".partial-{}", std::process::id()));
+        let path = target.with_file_name(name);
+        let failed = |what, source| RawError::Write {
+            what,
+            path: path.clone(),
+            source,
+        };
+        // Not `create_new`: what a killed process of this number left is of no use to anybody.
+        let open = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path);
+        let partial = Self {
+            file: open.map_err(|source| failed("creating", source))?,
+            path: path.clone(),
+        };
+        partial
+            .file
+            .set_len(bytes)
+            .map_err(|source| failed("enlarging", source))?;
+        Ok(partial)
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> Result<(), RawError> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|source| self.failed("writing", source))
+    }
+
+    fn publish(self, target: &Path) -> Result<(), RawError> {
+        self.file
+            .sync_all()
+            .map_err(|source| self.failed("synchronising", source))?;
+        fs::rename(&self.path, target).map_err(|source| self.failed("renaming", source))?;
+        let parent = target
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        let synchronised = File::open(parent).and_then(|folder| folder.sync_all());
+        synchronised.map_err(|source| self.failed("synchronising the folder of", source))
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> RawError {
+        RawError::Write {
+            what,
+            path: self.path.clone(),
+            source,
+        }
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // After the rename it is not there any more.
+        let _ = fs::remove_file(&self.path);
+    }
+}
