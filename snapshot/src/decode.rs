@@ -1,8 +1,9 @@
 //! The one place where frames become bytes: decompress, then hold against the digest. What comes out is verified.
 
-use std::io;
+use std::io::{self, Read};
 
 use crate::digest::ChunkDigest;
+use crate::layer::frame::is_zero;
 
 /// Why a frame is not the chunk that the index promises.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +85,57 @@ impl ChunkDecoder {
     }
 }
 
+/// The largest window, as a power of two, that a frame of zeros may ask for: 8 MiB.
+const ZEROS_WINDOW_LOG_MAX: u32 = 23;
+
+/// Why a frame is no run of zeros.
+#[derive(Debug, thiserror::Error)]
+pub enum ZerosError {
+    /// It cannot be read, or does not decompress.
+    #[error("the frame of zeros does not decompress")]
+    Decompress(#[source] io::Error),
+    /// It holds something else.
+    #[error("the frame of zeros holds other bytes after the first {0}")]
+    NotZero(u64),
+    /// It has another length.
+    #[error("the frame of zeros holds {found} bytes or more instead of {expected}")]
+    Length {
+        /// What it should hold.
+        expected: u64,
+        /// What it holds.
+        found: u64,
+    },
+}
+
+/// Decompresses a frame of any length in little memory, and checks that it holds exactly `content` zeros.
+///
+/// # Errors
+/// When it does not.
+pub fn check_zeros(frame: impl Read, content: u64) -> Result<(), ZerosError> {
+    let mut decoder = zstd::Decoder::new(frame).map_err(ZerosError::Decompress)?;
+    decoder
+        .window_log_max(ZEROS_WINDOW_LOG_MAX)
+        .map_err(ZerosError::Decompress)?;
+    let mut piece = vec![0; 128 << 10];
+    let mut found = 0;
+    loop {
+        let len = decoder.read(&mut piece).map_err(ZerosError::Decompress)?;
+        if !is_zero(&piece[..len]) {
+            return Err(ZerosError::NotZero(found));
+        }
+        found += len as u64;
+        if found > content || (len == 0 && found != content) {
+            return Err(ZerosError::Length {
+                expected: content,
+                found,
+            });
+        }
+        if len == 0 {
+            return Ok(());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,5 +175,29 @@ mod tests {
             }
         }
         decoder.decode(&frame, &digest, &mut plain).unwrap();
+    }
+
+    #[test]
+    fn a_frame_of_zeros_is_exactly_that() {
+        let frame_of = |plain: &[u8]| zstd::bulk::compress(plain, 1).unwrap();
+        check_zeros(&frame_of(&[0; 300_000])[..], 300_000).unwrap();
+        assert!(matches!(
+            check_zeros(&frame_of(&[0; 300_000])[..], 300_001),
+            Err(ZerosError::Length { .. })
+        ));
+        // A bomb is given up as soon as it is too long.
+        assert!(
+            matches!(check_zeros(&frame_of(&[0; 30 << 20])[..], 1), Err(ZerosError::Length { found, .. }) if found <= 128 << 10)
+        );
+        let mut almost = vec![0; 300_000];
+        almost[299_999] = 1;
+        assert!(matches!(
+            check_zeros(&frame_of(&almost)[..], 300_000),
+            Err(ZerosError::NotZero(_))
+        ));
+        assert!(matches!(
+            check_zeros(&b"no frame"[..], 8),
+            Err(ZerosError::Decompress(_))
+        ));
     }
 }

@@ -23,4 +23,5 @@ pub mod section;
 pub mod source;
 pub mod state;
 pub mod units;
+pub mod verify;
 pub mod volume;

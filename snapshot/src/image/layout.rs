@@ -196,14 +196,23 @@ impl Layout {
     /// # Errors
     /// When one is missing or has another length.
     pub fn open_blobs(&self, blobs: impl IntoIterator<Item = Blob>) -> Result<DirectoryBlobs, LayoutError> {
-        let mut files = HashMap::new();
-        for blob in blobs {
-            let file = self.open_blob(&blob).map_err(|source| LayoutError::Blob {
-                path: self.path.clone(),
-                source,
-            })?;
-            files.insert(blob.digest, file);
-        }
+        let opened = self.open_blobs_or_missing(blobs);
+        opened.map_err(|source| LayoutError::Blob {
+            path: self.path.clone(),
+            source,
+        })
+    }
+
+    /// Like [`Self::open_blobs`], with the blob's own error.
+    pub(crate) fn open_blobs_or_missing(
+        &self,
+        blobs: impl IntoIterator<Item = Blob>,
+    ) -> Result<DirectoryBlobs, BlobError> {
+        let open = |blob: Blob| Ok((blob.digest, self.open_blob(&blob)?));
+        let files = blobs
+            .into_iter()
+            .map(open)
+            .collect::<Result<HashMap<_, _>, BlobError>>()?;
         Ok(DirectoryBlobs {
             path: self.path.clone(),
             files,
