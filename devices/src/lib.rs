@@ -7,6 +7,8 @@
 
 pub mod boot_timer;
 pub mod bus;
+pub mod event_loop;
 pub mod i8042;
 pub mod interrupt;
 pub mod serial;
+pub mod virtio;

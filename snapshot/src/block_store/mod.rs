@@ -27,6 +27,9 @@ pub trait BlockStore: Send + Sync {
     /// Whether writes are refused.
     fn is_read_only(&self) -> bool;
 
+    /// These bytes will be read soon. A store that must fetch them asks for all of them now; it returns at once.
+    fn will_read(&self, ranges: &[ByteRange]);
+
     /// Fills `into`, one slice after the other, from `offset` on.
     ///
     /// # Errors

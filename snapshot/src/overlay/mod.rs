@@ -243,6 +243,12 @@ impl BlockStore for Overlay {
         self.read_only
     }
 
+    fn will_read(&self, ranges: &[ByteRange]) {
+        let inside = ranges.iter().filter(|range| self.check(**range).is_ok());
+        let missing: Vec<_> = inside.flat_map(|range| self.missing_chunks(*range)).collect();
+        self.fetcher.prefetch(&missing);
+    }
+
     fn read_at(&self, offset: u64, into: &[GuestSlice<'_>]) -> io::Result<()> {
         let range = ByteRange {
             start: offset,
