@@ -1,135 +1,17 @@
 //! The API over its socket, with a machine behind it that needs no KVM.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+mod document;
+mod monitor;
+mod schema;
+
+use std::io::Read;
 use std::sync::mpsc;
-use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
-use super::{ApiServer, ApiSocket, BODY_BYTES_MAX};
-use crate::config::MicrovmConfig;
+use self::monitor::{Client, Monitor};
+use super::BODY_BYTES_MAX;
 use crate::control::fake::FakeEngine;
-use crate::control::{Control, Inbox, Status, run};
-use crate::exit::ExitCode;
-
-/// A monitor without KVM.
-struct Monitor {
-    server: Option<ApiServer>,
-    control: Option<JoinHandle<ExitCode>>,
-    inbox: std::sync::Arc<Inbox>,
-    path: PathBuf,
-    _folder: TempDir,
-}
-
-impl Monitor {
-    fn start(engine: FakeEngine) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api.sock");
-        let status = Status::new("test".parse().unwrap());
-        let inbox = Inbox::new().unwrap();
-        let socket = ApiSocket::bind(&path).unwrap();
-        let server = ApiServer::start(socket, inbox.clone(), status.clone(), BODY_BYTES_MAX).unwrap();
-        let requests = inbox.clone();
-        let control = std::thread::spawn(move || {
-            let mut control = Control::new(engine, status, MicrovmConfig::default(), Box::new(|_| Ok(())));
-            run(&mut control, &requests).unwrap()
-        });
-        Self {
-            server: Some(server),
-            control: Some(control),
-            inbox,
-            path,
-            _folder: folder,
-        }
-    }
-
-    fn connect(&self) -> Client {
-        Client {
-            stream: BufReader::new(UnixStream::connect(&self.path).unwrap()),
-        }
-    }
-
-    fn ask(&self, verb: &str, path: &str, body: &Value) -> (u16, Value) {
-        self.connect().ask(verb, path, body)
-    }
-
-    /// A machine that runs.
-    fn started(self) -> Self {
-        let boot = json!({"kernel_image_path": "/proc/self/exe"});
-        assert_eq!(self.ask("PUT", "/boot-source", &boot).0, 204);
-        assert_eq!(
-            self.ask("PUT", "/actions", &json!({"action_type": "InstanceStart"}))
-                .0,
-            204
-        );
-        self
-    }
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        self.inbox.end();
-        if let Some(control) = self.control.take() {
-            control.join().unwrap();
-        }
-        if let Some(server) = self.server.take() {
-            server.stop();
-        }
-        assert!(!self.path.exists(), "the socket is still there");
-    }
-}
-
-struct Client {
-    stream: BufReader<UnixStream>,
-}
-
-impl Client {
-    fn ask(&mut self, verb: &str, path: &str, body: &Value) -> (u16, Value) {
-        let body = if body.is_null() {
-            String::new()
-        } else {
-            body.to_string()
-        };
-        self.send(&format!(
-            "{verb} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        ));
-        let (status, _, body) = self.receive();
-        (status, body)
-    }
-
-    fn send(&mut self, text: &str) {
-        self.stream.get_mut().write_all(text.as_bytes()).unwrap();
-    }
-
-    /// Status, head and body of one answer.
-    fn receive(&mut self) -> (u16, String, Value) {
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            assert_ne!(
-                self.stream.read_line(&mut head).unwrap(),
-                0,
-                "the connection was closed: {head:?}"
-            );
-        }
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        let length = head.to_ascii_lowercase().lines().find_map(|line| {
-            line.strip_prefix("content-length: ")
-                .map(|length| length.parse().unwrap())
-        });
-        let mut body = vec![0; length.unwrap_or(0)];
-        self.stream.read_exact(&mut body).unwrap();
-        let body = if body.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_slice(&body).unwrap()
-        };
-        (status, head, body)
-    }
-}
 
 fn fault(answer: (u16, Value)) -> String {
     assert_eq!(answer.0, 400, "{answer:?}");
