@@ -19,6 +19,7 @@ pub mod layer;
 pub mod machine;
 pub mod overlay;
 pub mod pager;
+pub mod protocol;
 pub mod section;
 pub mod source;
 pub mod state;

@@ -1,0 +1,39 @@
+//! The chunk protocol between a monitor and an agent of the same host, over a unix socket of type `SOCK_SEQPACKET`:
+//! one message a packet, descriptors ride along.
+//!
+//! ```text
+//!   monitor                                   agent
+//!      │ Hello {protocol, image} ─────────────► │   opens the image; may take round trips
+//!      │ ◄──── Opened {digest, volumes} + files │   or Refused {reason, transient}, and hangs up
+//!      │                                        │
+//!      │ Ask {urgency, chunks} ───────────────► │   any number, at any time, again to lift the urgency
+//!      │ Cancel {chunks} ─────────────────────► │
+//!      │ ◄────────────── Arrived {chunk, what}… │   each chunk asked for is answered once
+//!      │ ◄─── Failed {chunk, reason, transient} │
+//!      │                                        │
+//!      ╳ hangs up: the agent forgets what it was asked
+//!      ╳ the agent dies: the monitor connects again, says Hello with the digest it was told, and asks again
+//! ```
+//!
+//! With `Opened` come these descriptors, in this order: the image's machine state (the blob as the image holds it), its
+//! manifest, and one *page file* a volume, open for reading alone. A chunk is in its page file, verified, before its
+//! `Arrived` is sent. After a reconnection the page files must be the same files; that is what the agent's page
+//! directory is for.
+//!
+//! **Versions.** `Hello` names the protocol's version; an agent that does not speak it refuses with the versions that it
+//! does. Fields may be added to the JSON of `Hello`, `Opened` and `Refused` within a version; a new message or another
+//! layout of an old one is a new version.
+//!
+//! **Trust.** A monitor believes nothing about lengths; it does rely on its agent for the bytes of the page files, as the
+//! agent is the one that verifies them.
+
+mod client;
+mod message;
+mod socket;
+
+pub use client::{AgentSource, ConnectError, Opening, is_answering};
+pub use message::{
+    BadMessage, CHUNKS_MAX, FromAgent, FromMonitor, Hello, MESSAGE_BYTES_MAX, Opened, OpenedVolume,
+    PROTOCOL_VERSION, Refused, VOLUMES_MAX,
+};
+pub use socket::{PacketListener, PacketSocket};
