@@ -135,7 +135,8 @@ impl fmt::Display for ImageReference {
 }
 
 /// OCI distribution specification: components of lower-case letters and digits, joined by separators.
-fn is_name(name: &str) -> bool {
+#[must_use]
+pub fn is_name(name: &str) -> bool {
     let component = |text: &str| {
         let ends = [text.bytes().next(), text.bytes().last()];
         ends.iter()

@@ -1,0 +1,119 @@
+//! What the tests of both ends share: an image, a server of it, and requests as bytes.
+
+#![allow(
+    dead_code,
+    reason = "each test file is a program of its own and uses what it needs"
+)]
+
+#[path = "../../../tests/fixture/mod.rs"]
+pub(crate) mod fixture;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+
+use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Repositories, ServeSettings};
+use runnel_snapshot::blobs::Blob;
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::reference::Wanted;
+use tempfile::TempDir;
+
+/// An image in a directory named `web` that goes away with this.
+pub(crate) struct Stored {
+    folder: TempDir,
+    pub(crate) manifest: Blob,
+}
+
+impl Stored {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let manifest = fixture::publish(&folder.path().join("web")).unwrap();
+        Self { folder, manifest }
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.path().join("web")
+    }
+
+    /// The folder that the image is in.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(crate) fn open(&self) -> Image {
+        Image::open_directory(&self.path(), &Wanted::Only).unwrap()
+    }
+
+    /// The layer of its memory, and its bytes.
+    pub(crate) fn layer(&self) -> (Blob, Vec<u8>) {
+        let blob = self.open().manifest.volumes[0].layers[0];
+        (blob, self.bytes_of(&blob))
+    }
+
+    pub(crate) fn bytes_of(&self, blob: &Blob) -> Vec<u8> {
+        std::fs::read(self.path().join("blobs/sha256").join(blob.digest.hex())).unwrap()
+    }
+}
+
+/// Serves directories on loopback, to anyone.
+pub(crate) fn settings(paths: &[&Path]) -> ServeSettings {
+    let mut repositories = Repositories::default();
+    for path in paths {
+        repositories.add(path).unwrap();
+    }
+    ServeSettings {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        repositories,
+        token: None,
+        tls: None,
+        insecure: false,
+        connections_max: CONNECTIONS_MAX,
+    }
+}
+
+pub(crate) fn serve(paths: &[&Path]) -> ImageServer {
+    ImageServer::start(settings(paths)).unwrap()
+}
+
+/// An answer as it came.
+#[derive(Debug)]
+pub(crate) struct Raw {
+    pub(crate) status: u16,
+    head: String,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Raw {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().find_map(|line| {
+            let (found, value) = line.split_once(':')?;
+            found.eq_ignore_ascii_case(name).then(|| value.trim())
+        })
+    }
+
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).unwrap()
+    }
+}
+
+/// Sends one request, written out, on a connection of its own and reads until the server closes.
+pub(crate) fn request(address: SocketAddr, line: &str, headers: &[&str]) -> Raw {
+    let mut stream = TcpStream::connect(address).unwrap();
+    let mut text = format!("{line} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n");
+    for header in headers {
+        text += header;
+        text += "\r\n";
+    }
+    text += "\r\n";
+    stream.write_all(text.as_bytes()).unwrap();
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    let end = bytes.windows(4).position(|at| at == b"\r\n\r\n").unwrap();
+    let head = String::from_utf8(bytes[..end].to_vec()).unwrap();
+    let status = head[9..12].parse().unwrap();
+    Raw {
+        status,
+        head,
+        body: bytes[end + 4..].to_vec(),
+    }
+}
