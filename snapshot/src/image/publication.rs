@@ -6,6 +6,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,9 @@ use crate::digest::BlobDigest;
 
 /// What hidden directories are called: `.<target>.partial-<process>-<number>`.
 const PARTIAL: &str = ".partial-";
+
+/// Bytes after which a blob's way to stable storage begins, so that little is left to wait for at its end.
+const WRITEBACK_BYTES: u64 = 16 << 20;
 
 /// Why an image could not be published. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +125,7 @@ impl Publication {
             file,
             hash: sha2::Sha256::default(),
             bytes: 0,
+            bytes_started: 0,
         })
     }
 
@@ -220,6 +225,8 @@ pub struct BlobWriter {
     file: File,
     hash: sha2::Sha256,
     bytes: u64,
+    /// How many of them are on their way to stable storage.
+    bytes_started: u64,
 }
 
 impl BlobWriter {
@@ -233,6 +240,10 @@ impl BlobWriter {
             .map_err(io_error("writing", &self.path))?;
         self.hash.update(bytes);
         self.bytes += bytes.len() as u64;
+        if self.bytes - self.bytes_started >= WRITEBACK_BYTES {
+            start_writeback(&self.file, self.bytes_started, self.bytes - self.bytes_started);
+            self.bytes_started = self.bytes;
+        }
         Ok(())
     }
 
@@ -259,6 +270,15 @@ impl BlobWriter {
         fs::rename(&self.path, &path).map_err(io_error("renaming", &self.path))?;
         Ok(blob)
     }
+}
+
+/// Asks the kernel to begin writing; a hint, since whoever needs the bytes on stable storage synchronises.
+fn start_writeback(file: &File, offset: u64, len: u64) {
+    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
+        return;
+    };
+    // SAFETY: the descriptor is open as long as `file` is borrowed; no memory is involved.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 fn create(path: &Path) -> Result<File, PublishError> {
