@@ -10,6 +10,10 @@
 //! the image first. Discarded blocks become the overlay's and read as zeros. What the overlay holds is lost with the
 //! machine unless a snapshot takes it along.
 
+mod content;
+
+pub use content::{IsCancelled, OverImage, OwnPages};
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -97,6 +101,30 @@ impl Overlay {
             writer: Mutex::default(),
             written: Mutex::new(PageSet::new(about.bytes.div_ceil(PAGE_SIZE))),
         })
+    }
+
+    /// The overlay's content, for a snapshot. The machine stands still until it has been read.
+    ///
+    /// # Errors
+    /// When the process has too many descriptors.
+    pub fn content(&self, is_cancelled: IsCancelled) -> io::Result<OverImage> {
+        let own = self.written().clone();
+        let nothing = PageSet::new(self.about.bytes.div_ceil(PAGE_SIZE));
+        let own_pages = Box::new(self.own.try_clone()?);
+        Ok(OverImage::new(
+            &self.fetcher,
+            self.volume,
+            own,
+            own_pages,
+            nothing,
+            is_cancelled,
+        ))
+    }
+
+    /// Whether nothing was written: the drive is still the image's volume.
+    #[must_use]
+    pub fn is_unchanged(&self) -> bool {
+        self.written().is_empty()
     }
 
     fn written(&self) -> MutexGuard<'_, PageSet> {

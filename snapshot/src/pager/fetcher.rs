@@ -306,6 +306,54 @@ impl Fetcher {
         }
     }
 
+    /// Waits until the chunk is here, for somebody who would rather give up than wait for ever.
+    ///
+    /// # Errors
+    /// When `give_up` says so, when the chunk cannot be had for a reason that does not pass by itself, or when it
+    /// stays away for as long as stalls a machine.
+    pub fn wait_unless(&self, id: ChunkId, give_up: &dyn Fn() -> bool) -> std::io::Result<Arrived> {
+        /// How often `give_up` is asked.
+        const LOOK: Duration = Duration::from_millis(100);
+        if self.slot(id).is_none() {
+            return Err(std::io::Error::other(format!(
+                "{} lies outside its volume",
+                id.chunk
+            )));
+        }
+        if let Some(arrived) = self.demand(id) {
+            return Ok(arrived);
+        }
+        let begun = Instant::now();
+        loop {
+            if give_up() {
+                return Err(std::io::Error::other("given up while waiting for a chunk"));
+            }
+            let mut queue = self.work.lock();
+            if let Some(arrived) = self.state(id) {
+                return Ok(arrived);
+            }
+            let failure = queue.pending.get(&id).and_then(|pending| pending.failed.as_ref());
+            let reason = failure.map_or("its source does not answer", |(failure, _)| {
+                failure.reason.as_str()
+            });
+            let hopeless = failure.is_some_and(|(failure, _)| !failure.transient);
+            if queue.stopping || hopeless || begun.elapsed() >= self.settings.stall_after {
+                let name = &self.volumes[usize::from(id.volume.0)].about.name;
+                return Err(std::io::Error::other(format!(
+                    "{} of {name} cannot be had: {reason}",
+                    id.chunk
+                )));
+            }
+            queue = self
+                .work
+                .changed
+                .wait_timeout(queue, LOOK)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            drop(queue);
+        }
+    }
+
     /// The page file turned out not to hold this chunk any more: it is absent again, and demanded.
     pub fn lost(&self, id: ChunkId) {
         if let Some(slot) = self.slot(id)

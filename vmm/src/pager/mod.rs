@@ -9,10 +9,12 @@
 //! that does.
 
 mod install;
+mod own_pages;
 mod thread;
 mod uffd;
 
 pub use install::{HostAddress, HostMapping};
+pub use own_pages::own_pages;
 pub use thread::{Pager, PagerError};
 pub use uffd::{UffdError, check_host};
 

@@ -285,3 +285,17 @@ fn a_chunk_punched_out_of_the_page_file_comes_again() {
     rustix::fs::fallocate(&*source.file, flags, 0, BYTES).unwrap();
     assert_eq!(memory.byte(50), image_byte(50));
 }
+
+#[test]
+fn pages_that_were_written_are_own_and_those_only_read_are_not() {
+    let source = Source::new(false);
+    let (_pager, memory) = start(&source);
+    memory.byte(3);
+    memory.slice(18, 1)[7] = 0x55;
+    memory.slice(CUT / PAGE_SIZE + 1, 2).fill(0x66);
+    let own = own_pages(&memory.mappings(), BYTES / PAGE_SIZE).unwrap();
+    let found: Vec<_> = (0..BYTES / PAGE_SIZE)
+        .filter(|page| own.contains(PageIndex(*page)))
+        .collect();
+    assert_eq!(found, [18, CUT / PAGE_SIZE + 1, CUT / PAGE_SIZE + 2]);
+}
