@@ -18,6 +18,7 @@
 pub mod block;
 pub mod chain;
 pub mod link;
+pub mod net;
 pub mod queue;
 pub mod registry;
 pub mod rng;

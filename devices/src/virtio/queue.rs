@@ -4,7 +4,7 @@
 //! between two calls is nothing but addresses and two indices. That is what makes it possible to save at any freeze.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use runnel_snapshot::block_store::GuestRam;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -15,6 +15,18 @@ use super::link::DriverLink;
 
 /// Flag of the available ring by which a driver without event index asks for no interrupts.
 const AVAIL_NO_INTERRUPT: u16 = 1;
+
+/// Bytes before the elements of the available ring, and of each: flags and index, then descriptor numbers.
+const AVAIL_HEADER_BYTES: u64 = 4;
+const AVAIL_ELEMENT_BYTES: u64 = 2;
+
+/// The same of the used ring, whose elements hold a descriptor number and a length.
+const USED_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
+
+fn ring_error(error: vm_memory::GuestMemoryError) -> QueueError {
+    QueueError::Ring(virtio_queue::Error::GuestMemory(error))
+}
 
 /// What the driver did wrong with a queue.
 #[derive(Debug, thiserror::Error)]
@@ -33,18 +45,19 @@ pub struct VirtQueue {
     queue: Queue,
     indirect_allowed: bool,
     link: Arc<DriverLink>,
-    /// Chains were completed since the driver was last considered for an interrupt.
-    unsignalled: bool,
+    /// The used index up to which the driver has been considered for interrupts.
+    considered: u16,
 }
 
 impl VirtQueue {
     /// `queue` was validated by the transport.
     pub(super) fn new(queue: Queue, indirect_allowed: bool, link: Arc<DriverLink>) -> Self {
+        let considered = queue.next_used();
         Self {
             queue,
             indirect_allowed,
             link,
-            unsignalled: false,
+            considered,
         }
     }
 
@@ -83,11 +96,28 @@ impl VirtQueue {
     /// # Errors
     /// When the rings are not in RAM, or `head` is not of this queue.
     pub fn complete(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), QueueError> {
-        self.queue
-            .add_used(ram, head, written)
-            .map_err(QueueError::Ring)?;
-        self.unsignalled = true;
-        Ok(())
+        self.queue.add_used(ram, head, written).map_err(QueueError::Ring)
+    }
+
+    /// Gives several chains back at once: heads with the bytes written. The driver sees all of them or none, as it
+    /// must where they hold one packet together (§5.1.6.4).
+    ///
+    /// # Errors
+    /// As for [`complete`](Self::complete).
+    pub fn complete_together(&mut self, ram: &GuestRam, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some(((last_head, last_written), before)) = chains.split_last() else {
+            return Ok(());
+        };
+        // All but the last are written where the driver does not look yet; the last one moves the index past all.
+        for (head, written) in before {
+            let slot = u64::from(self.queue.next_used() % self.queue.size());
+            let address = self.queue.used_ring() + USED_HEADER_BYTES + slot * USED_ELEMENT_BYTES;
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            ram.write_obj(element.to_le(), GuestAddress(address))
+                .map_err(ring_error)?;
+            self.queue.set_next_used(self.queue.next_used().wrapping_add(1));
+        }
+        self.complete(ram, *last_head, *last_written)
     }
 
     /// Interrupts the driver if chains were completed since the last call and it wants to hear of them.
@@ -95,22 +125,31 @@ impl VirtQueue {
     /// # Errors
     /// When the rings are not in RAM.
     pub fn notify(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.unsignalled) && self.driver_listens(ram)? {
+        let used = self.queue.next_used();
+        let since = std::mem::replace(&mut self.considered, used);
+        if since != used && self.driver_listens(ram, since, used)? {
             self.link.signal_used();
         }
         Ok(())
     }
 
-    fn driver_listens(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
-        // Asked first, as it also orders the used index before what the driver says it wants.
-        let due = self.queue.needs_notification(ram).map_err(QueueError::Ring)?;
+    /// Whether the driver wants an interrupt for the used index having moved from `since` to `used` (§2.7.7, §2.7.8).
+    fn driver_listens(&self, ram: &GuestRam, since: u16, used: u16) -> Result<bool, QueueError> {
+        // What was used is visible before the driver's wish is read: otherwise each side may miss the other's.
+        fence(Ordering::SeqCst);
+        let avail = self.queue.avail_ring();
+        let wish = |at: u64| {
+            ram.load::<u16>(GuestAddress(at), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(ring_error)
+        };
         if self.queue.event_idx_enabled() {
-            return Ok(due);
+            let event =
+                wish(avail + AVAIL_HEADER_BYTES + AVAIL_ELEMENT_BYTES * u64::from(self.queue.size()))?;
+            Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(since))
+        } else {
+            Ok(wish(avail)? & AVAIL_NO_INTERRUPT == 0)
         }
-        let flags: u16 = ram
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))?;
-        Ok(u16::from_le(flags) & AVAIL_NO_INTERRUPT == 0)
     }
 
     /// Asks the driver not to kick while the queue is being served.

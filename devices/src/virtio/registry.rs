@@ -9,6 +9,7 @@ use runnel_snapshot::section::{SavedSection, Section, SectionError};
 
 use super::VirtioDevice;
 use super::block::{Block, BlockError, BlockParts};
+use super::net::{Net, NetParts};
 use super::rng::Rng;
 use super::transport::{MmioDevice, MmioTransport, RestoreError, TransportDeps, TransportError};
 use crate::event_loop::EventLoop;
@@ -19,6 +20,8 @@ use crate::interrupt::Interrupt;
 pub enum Parts {
     /// A drive.
     Block(BlockParts),
+    /// An interface.
+    Net(NetParts),
     /// An entropy device.
     Rng,
 }
@@ -73,6 +76,7 @@ impl Parts {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Block(_) => Block::KIND,
+            Self::Net(_) => Net::KIND,
             Self::Rng => Rng::KIND,
         }
     }
@@ -85,6 +89,7 @@ impl Parts {
 pub fn build(parts: Parts, place: Place) -> Result<Arc<dyn MmioDevice>, RegistryError> {
     match parts {
         Parts::Block(parts) => transport(Block::new(parts)?, place),
+        Parts::Net(parts) => transport(Net::new(parts), place),
         Parts::Rng => transport(Rng::new(), place),
     }
 }
@@ -100,6 +105,7 @@ pub fn restore(
 ) -> Result<Arc<dyn MmioDevice>, RegistryError> {
     match parts {
         Parts::Block(parts) => restored::<Block>(saved, parts, place),
+        Parts::Net(parts) => restored::<Net>(saved, parts, place),
         Parts::Rng => restored::<Rng>(saved, (), place),
     }
 }

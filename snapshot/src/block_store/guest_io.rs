@@ -5,9 +5,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::bitmap::Bitmap;
+use vm_memory::volatile_memory::PtrGuardMut;
 
 use super::GuestSlice;
 
@@ -48,6 +49,70 @@ pub fn write_slices_at(file: &File, offset: u64, from: &[GuestSlice<'_>]) -> io:
     })
 }
 
+/// Receives one message from `fd` (a tap, a datagram socket) into the slices, one after the other, and marks what was
+/// filled as dirty; says how many bytes the message had, as far as there was room.
+///
+/// # Errors
+/// What `readv(2)` says: `WouldBlock` when there is no message.
+pub fn receive_message(fd: BorrowedFd<'_>, into: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let received = message(into, |vectors, count| {
+        // SAFETY: `message` built the vectors from guest memory that its slices keep mapped; the kernel writes only
+        // inside them, and guest memory may change at any time anyway.
+        unsafe { libc::readv(fd.as_raw_fd(), vectors, count) }
+    })?;
+    let mut left = received;
+    for slice in into {
+        let part = left.min(slice.len());
+        slice.bitmap().mark_dirty(0, part);
+        left -= part;
+    }
+    Ok(received)
+}
+
+/// Sends the slices as one message to `fd`.
+///
+/// # Errors
+/// What `writev(2)` says: `WouldBlock` when there is no room.
+pub fn send_message(fd: BorrowedFd<'_>, from: &[GuestSlice<'_>]) -> io::Result<usize> {
+    message(from, |vectors, count| {
+        // SAFETY: `message` built the vectors from guest memory that its slices keep mapped; the kernel only reads.
+        unsafe { libc::writev(fd.as_raw_fd(), vectors, count) }
+    })
+}
+
+/// One call of `call` with all slices, which must not be more than one call takes.
+fn message(
+    slices: &[GuestSlice<'_>],
+    call: impl Fn(*const libc::iovec, libc::c_int) -> isize,
+) -> io::Result<usize> {
+    if slices.len() > SLICES_PER_CALL_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let guards: Vec<_> = slices.iter().map(GuestSlice::ptr_guard_mut).collect();
+    let vectors = vectors_of(&guards);
+    loop {
+        match usize::try_from(call(vectors.as_ptr(), vectors.len() as libc::c_int)) {
+            Ok(moved) => return Ok(moved),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+fn vectors_of(guards: &[PtrGuardMut]) -> Vec<libc::iovec> {
+    guards
+        .iter()
+        .map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast(),
+            iov_len: guard.len(),
+        })
+        .collect()
+}
+
 /// Repeats `call` until all bytes have moved. `call` takes vectors, their count and a file offset, as `preadv(2)`.
 fn transfer(
     offset: u64,
@@ -55,13 +120,7 @@ fn transfer(
     call: impl Fn(*const libc::iovec, libc::c_int, libc::off_t) -> isize,
 ) -> io::Result<()> {
     let guards: Vec<_> = slices.iter().map(GuestSlice::ptr_guard_mut).collect();
-    let mut vectors: Vec<libc::iovec> = guards
-        .iter()
-        .map(|guard| libc::iovec {
-            iov_base: guard.as_ptr().cast(),
-            iov_len: guard.len(),
-        })
-        .collect();
+    let mut vectors = vectors_of(&guards);
     let mut rest = vectors.as_mut_slice();
     let mut at = offset;
     loop {
@@ -176,6 +235,29 @@ mod tests {
             .filter(|page| region.bitmap().dirty_at(page * PAGE as usize))
             .collect();
         assert_eq!(dirty, [1, 3]);
+    }
+
+    #[test]
+    fn a_message_marks_what_it_fills_and_no_more() {
+        use std::os::fd::AsFd;
+        let (here, there) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        there.send(&[7; 6000]).unwrap();
+        let ram = ram();
+        let slices = [
+            ram.get_slice(GuestAddress(PAGE), PAGE as usize).unwrap(),
+            ram.get_slice(GuestAddress(4 * PAGE), 3 * PAGE as usize).unwrap(),
+        ];
+        assert_eq!(receive_message(here.as_fd(), &slices).unwrap(), 6000);
+        let region = ram.iter().next().unwrap();
+        let dirty: Vec<_> = (0..8)
+            .filter(|page| region.bitmap().dirty_at(page * PAGE as usize))
+            .collect();
+        assert_eq!(dirty, [1, 4]);
+
+        assert_eq!(send_message(here.as_fd(), &slices[..1]).unwrap(), PAGE as usize);
+        let mut echoed = [0; 2 * PAGE as usize];
+        assert_eq!(there.recv(&mut echoed).unwrap(), PAGE as usize);
+        assert_eq!(echoed[..PAGE as usize], [7; PAGE as usize]);
     }
 
     #[test]

@@ -42,10 +42,10 @@ const QUEUE_SIZES: &[u16] = &[256];
 /// Data buffers in one request: the queue's size without the request's header and its status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
 
-/// Bytes in one data buffer, so that one request is at most 254 MiB and its length fits the used ring many times.
+/// Bytes in one data buffer: one request is at most 254 MiB, and its length fits a used element many times.
 const SEGMENT_BYTES_MAX: u32 = 1 << 20;
 
-/// The block size that file systems should use: a page, the unit of overlays and of dirty blocks.
+/// The logical block size: what a request may be as small as. Firecracker's, and what every file system takes.
 const BLOCK_BYTES: u32 = 512;
 
 /// Sectors in one discard or write-zeroes segment: 1 GiB. A store may take its time over them, and a pause waits for

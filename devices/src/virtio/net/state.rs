@@ -1,0 +1,11 @@
+//! What an image holds of an interface beside its transport. Its tap is the host's, and is opened anew.
+
+use serde::{Deserialize, Serialize};
+
+/// An interface as its guest knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetState {
+    /// The hardware address that the guest was given.
+    pub mac: Option<[u8; 6]>,
+}
