@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -80,6 +81,9 @@ pub struct EndSignal {
 #[derive(Debug)]
 struct Shared {
     ended: OnceLock<Ended>,
+    /// Held by whoever sets `ended`, so that nobody falls asleep between looking and waiting.
+    waiting: Mutex<()>,
+    changed: Condvar,
     event: EventFd,
 }
 
@@ -93,6 +97,8 @@ impl EndSignal {
         Ok(Self {
             shared: Arc::new(Shared {
                 ended: OnceLock::new(),
+                waiting: Mutex::new(()),
+                changed: Condvar::new(),
                 event,
             }),
         })
@@ -100,7 +106,11 @@ impl EndSignal {
 
     /// Says that the machine ended. Later words change nothing.
     pub fn end(&self, how: Ended) {
-        if self.shared.ended.set(how).is_ok() {
+        let guard = self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = self.shared.ended.set(how).is_ok();
+        drop(guard);
+        if is_first {
+            self.shared.changed.notify_all();
             // Fails only if the counter is full, and then whoever waits on it is awake.
             let _ = self.shared.event.write(1);
         }
@@ -110,6 +120,15 @@ impl EndSignal {
     #[must_use]
     pub fn ended(&self) -> Option<&Ended> {
         self.shared.ended.get()
+    }
+
+    /// Waits until the machine ends, but no longer than `at_most`; `None` if it has not ended by then.
+    #[must_use]
+    pub fn wait(&self, at_most: Duration) -> Option<&Ended> {
+        let guard = self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let not_ended = |(): &mut ()| self.ended().is_none();
+        drop(self.shared.changed.wait_timeout_while(guard, at_most, not_ended));
+        self.ended()
     }
 
     /// Readable once the machine has ended, and ever after: nobody reads it.

@@ -4,10 +4,21 @@
 //! chunks of remote images come from the agent, over a unix socket.
 
 pub mod api;
+pub mod board;
+pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod console;
 pub mod control;
+pub mod cpuid;
 pub mod exit;
+pub mod kvm;
+pub mod layout;
 pub mod logger;
+pub mod memory;
+pub mod microvm;
+pub mod msrs;
 pub mod pager;
+pub mod power;
+pub mod vcpu;
 pub mod version;

@@ -1,0 +1,142 @@
+//! Where the guest's serial console ends on the host: the monitor's standard input and output, a file, or a socket.
+//!
+//! What the guest prints goes straight from its vCPU's thread into a sink. What a person types comes in through a
+//! thread of its own, which holds back what does not fit into the port's FIFO until the guest has read.
+
+mod input;
+mod socket;
+mod terminal;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use runnel_devices::serial::{Serial, Sink};
+
+use crate::config;
+use input::InputThread;
+use socket::ConsoleSocket;
+use terminal::RawTerminal;
+
+/// Why the console cannot end where it should.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// The monitor has no such stream.
+    #[error("cannot use the monitor's standard {stream} for the serial console")]
+    Standard {
+        /// Which one.
+        stream: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The file cannot be opened.
+    #[error("cannot open {path:?} for the serial console's output")]
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The socket cannot be made.
+    #[error("cannot make the socket {path:?} for the serial console: is another machine's there?")]
+    Socket {
+        /// Where it would be.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// No thread for input.
+    #[error("cannot start the thread of the serial console's input")]
+    Thread(#[source] io::Error),
+}
+
+/// The host's end of a console. Dropping it gives the terminal back and removes the socket.
+#[derive(Debug)]
+pub struct Console {
+    end: End,
+    input: Option<InputThread>,
+}
+
+#[derive(Debug)]
+enum End {
+    /// The terminal is in raw mode only once there is a guest that listens.
+    Standard(Option<RawTerminal>),
+    File,
+    Socket(Arc<ConsoleSocket>),
+}
+
+impl Console {
+    /// Opens what `place` says, and gives what the guest's output is to be written to.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(place: &config::Serial) -> Result<(Self, Sink), ConsoleError> {
+        let (end, sink): (End, Sink) = match place {
+            config::Serial::Standard => {
+                let output = duplicate(io::stdout()).map_err(|source| ConsoleError::Standard {
+                    stream: "output",
+                    source,
+                })?;
+                (End::Standard(None), Box::new(output))
+            }
+            config::Serial::File(path) => {
+                let failed = |source| ConsoleError::File {
+                    path: path.clone(),
+                    source,
+                };
+                (End::File, Box::new(open_output(path).map_err(failed)?))
+            }
+            config::Serial::Socket(path) => {
+                let failed = |source| ConsoleError::Socket {
+                    path: path.clone(),
+                    source,
+                };
+                let socket = Arc::new(ConsoleSocket::bind(path).map_err(failed)?);
+                (
+                    End::Socket(Arc::clone(&socket)),
+                    Box::new(socket::SocketSink(socket)),
+                )
+            }
+        };
+        Ok((Self { end, input: None }, sink))
+    }
+
+    /// Lets what is typed go to `serial` from now on.
+    ///
+    /// # Errors
+    /// When there is no thread to be had for it.
+    pub fn connect(&mut self, serial: &Arc<Serial>) -> Result<(), ConsoleError> {
+        let source: Box<dyn input::Source> = match &mut self.end {
+            End::Standard(terminal) => {
+                let input = duplicate(io::stdin()).map_err(|source| ConsoleError::Standard {
+                    stream: "input",
+                    source,
+                })?;
+                *terminal = RawTerminal::enter(&input);
+                Box::new(input::Stream::new(input))
+            }
+            End::File => return Ok(()),
+            End::Socket(socket) => Box::new(Arc::clone(socket)),
+        };
+        self.input = Some(InputThread::start(source, Arc::clone(serial)).map_err(ConsoleError::Thread)?);
+        Ok(())
+    }
+}
+
+fn duplicate(stream: impl std::os::fd::AsFd) -> io::Result<File> {
+    Ok(File::from(stream.as_fd().try_clone_to_owned()?))
+}
+
+fn open_output(path: &PathBuf) -> io::Result<File> {
+    OpenOptions::new()
+        // For reading too: a named pipe without a reader could not be opened otherwise.
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        // A pipe that nobody empties loses output; it must not stop the guest.
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+}

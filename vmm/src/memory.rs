@@ -1,0 +1,214 @@
+//! Guest RAM: what backs it, and how it is mapped.
+//!
+//! A machine that was booted has a memfd of its own, mapped shared. A machine resumed from an image maps that image's
+//! page file privately, so that all machines resumed from it share every page that they have not written. Either way
+//! the file holds the volume `memory` in the volume's order, and writes of device threads mark a dirty bitmap.
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use runnel_snapshot::block_store::GuestRam;
+use runnel_snapshot::units::PAGE_SIZE;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionCollectionError, GuestRegionMmap};
+
+use crate::layout::RamLayout;
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host is too small.
+    #[error("{wanted} bytes of guest RAM are more than this host's {host}: ask for less")]
+    BeyondHost {
+        /// What was asked for.
+        wanted: u64,
+        /// RAM and swap of the host.
+        host: u64,
+    },
+    /// The file behind RAM cannot be made.
+    #[error("cannot make a memory file of {bytes} bytes for guest RAM")]
+    File {
+        /// Its length.
+        bytes: u64,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The page file is shorter than RAM.
+    #[error("the page file of {found} bytes cannot hold {wanted} bytes of guest RAM")]
+    ShortFile {
+        /// Its length.
+        found: u64,
+        /// RAM in bytes.
+        wanted: u64,
+    },
+    /// The file cannot be mapped.
+    #[error("cannot map {bytes} bytes of guest RAM at guest address {start:#x}")]
+    Map {
+        /// Where the guest sees it.
+        start: u64,
+        /// How many bytes.
+        bytes: u64,
+        /// Why not.
+        source: MmapRegionError,
+    },
+    /// The mappings do not make up an address space.
+    #[error("guest RAM does not fit together")]
+    Regions(#[source] GuestRegionCollectionError),
+}
+
+/// RAM of a machine that boots: zeros, in a shared memfd of its own.
+///
+/// # Errors
+/// When the host cannot have so much, or the kernel refuses.
+pub fn booted(layout: RamLayout) -> Result<GuestRam, MemoryError> {
+    refuse_beyond_host(layout.bytes())?;
+    let file = memory_file(layout.bytes()).map_err(|source| MemoryError::File {
+        bytes: layout.bytes(),
+        source: source.into(),
+    })?;
+    map(layout, &Arc::new(file), libc::MAP_SHARED)
+}
+
+/// RAM of a machine resumed from an image: a private mapping of the image's page file, which may be open for reading
+/// alone.
+///
+/// # Errors
+/// When the file is too short, or the kernel refuses.
+pub fn resumed(layout: RamLayout, page_file: &Arc<File>) -> Result<GuestRam, MemoryError> {
+    let wanted = layout.bytes();
+    let found = page_file
+        .metadata()
+        .map_err(|source| MemoryError::File {
+            bytes: wanted,
+            source,
+        })?
+        .len();
+    if found < wanted {
+        return Err(MemoryError::ShortFile { found, wanted });
+    }
+    // Without NORESERVE each clone would be charged for all of its RAM, written or not.
+    map(layout, page_file, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+}
+
+fn memory_file(bytes: u64) -> rustix::io::Result<File> {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+    let file = File::from(memfd_create(
+        "guest-ram",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )?);
+    ftruncate(&file, bytes)?;
+    // Whoever holds the descriptor can no longer cut RAM short under a running guest.
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+fn map(layout: RamLayout, file: &Arc<File>, flags: libc::c_int) -> Result<GuestRam, MemoryError> {
+    let regions = layout.spans().map(|span| {
+        let bytes = span.volume.len;
+        // At most RAM_BYTES_MAX, which fits a usize on every machine we run on.
+        let len = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let page = const { NonZeroUsize::new(PAGE_SIZE as usize).unwrap() };
+        MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, page))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(file), span.volume.start))
+            .build()
+            .map(|region| GuestRegionMmap::new(region, GuestAddress(span.start)))
+            .map_err(|source| MemoryError::Map {
+                start: span.start,
+                bytes,
+                source,
+            })?
+            .ok_or(MemoryError::Regions(
+                GuestRegionCollectionError::MemoryRegionOverlap,
+            ))
+    });
+    GuestRam::from_regions(regions.collect::<Result<_, _>>()?).map_err(MemoryError::Regions)
+}
+
+fn refuse_beyond_host(wanted: u64) -> Result<(), MemoryError> {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit);
+    let host = info.totalram.saturating_add(info.totalswap).saturating_mul(unit);
+    if wanted > host {
+        Err(MemoryError::BeyondHost { wanted, host })
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    use super::*;
+    use crate::layout::{HOLE, RAM_BYTES_MIN};
+
+    #[test]
+    fn a_device_write_reaches_the_file_and_marks_its_page() {
+        let ram = booted(RamLayout::new(RAM_BYTES_MIN).unwrap()).unwrap();
+        ram.write_slice(b"runnel", GuestAddress(0x12_3456)).unwrap();
+
+        let region = ram.iter().next().unwrap();
+        let mut found = [0; 6];
+        region
+            .file_offset()
+            .unwrap()
+            .file()
+            .read_exact_at(&mut found, 0x12_3456)
+            .unwrap();
+        assert_eq!(&found, b"runnel");
+        let dirty: Vec<usize> = (0..region.get_mmap().bitmap().len())
+            .filter(|page| region.get_mmap().bitmap().is_bit_set(*page))
+            .collect();
+        assert_eq!(dirty, [0x123]);
+    }
+
+    #[test]
+    fn ram_above_the_hole_follows_ram_below_it_in_the_file() {
+        // Nothing is touched but one page, so the size costs nothing; hosts smaller than it are not told.
+        let layout = RamLayout::new(HOLE.start + (64 << 20)).unwrap();
+        let file = Arc::new(memory_file(layout.bytes()).unwrap());
+        let ram = map(layout, &file, libc::MAP_SHARED).unwrap();
+        ram.write_slice(b"high", GuestAddress(HOLE.end())).unwrap();
+        let mut found = [0; 4];
+        file.read_exact_at(&mut found, HOLE.start).unwrap();
+        assert_eq!(&found, b"high");
+    }
+
+    #[test]
+    fn a_resumed_machine_reads_the_page_file_and_never_writes_it() {
+        let layout = RamLayout::new(RAM_BYTES_MIN).unwrap();
+        let file = Arc::new(memory_file(layout.bytes()).unwrap());
+        file.write_all_at(b"image", 0x5000).unwrap();
+        let ram = resumed(layout, &file).unwrap();
+        let mut found = [0; 5];
+        ram.read_slice(&mut found, GuestAddress(0x5000)).unwrap();
+        assert_eq!(&found, b"image");
+
+        ram.write_slice(b"guest", GuestAddress(0x5000)).unwrap();
+        file.read_exact_at(&mut found, 0x5000).unwrap();
+        assert_eq!(&found, b"image");
+    }
+
+    #[test]
+    fn a_page_file_shorter_than_ram_is_refused() {
+        let file = Arc::new(memory_file(RAM_BYTES_MIN - 4096).unwrap());
+        let refusal = resumed(RamLayout::new(RAM_BYTES_MIN).unwrap(), &file).unwrap_err();
+        assert!(matches!(refusal, MemoryError::ShortFile { .. }), "{refusal}");
+    }
+
+    #[test]
+    fn ram_beyond_the_host_is_refused_with_both_numbers() {
+        let refusal = refuse_beyond_host(u64::MAX).unwrap_err();
+        assert!(
+            refusal.to_string().starts_with("18446744073709551615 bytes"),
+            "{refusal}"
+        );
+    }
+}
