@@ -1,3 +1,11 @@
 //! What Runnel's behaviour tests, benches and demo stand on.
 
 pub mod lab;
+
+use std::path::Path;
+
+/// The bare guest: an ELF64 kernel of our own (`tests/bare-guest/`) that even an interpreted KVM runs.
+#[must_use]
+pub fn bare_guest() -> &'static Path {
+    Path::new(env!("BARE_GUEST"))
+}

@@ -1,0 +1,144 @@
+/* What the guest can be told to do. */
+#include "guest.h"
+
+#define SLEEP_CONTROL 0x600
+#define RESET 0x602
+#define SLEEP_S5 (5 << 2 | 1 << 5)
+#define RESET_VALUE 1
+#define I8042 0x64
+#define I8042_RESET 0xfe
+
+/* Goes on from where it was after a resume: nothing but RAM holds it. */
+static u64 counter;
+
+static void bad(const char *word) {
+    print("error=unknown word=");
+    print(word);
+    end_line();
+}
+
+static int is(const char *word, const char *name) {
+    while (*name && *word == *name) word++, name++;
+    return !*name && (!*word || *word == ':');
+}
+
+static u64 number(const char **text) {
+    u64 value = 0, base = 10;
+    if ((*text)[0] == '0' && (*text)[1] == 'x') base = 16, *text += 2;
+    for (;; ++*text) {
+        char c = **text;
+        if (c >= '0' && c <= '9') value = value * base + (u64)(c - '0');
+        else if (base == 16 && c >= 'a' && c <= 'f') value = value * 16 + (u64)(c - 'a' + 10);
+        else break;
+    }
+    switch (**text) {
+    case 'k': ++*text; return value << 10;
+    case 'm': ++*text; return value << 20;
+    case 'g': ++*text; return value << 30;
+    default: return value;
+    }
+}
+
+static void arguments(const char *word, u64 *found) {
+    for (u32 i = 0; i < ARGUMENTS_MAX; i++) found[i] = 0;
+    while (*word && *word != ':') word++;
+    for (u32 i = 0; i < ARGUMENTS_MAX && *word == ':'; i++) {
+        word++;
+        found[i] = number(&word);
+    }
+}
+
+static void halt(void) {
+    for (;;) __asm__ volatile("cli; hlt");
+}
+
+/* count:TIMES, for ever if TIMES is 0: a line for each. */
+static void count(u64 times) {
+    for (u64 i = 0; !times || i < times; i++) {
+        print("count=");
+        print_number(++counter);
+        end_line();
+    }
+}
+
+static void verdict(const char *what, u64 wrong_page) {
+    print(what);
+    print(wrong_page ? "=wrong" : "=right");
+    if (wrong_page) {
+        field_hex("page", wrong_page);
+        field_hex("holds", *(volatile u64 *)wrong_page);
+    }
+    end_line();
+}
+
+static void done(const char *what) {
+    print(what);
+    print("=done");
+}
+
+static void triple_fault(void) {
+    struct { u16 limit; u64 base; } __attribute__((packed)) none = {0, 0};
+    __asm__ volatile("lidt %0" : : "m"(none));
+    /* Far above what is mapped: a page fault, then that it cannot be delivered, then that this cannot either. */
+    *(volatile u64 *)(1ul << 40);
+}
+
+void obey(const char *word) {
+    u64 a[ARGUMENTS_MAX];
+    arguments(word, a);
+    if (is(word, "count")) {
+        count(a[0]);
+    } else if (is(word, "fill")) { /* fill:START:BYTES:SEED */
+        fill(a[0], a[1], a[2]);
+        done("fill"), end_line();
+    } else if (is(word, "checkfill")) {
+        verdict("checkfill", check_fill(a[0], a[1], a[2]));
+    } else if (is(word, "stamp")) { /* stamp:START:BYTES:SEED */
+        stamp(a[0], a[1], a[2]);
+        done("stamp"), end_line();
+    } else if (is(word, "checkstamp")) {
+        verdict("checkstamp", check_stamps(a[0], a[1], a[2]));
+    } else if (is(word, "sum")) { /* sum:START:BYTES */
+        print("sum=");
+        print_hex(sum(a[0], a[1]));
+        end_line();
+    } else if (is(word, "touch")) { /* touch:START:BYTES */
+        u64 pages, total = touch(a[0], a[1], &pages);
+        done("touch"), field("pages", pages), field_hex("total", total), end_line();
+    } else if (is(word, "poke")) { /* poke:ADDRESS:VALUE */
+        *(volatile u64 *)a[0] = a[1];
+        done("poke"), end_line();
+    } else if (is(word, "peek")) { /* peek:ADDRESS */
+        print("peek=");
+        print_hex(*(volatile u64 *)a[0]);
+        end_line();
+    } else if (is(word, "rdmsr")) { /* rdmsr:NUMBER */
+        print("rdmsr=");
+        print_hex(rdmsr((u32)a[0]));
+        end_line();
+    } else if (is(word, "wrmsr")) { /* wrmsr:NUMBER:VALUE */
+        wrmsr((u32)a[0], a[1]);
+        done("wrmsr"), end_line();
+    } else if (is(word, "tsc")) {
+        print("tsc=");
+        print_number(rdtsc());
+        end_line();
+    } else if (is(word, "poweroff")) {
+        out8(SLEEP_CONTROL, SLEEP_S5);
+        halt();
+    } else if (is(word, "reset")) {
+        out8(RESET, RESET_VALUE);
+        halt();
+    } else if (is(word, "i8042reset")) {
+        out8(I8042, I8042_RESET);
+        halt();
+    } else if (is(word, "triplefault")) {
+        triple_fault();
+    } else if (is(word, "halt")) {
+        halt();
+    } else if (is(word, "spin")) {
+        for (;;) __asm__ volatile("pause");
+    } else {
+        bad(word);
+    }
+}

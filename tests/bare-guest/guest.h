@@ -1,0 +1,61 @@
+/* The bare guest: a kernel of our own that needs neither IRET nor SSE, so that an interpreted KVM runs it too.
+ *
+ * It does what the words of its command line say, one after the other, and then what lines on the serial port say.
+ * A word is NAME or NAME:ARGUMENT:...; arguments are numbers, decimal or 0x..., with k, m or g after them for KiB,
+ * MiB or GiB. Each command answers with one line of KEY=VALUE pairs. See commands.c. */
+#ifndef GUEST_H
+#define GUEST_H
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#define PAGE 4096ul
+/* Memory from here to the end of RAM below the hole is the tests'. */
+#define ARENA 0x400000ul
+#define ARGUMENTS_MAX 6
+
+static inline void out8(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
+static inline u8 in8(u16 port) {
+    u8 value;
+    __asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+static inline u64 rdtsc(void) {
+    u32 low, high;
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
+    return (u64)high << 32 | low;
+}
+static inline void wrmsr(u32 msr, u64 value) {
+    __asm__ volatile("wrmsr" : : "c"(msr), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
+}
+static inline u64 rdmsr(u32 msr) {
+    u32 low, high;
+    __asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(msr));
+    return (u64)high << 32 | low;
+}
+
+/* serial.c */
+void print(const char *text);
+void print_number(u64 number);
+void print_hex(u64 number);
+/* " KEY=NUMBER" */
+void field(const char *key, u64 number);
+void field_hex(const char *key, u64 number);
+void end_line(void);
+/* Reads a line, without its end, cut to `size` with the terminating zero. */
+void read_line(char *line, u32 size);
+
+/* memory.c */
+void fill(u64 start, u64 bytes, u64 seed);
+u64 check_fill(u64 start, u64 bytes, u64 seed);
+void stamp(u64 start, u64 bytes, u64 seed);
+u64 check_stamps(u64 start, u64 bytes, u64 seed);
+u64 sum(u64 start, u64 bytes);
+u64 touch(u64 start, u64 bytes, u64 *pages);
+
+/* commands.c */
+void obey(const char *word);
+
+#endif

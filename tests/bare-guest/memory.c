@@ -1,0 +1,66 @@
+/* Patterns in memory that cost an interpreted CPU as little as possible. */
+#include "guest.h"
+
+static u64 pattern(u64 page, u64 seed) { return (page ^ seed) * 0x9e3779b97f4a7c15ul; }
+
+/* Every word of a page is the page's pattern: string instructions do whole pages at once. */
+void fill(u64 start, u64 bytes, u64 seed) {
+    for (u64 page = start; page < start + bytes; page += PAGE) {
+        u64 at = page, words = PAGE / 8;
+        __asm__ volatile("rep stosq" : "+D"(at), "+c"(words) : "a"(pattern(page, seed)) : "memory");
+    }
+}
+
+/* The first page that is not as `fill` left it, or 0. */
+u64 check_fill(u64 start, u64 bytes, u64 seed) {
+    for (u64 page = start; page < start + bytes; page += PAGE) {
+        volatile u64 *words = (volatile u64 *)page;
+        u64 expected = pattern(page, seed);
+        for (u32 i = 0; i < PAGE / 8; i++)
+            if (words[i] != expected) return page;
+    }
+    return 0;
+}
+
+/* One word a page: dirties many pages in little time. */
+void stamp(u64 start, u64 bytes, u64 seed) {
+    for (u64 page = start; page < start + bytes; page += PAGE) *(volatile u64 *)page = pattern(page, seed);
+}
+
+/* The first page that is not as `stamp` left it, or 0. */
+u64 check_stamps(u64 start, u64 bytes, u64 seed) {
+    for (u64 page = start; page < start + bytes; page += PAGE)
+        if (*(volatile u64 *)page != pattern(page, seed)) return page;
+    return 0;
+}
+
+/* Depends on every word and on their order. */
+u64 sum(u64 start, u64 bytes) {
+    u64 sum = 0;
+    for (volatile u64 *word = (volatile u64 *)start; (u64)word < start + bytes; word++)
+        sum = (sum << 7 | sum >> 57) ^ *word;
+    return sum;
+}
+
+/* Reads a word of each page, in an order that no read-ahead guesses. */
+u64 touch(u64 start, u64 bytes, u64 *pages) {
+    u64 count = bytes / PAGE, sum = 0, page = 0;
+    /* A step that shares no factor with the count comes by every page once. */
+    u64 step = count > 3 ? count * 5 / 8 : 1;
+    for (;;) {
+        u64 a = step, b = count;
+        while (b) {
+            u64 rest = a % b;
+            a = b;
+            b = rest;
+        }
+        if (a == 1 || step == 0) break;
+        step--;
+    }
+    for (u64 i = 0; i < count; i++) {
+        sum += *(volatile u64 *)(start + page * PAGE);
+        page = (page + step) % count;
+    }
+    *pages = count;
+    return sum;
+}
