@@ -7,6 +7,7 @@ packages=(
     mmdebstrap e2fsprogs                   # root file systems, made without mounting anything
     busybox-static cpio zstd xz-utils lz4 kmod  # initramfs archives, compressed modules and kernels
     iproute2 procps util-linux             # namespaces, links, taps, netem; flock, setpriv, nsenter
+    skopeo                                 # stock tool for images
     curl ca-certificates python3           # clients of the API and of the guests' web pages
 )
 

@@ -7,6 +7,7 @@
 //! With `RUNNEL_LAB=full` (as in CI) a test that lacks its level fails; without it, the test says why it is skipped.
 
 pub mod level;
+pub mod linux_guest;
 pub mod nested;
 pub mod suite;
 
