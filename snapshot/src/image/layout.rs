@@ -28,7 +28,7 @@ pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// The longest `oci-layout`.
 const MARKER_BYTES_MAX: u64 = 4 << 10;
 /// The longest `index.json`: some thousands of images.
-const INDEX_JSON_BYTES_MAX: u64 = 4 << 20;
+pub const INDEX_JSON_BYTES_MAX: u64 = 4 << 20;
 
 /// Why a directory is no image layout.
 #[derive(Debug, thiserror::Error)]
@@ -87,11 +87,83 @@ struct Marker {
     image_layout_version: String,
 }
 
+/// The images that an `index.json` lists.
+#[derive(Debug)]
+pub struct Listing {
+    manifests: Vec<Descriptor>,
+}
+
+impl Listing {
+    /// Reads the list; whoever has it from outside caps it at [`INDEX_JSON_BYTES_MAX`].
+    ///
+    /// # Errors
+    /// When it is no such list.
+    pub fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(text).map(Self::of)
+    }
+
+    fn of(index: IndexJson) -> Self {
+        let is_image = |descriptor: &Descriptor| {
+            // Copy tools may leave the artifact type out; the manifest itself has the last word.
+            descriptor.media_type == MANIFEST
+                && descriptor.artifact_type.as_ref().is_none_or(|kind| kind == IMAGE)
+        };
+        let manifests = index.manifests.into_iter().filter(is_image).collect();
+        Self { manifests }
+    }
+
+    /// The images, each with its name if it has one.
+    pub fn images(&self) -> impl Iterator<Item = (Blob, Option<&str>)> {
+        self.manifests.iter().map(|descriptor| {
+            (
+                descriptor.blob(),
+                descriptor.annotations.get(REF_NAME).map(String::as_str),
+            )
+        })
+    }
+
+    /// The manifest that is wanted, if it is there and it is clear which.
+    #[must_use]
+    pub fn choose(&self, wanted: &Wanted) -> Option<Blob> {
+        let named = |tag: &str| {
+            self.images()
+                .find(|(_, name)| *name == Some(tag))
+                .map(|(blob, _)| blob)
+        };
+        match wanted {
+            Wanted::Pinned(digest) => self
+                .images()
+                .map(|(blob, _)| blob)
+                .find(|blob| blob.digest == *digest),
+            Wanted::Named(tag) => named(tag),
+            Wanted::Only => match &self.manifests[..] {
+                [only] => Some(only.blob()),
+                _ => named("latest"),
+            },
+        }
+    }
+
+    /// What there is, for people: the first few.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        const SHOWN: usize = 8;
+        let shown = self.images().take(SHOWN).map(|(blob, name)| match name {
+            Some(name) => name.chars().take(60).collect(),
+            None => blob.digest.to_string(),
+        });
+        match self.manifests.len() {
+            0 => "no image".into(),
+            more @ SHOWN.. => format!("{more} images: {}, …", shown.collect::<Vec<_>>().join(", ")),
+            _ => shown.collect::<Vec<_>>().join(", "),
+        }
+    }
+}
+
 /// A layout whose list of manifests was read.
 #[derive(Debug)]
 pub struct Layout {
     path: PathBuf,
-    manifests: Vec<Descriptor>,
+    listing: Listing,
 }
 
 impl Layout {
@@ -110,27 +182,15 @@ impl Layout {
                 reason,
             });
         }
-        let index: IndexJson = read_json(&path.join(INDEX_JSON), INDEX_JSON_BYTES_MAX)?;
-        let is_image = |descriptor: &Descriptor| {
-            // Copy tools may leave the artifact type out; the manifest itself has the last word.
-            descriptor.media_type == MANIFEST
-                && descriptor.artifact_type.as_ref().is_none_or(|kind| kind == IMAGE)
-        };
-        let manifests = index.manifests.into_iter().filter(is_image).collect();
         Ok(Self {
             path: path.to_owned(),
-            manifests,
+            listing: Listing::of(read_json(&path.join(INDEX_JSON), INDEX_JSON_BYTES_MAX)?),
         })
     }
 
     /// The images, each with its name if it has one.
     pub fn images(&self) -> impl Iterator<Item = (Blob, Option<&str>)> {
-        self.manifests.iter().map(|descriptor| {
-            (
-                descriptor.blob(),
-                descriptor.annotations.get(REF_NAME).map(String::as_str),
-            )
-        })
+        self.listing.images()
     }
 
     /// The manifest that is wanted.
@@ -138,44 +198,17 @@ impl Layout {
     /// # Errors
     /// When there is none, or several and none is preferred.
     pub fn choose(&self, wanted: &Wanted) -> Result<Blob, LayoutError> {
-        let named = |tag: &str| {
-            self.images()
-                .find(|(_, name)| *name == Some(tag))
-                .map(|(blob, _)| blob)
-        };
-        let found = match wanted {
-            Wanted::Pinned(digest) => self
-                .images()
-                .map(|(blob, _)| blob)
-                .find(|blob| blob.digest == *digest),
-            Wanted::Named(tag) => named(tag),
-            Wanted::Only => match &self.manifests[..] {
-                [only] => Some(only.blob()),
-                _ => named("latest"),
-            },
-        };
-        found.ok_or_else(|| LayoutError::NoSuchImage {
-            path: self.path.clone(),
-            wanted: match wanted {
-                Wanted::Only => "that is the only one, or named latest".into(),
-                Wanted::Named(tag) => format!("named {tag}"),
-                Wanted::Pinned(digest) => format!("with digest {digest}"),
-            },
-            present: self.describe(),
-        })
-    }
-
-    fn describe(&self) -> String {
-        const SHOWN: usize = 8;
-        let shown = self.images().take(SHOWN).map(|(blob, name)| match name {
-            Some(name) => name.chars().take(60).collect(),
-            None => blob.digest.to_string(),
-        });
-        match self.manifests.len() {
-            0 => "no image".into(),
-            more @ SHOWN.. => format!("{more} images: {}, …", shown.collect::<Vec<_>>().join(", ")),
-            _ => shown.collect::<Vec<_>>().join(", "),
-        }
+        self.listing
+            .choose(wanted)
+            .ok_or_else(|| LayoutError::NoSuchImage {
+                path: self.path.clone(),
+                wanted: match wanted {
+                    Wanted::Only => "that is the only one, or named latest".into(),
+                    Wanted::Named(tag) => format!("named {tag}"),
+                    Wanted::Pinned(digest) => format!("with digest {digest}"),
+                },
+                present: self.listing.describe(),
+            })
     }
 
     /// Reads a small blob whole and holds it against its digest.
