@@ -1,11 +1,19 @@
-//! TLS of a server: its certificate and key. Version 1.2 and 1.3, by rustls.
+//! TLS for both ends: a server's certificate and key, and whom a client trusts. Version 1.2 and 1.3, by rustls.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::ServerConfig;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+/// Where systems keep the certificates of the authorities that they trust: Debian, Fedora, SUSE, Alpine.
+const SYSTEM_AUTHORITIES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
 
 /// Why TLS cannot be spoken.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +32,12 @@ pub enum TlsError {
     /// A PEM file has no certificate.
     #[error("{0} holds no certificate")]
     NoCertificate(PathBuf),
+    /// No authorities.
+    #[error(
+        "this system has no certificates of authorities in {}: install ca-certificates, or name a file of your own",
+        SYSTEM_AUTHORITIES.join(", ")
+    )]
+    NoAuthorities,
     /// Certificate and key do not go together, or are of a kind that is not supported.
     #[error("the certificate in {certificate} cannot be used with the key in {key}")]
     Unusable {
@@ -65,6 +79,30 @@ impl Identity {
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Arc::new(config))
     }
+}
+
+/// A client that trusts the authorities in `authorities`, or those of the system.
+pub(crate) fn client_config(authorities: Option<&Path>) -> Result<Arc<ClientConfig>, TlsError> {
+    let path = match authorities {
+        Some(path) => path,
+        None => SYSTEM_AUTHORITIES
+            .iter()
+            .map(Path::new)
+            .find(|path| path.exists())
+            .ok_or(TlsError::NoAuthorities)?,
+    };
+    let mut roots = RootCertStore::empty();
+    // A bundle may hold old certificates that rustls does not take; the others count.
+    let (taken, _) = roots.add_parsable_certificates(certificates(path)?);
+    if taken == 0 {
+        return Err(TlsError::NoCertificate(path.to_owned()));
+    }
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
 }
 
 fn provider() -> Arc<rustls::crypto::CryptoProvider> {

@@ -1,0 +1,260 @@
+//! One connection to a server: opened within a deadline, read within another, TLS or not.
+//!
+//! It blocks its thread, and nothing else: a chunk's bytes go from the socket into the buffer where they are decoded,
+//! with no other thread woken on the way.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
+
+use super::error::RemoteError;
+use super::url::Origin;
+use crate::traffic::Traffic;
+
+/// The most addresses of one name that are tried.
+const ADDRESSES_MAX: usize = 8;
+
+/// What a connection is opened with.
+#[derive(Clone)]
+pub(super) struct Dial {
+    pub(super) origin: Origin,
+    pub(super) tls: Option<Arc<ClientConfig>>,
+    /// How long finding the address, connecting and shaking hands may each take.
+    pub(super) connect_deadline: Duration,
+    /// How long the server may be silent.
+    pub(super) idle_deadline: Duration,
+    pub(super) traffic: Arc<Traffic>,
+}
+
+/// A connection between two requests, or in one.
+pub(super) struct Connection {
+    stream: Stream,
+    /// Bytes that were read beyond what was asked for.
+    pub(super) ahead: Vec<u8>,
+    /// Whether a request was answered on it before: then it may have been closed meanwhile, which means nothing.
+    pub(super) used: bool,
+}
+
+enum Stream {
+    Plain(Counted),
+    Tls(Box<StreamOwned<ClientConnection, Counted>>),
+}
+
+/// The socket, with what went over it counted.
+struct Counted {
+    socket: TcpStream,
+    traffic: Arc<Traffic>,
+}
+
+impl Dial {
+    /// Opens a connection.
+    pub(super) fn connect(&self) -> Result<Connection, RemoteError> {
+        let failed = |source| RemoteError::Connect {
+            origin: self.origin.clone(),
+            source,
+        };
+        let socket = self.connect_any(&self.resolve()?).map_err(failed)?;
+        socket.set_nodelay(true).map_err(failed)?;
+        socket
+            .set_write_timeout(Some(self.idle_deadline))
+            .map_err(failed)?;
+        let traffic = Arc::clone(&self.traffic);
+        let counted = Counted { socket, traffic };
+        let stream = match &self.tls {
+            None => Stream::Plain(counted),
+            Some(config) => {
+                counted
+                    .socket
+                    .set_read_timeout(Some(self.connect_deadline))
+                    .map_err(failed)?;
+                Stream::Tls(Box::new(self.shake_hands(config, counted)?))
+            }
+        };
+        stream
+            .socket()
+            .set_read_timeout(Some(self.idle_deadline))
+            .map_err(failed)?;
+        Ok(Connection {
+            stream,
+            ahead: Vec::new(),
+            used: false,
+        })
+    }
+
+    /// The addresses of the host. The system's resolver has no deadline, so another thread waits for it.
+    fn resolve(&self) -> Result<Vec<SocketAddr>, RemoteError> {
+        let Origin { host, port, .. } = self.origin.clone();
+        if let Ok(address) = host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(address, port)]);
+        }
+        let failed = |source| RemoteError::Resolve {
+            origin: self.origin.clone(),
+            source,
+        };
+        let (sender, found) = mpsc::sync_channel(1);
+        let lookup = move || {
+            let found = (host.as_str(), port).to_socket_addrs();
+            // Nobody listens any more if it took too long.
+            let _ = sender.send(found.map(|found| found.take(ADDRESSES_MAX).collect::<Vec<_>>()));
+        };
+        thread::Builder::new()
+            .name("resolve".to_owned())
+            .spawn(lookup)
+            .map_err(failed)?;
+        match found.recv_timeout(self.connect_deadline) {
+            Ok(found) => found.map_err(failed),
+            Err(_) => Err(failed(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// Tries one address after the other, together within the deadline.
+    fn connect_any(&self, addresses: &[SocketAddr]) -> io::Result<TcpStream> {
+        let until = Instant::now() + self.connect_deadline;
+        let mut last = io::ErrorKind::AddrNotAvailable.into();
+        for (number, address) in addresses.iter().enumerate() {
+            let left = until.saturating_duration_since(Instant::now());
+            let share = left / (addresses.len() - number) as u32;
+            if share.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            match TcpStream::connect_timeout(address, share) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn shake_hands(
+        &self,
+        config: &Arc<ClientConfig>,
+        counted: Counted,
+    ) -> Result<StreamOwned<ClientConnection, Counted>, RemoteError> {
+        let origin = || self.origin.clone();
+        let untrusted = |source| RemoteError::Untrusted {
+            origin: origin(),
+            source,
+        };
+        let name = ServerName::try_from(self.origin.host.clone())
+            .map_err(|error| untrusted(io::Error::other(error)))?;
+        let connection =
+            ClientConnection::new(Arc::clone(config), name).map_err(crate::tls::TlsError::Setup)?;
+        let mut stream = StreamOwned::new(connection, counted);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock).map_err(|source| {
+                let cause = source
+                    .get_ref()
+                    .and_then(|cause| cause.downcast_ref::<rustls::Error>());
+                match cause {
+                    Some(rustls::Error::InvalidCertificate(_)) => untrusted(source),
+                    _ => RemoteError::Connect {
+                        origin: origin(),
+                        source,
+                    },
+                }
+            })?;
+        }
+        Ok(stream)
+    }
+}
+
+impl Connection {
+    /// Sends a request's head in one piece.
+    pub(super) fn send(&mut self, head: &[u8]) -> io::Result<()> {
+        self.stream.write_all(head)?;
+        self.stream.flush()
+    }
+
+    /// Reads what there is: bytes that were read ahead, else from the socket.
+    pub(super) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if !self.ahead.is_empty() {
+            let count = self.ahead.len().min(into.len());
+            into[..count].copy_from_slice(&self.ahead[..count]);
+            self.ahead.drain(..count);
+            return Ok(count);
+        }
+        loop {
+            match self.stream.read(into) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What a socket's deadline looks like.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "nothing came for too long",
+                    ));
+                }
+                read => return read,
+            }
+        }
+    }
+
+    /// Reads more into `ahead`; false at the end.
+    pub(super) fn read_ahead(&mut self, bytes: usize) -> io::Result<bool> {
+        let kept = std::mem::take(&mut self.ahead);
+        let mut more = vec![0; bytes];
+        let read = self.read(&mut more);
+        self.ahead = kept;
+        let count = read?;
+        self.ahead.extend_from_slice(&more[..count]);
+        Ok(count > 0)
+    }
+}
+
+impl Stream {
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(counted) => &counted.socket,
+            Self::Tls(stream) => &stream.sock.socket,
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(counted) => counted.read(into),
+            Self::Tls(stream) => stream.read(into),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(counted) => counted.write(from),
+            Self::Tls(stream) => stream.write(from),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(counted) => counted.flush(),
+            Self::Tls(stream) => stream.flush(),
+        }
+    }
+}
+
+impl Read for Counted {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.socket.read(into)?;
+        self.traffic.add_received(count);
+        Ok(count)
+    }
+}
+
+impl Write for Counted {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        let count = self.socket.write(from)?;
+        self.traffic.add_sent(count);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}

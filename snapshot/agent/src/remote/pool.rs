@@ -1,0 +1,110 @@
+//! Kept connections to one server. Each request borrows one; connections can be opened before anybody needs them.
+//!
+//! Opening one costs a round trip, with TLS two. So when an image is opened a few are opened at once, and the first
+//! chunks are spread over them: no handshake in their way, and the first congestion window of each to share.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use super::connection::{Connection, Dial};
+use super::error::RemoteError;
+
+/// Connections to one server.
+pub(super) struct Pool {
+    dial: Dial,
+    /// How many are kept when nobody uses them.
+    kept_max: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// The most recently used last: its congestion window is the widest.
+    idle: Vec<Connection>,
+    /// Being opened in advance.
+    opening: usize,
+    /// Waiting for one of those.
+    waiting: usize,
+}
+
+impl Pool {
+    pub(super) fn new(dial: Dial, kept_max: usize) -> Self {
+        Self {
+            dial,
+            kept_max,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Has `count` connections opened by threads of their own; returns at once. Failures show when a request fails.
+    pub(super) fn warm_up(self: &Arc<Self>, count: usize) {
+        let mut state = self.lock();
+        let there = state.idle.len() + state.opening;
+        for _ in there..count.min(self.kept_max) {
+            let pool = Arc::clone(self);
+            let thread = thread::Builder::new().name("connect".to_owned());
+            let spawned = thread.spawn(move || {
+                let opened = pool.dial.connect();
+                let mut state = pool.lock();
+                state.opening -= 1;
+                match opened {
+                    Ok(connection) => state.idle.push(connection),
+                    Err(error) => {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::debug!(error, "a connection could not be opened in advance");
+                    }
+                }
+                pool.changed.notify_all();
+            });
+            if spawned.is_err() {
+                return; // requests open their own
+            }
+            state.opening += 1;
+        }
+    }
+
+    /// A connection that is there, or that is about to be.
+    pub(super) fn borrow(&self) -> Result<Connection, RemoteError> {
+        let mut state = self.lock();
+        loop {
+            if let Some(connection) = state.idle.pop() {
+                return Ok(connection);
+            }
+            // One that is being opened for somebody else does not count.
+            if state.opening <= state.waiting {
+                break;
+            }
+            state.waiting += 1;
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
+        }
+        drop(state);
+        self.dial.connect()
+    }
+
+    /// A new connection, whatever is there.
+    pub(super) fn open(&self) -> Result<Connection, RemoteError> {
+        self.dial.connect()
+    }
+
+    /// Gives a connection back between two requests.
+    pub(super) fn put_back(&self, connection: Connection) {
+        let mut state = self.lock();
+        if state.idle.len() < self.kept_max {
+            state.idle.push(connection);
+            self.changed.notify_one();
+        }
+    }
+
+    /// Forgets all connections that nobody uses: the server went away, and each would be found dead in turn.
+    pub(super) fn forget(&self) {
+        let idle = std::mem::take(&mut self.lock().idle);
+        drop(idle); // outside the lock: closing may take a moment
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,195 @@
+//! Where requests go: an origin (RFC 6454: scheme, host, port) and a target on it.
+
+use std::fmt;
+
+/// The longest URL that is taken from a redirect or a challenge.
+const URL_BYTES_MAX: usize = 8 << 10;
+
+/// A server: who is given credentials, and whose connections are kept.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Origin {
+    /// Whether TLS is spoken.
+    pub(super) tls: bool,
+    /// A name or an address, an IPv6 address without its brackets.
+    pub(super) host: String,
+    /// The port, also where the scheme implies it.
+    pub(super) port: u16,
+}
+
+/// A place on a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Url {
+    pub(super) origin: Origin,
+    /// Path and query, as they stand in a request.
+    pub(super) target: String,
+}
+
+/// Text that is no URL this client speaks.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no URL: expected http(s)://host:port and a path")]
+pub struct BadUrl(String);
+
+impl Origin {
+    /// The `Host` of requests (RFC 9112 §3.2): the port only where it is not the scheme's own.
+    pub(super) fn host_header(&self) -> String {
+        let host = self.bracketed();
+        if self.port == default_port(self.tls) {
+            host
+        } else {
+            format!("{host}:{}", self.port)
+        }
+    }
+
+    fn bracketed(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]", self.host)
+        } else {
+            self.host.clone()
+        }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = if self.tls { "https" } else { "http" };
+        write!(f, "{scheme}://{}", self.host_header())
+    }
+}
+
+impl Url {
+    /// Reads an absolute URL.
+    pub(super) fn parse(text: &str) -> Result<Self, BadUrl> {
+        let bad = || BadUrl(text.chars().take(200).collect());
+        // What goes into a request's first line must not end it.
+        let clean = text.len() <= URL_BYTES_MAX && text.bytes().all(|c| c.is_ascii_graphic());
+        let (scheme, rest) = text.split_once("://").filter(|_| clean).ok_or_else(bad)?;
+        let tls = match scheme.to_ascii_lowercase().as_str() {
+            "http" => false,
+            "https" => true,
+            _ => return Err(bad()),
+        };
+        let rest = rest.split('#').next().unwrap_or_default();
+        let end = rest.find(['/', '?']).unwrap_or(rest.len());
+        let (authority, target) = rest.split_at(end);
+        let (host, port) = split_authority(authority, tls).ok_or_else(bad)?;
+        let target = match target.as_bytes().first() {
+            Some(b'/') => target.to_owned(),
+            _ => format!("/{target}"),
+        };
+        Ok(Self {
+            origin: Origin { tls, host, port },
+            target,
+        })
+    }
+
+    /// Where a `Location` leads that this URL was answered with (RFC 3986 §5, the forms that servers use).
+    pub(super) fn join(&self, location: &str) -> Result<Self, BadUrl> {
+        if location.contains("://") && !location.starts_with('/') {
+            return Self::parse(location);
+        }
+        let scheme = if self.origin.tls { "https" } else { "http" };
+        if let Some(rest) = location.strip_prefix("//") {
+            return Self::parse(&format!("{scheme}://{rest}"));
+        }
+        if location.starts_with('/') {
+            return Self::parse(&format!("{}{location}", self.origin));
+        }
+        let path = self.target.split('?').next().unwrap_or_default();
+        let folder = &path[..path.rfind('/').map_or(0, |slash| slash + 1)];
+        Self::parse(&format!("{}{folder}{location}", self.origin))
+    }
+}
+
+impl fmt::Display for Url {
+    /// Without the query: signed URLs carry secrets there, and this is for logs and errors.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.target.split('?').next().unwrap_or_default();
+        write!(f, "{}{path}", self.origin)
+    }
+}
+
+fn default_port(tls: bool) -> u16 {
+    if tls { 443 } else { 80 }
+}
+
+fn split_authority(authority: &str, tls: bool) -> Option<(String, u16)> {
+    // User and password in a URL are never right here.
+    if authority.contains('@') {
+        return None;
+    }
+    let (host, port) = match authority.strip_prefix('[') {
+        Some(rest) => {
+            let (host, rest) = rest.split_once(']')?;
+            host.parse::<std::net::Ipv6Addr>().ok()?;
+            match rest {
+                "" => (host, None),
+                rest => (host, Some(rest.strip_prefix(':')?)),
+            }
+        }
+        None => match authority.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, None),
+        },
+    };
+    let port = match port {
+        None | Some("") => default_port(tls),
+        Some(port) => port.parse().ok()?,
+    };
+    (!host.is_empty() && !host.contains(['/', '\\'])).then(|| (host.to_ascii_lowercase(), port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins_are_told_apart_by_scheme_host_and_port() {
+        let origin = |text: &str| Url::parse(text).unwrap().origin;
+        assert_eq!(origin("http://a/x"), origin("HTTP://A:80/y?z"));
+        assert_eq!(origin("https://a"), origin("https://a:443/"));
+        for other in ["https://a/x", "http://a:81/x", "http://b/x"] {
+            assert_ne!(origin("http://a/x"), origin(other));
+        }
+        assert_eq!(origin("http://[::1]:7070/x").host_header(), "[::1]:7070");
+        assert_eq!(origin("https://a/x").host_header(), "a");
+    }
+
+    #[test]
+    fn redirects_lead_where_browsers_would_go() {
+        let from = Url::parse("http://a:7070/v2/web/blobs/x?y").unwrap();
+        for (location, to, target) in [
+            ("https://b/c?sig=1#frag", "https://b/c", "/c?sig=1"),
+            ("//b/c", "http://b/c", "/c"),
+            ("/c?next=http://x/", "http://a:7070/c", "/c?next=http://x/"),
+            ("c", "http://a:7070/v2/web/blobs/c", "/v2/web/blobs/c"),
+            ("https://b?c", "https://b/", "/?c"),
+        ] {
+            let url = from.join(location).unwrap();
+            assert_eq!(
+                (url.to_string().as_str(), url.target.as_str()),
+                (to, target),
+                "{location}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_could_smuggle_a_request_or_a_password_is_no_url() {
+        for text in [
+            "",
+            "a/b",
+            "ftp://a/",
+            "http://",
+            "http://:80/",
+            "http://a:99999/",
+            "http://u:p@a/",
+            "http://a/x\r\nHost: b",
+            "http://a/x y",
+            "http://[a]/",
+            "http://[::1]x/",
+        ] {
+            assert!(Url::parse(text).is_err(), "{text}");
+        }
+        assert!(Url::parse(&format!("http://a/{}", "x".repeat(URL_BYTES_MAX))).is_err());
+    }
+}
