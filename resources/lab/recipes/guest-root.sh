@@ -2,7 +2,7 @@
 # guest-root.sh OUT: the demo's guest: a Debian as its installer leaves it (systemd, udev, Debian's kernel and the
 # initrd that initramfs-tools made for it) and one service. OUT is a folder: disk.ext4 of 2 GiB, vmlinuz, initrd.
 . "$(dirname "$0")/../common.sh"
-out=$1 guest=$lab/demo/guest
+out=$1 guest=$repository/resources/demo/guest
 
 packages=(
     linux-image-cloud-amd64 initramfs-tools zstd  # its kernel and initrd

@@ -3,6 +3,7 @@
 
   GET /                        a page for people
   GET /counter                 the counter, which rises ten times a second, as plain text
+  GET /kernel                  the kernel's release
   GET /hash/memory             BLAKE2b of the bytes in this process's memory
   GET /hash/files              BLAKE2b of the bytes in the files
   GET /hash/files?drop_caches  the same, read from the disk again
@@ -66,6 +67,8 @@ class Page(http.server.BaseHTTPRequestHandler):
             text = PAGE.format(host=os.uname().nodename, counter=counter)
         elif path == "/counter":
             text = str(counter)
+        elif path == "/kernel":
+            text = os.uname().release
         elif path == "/hash/memory":
             text = hashlib.blake2b(held).hexdigest()
         elif path == "/hash/files":

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""The demo's first host: boots the guest through the API, lets it work, and makes an image of it while it runs."""
+
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+from common import Api, Console, get, hashes, make_tap, run, say
+
+HOST = pathlib.Path("/host")
+IMAGE = HOST / "image"
+SOCKET = "/run/demo.socket"
+MEMORY_MIB = 512
+
+
+def boot():
+    run("cp", "--sparse=always", "/programs/guest/disk.ext4", str(HOST / "disk.ext4"))
+    say("booting Debian through the API: 512 MiB of RAM, a disk of 2 GiB")
+    monitor = subprocess.Popen(
+        ["runnel-vmm", "--api-sock", SOCKET, "--id", "demo"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    while not os.path.exists(SOCKET):
+        if monitor.poll() is not None:
+            raise SystemExit(f"runnel-vmm ended with {monitor.returncode}")
+        time.sleep(0.01)
+    api = Api(SOCKET)
+    api.call("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB})
+    api.call("PUT", "/boot-source", {
+        "kernel_image_path": "/programs/guest/vmlinuz",
+        "initrd_path": "/programs/guest/initrd",
+        "boot_args": "console=ttyS0 root=/dev/vda panic=-1",
+    })
+    api.call("PUT", "/drives/root", {
+        "drive_id": "root", "path_on_host": str(HOST / "disk.ext4"), "is_root_device": False, "is_read_only": False,
+    })
+    api.call("PUT", "/network-interfaces/eth0", {"iface_id": "eth0", "host_dev_name": "tap0"})
+    api.call("PUT", "/entropy", {})
+    api.call("PUT", "/actions", {"action_type": "InstanceStart"})
+    return monitor, api
+
+
+def snapshot(api):
+    say("making an image of it while it runs")
+    started = time.monotonic()
+    api.call("PATCH", "/vm", {"state": "Paused"})
+    api.call("PUT", "/snapshot/create", {"image_path": str(IMAGE)})
+    say(f"the image is complete after {time.monotonic() - started:.1f} s")
+    return sum(file.stat().st_size for file in IMAGE.rglob("*") if file.is_file())
+
+
+make_tap()
+monitor, api = boot()
+console = Console(monitor.stdout)
+console.wait_ready(600)
+say(f"its web page answers: {get('/').splitlines()[1]}")
+facts = {
+    "hashes": hashes(),
+    "guest_kernel": get("/kernel"),
+    "ram_bytes": MEMORY_MIB << 20,
+    "disk_bytes": (HOST / "disk.ext4").stat().st_size,
+}
+say(f"it has counted to {get('/counter')}, and holds 256 MiB of random bytes in memory and as much in files")
+facts["image_bytes"] = snapshot(api)
+# What it said last before it stood still.
+facts["counter_before"] = console.counter
+(HOST / "facts.json").write_text(json.dumps(facts))
+monitor.kill()
+monitor.wait()
+say("its machine here has ended; the image is all that is left")
