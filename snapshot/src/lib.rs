@@ -24,5 +24,6 @@ pub mod section;
 pub mod source;
 pub mod state;
 pub mod units;
+mod unnamed;
 pub mod verify;
 pub mod volume;

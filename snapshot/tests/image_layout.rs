@@ -10,6 +10,7 @@ use std::path::Path;
 use runnel_snapshot::decode::ChunkDecoder;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::folder::{FolderError, find, list, prune, remove};
 use runnel_snapshot::image::manifest::ManifestDraft;
 use runnel_snapshot::image::publication::{Publication, PublishError};
 use runnel_snapshot::image::reference::Wanted;
@@ -175,4 +176,64 @@ fn an_image_that_lacks_a_blob_or_has_a_short_one_is_refused_by_the_blobs_name() 
     refused();
     // The image that was opened before does not mind.
     assert_eq!(read_chunk(&image, 3), chunk_of(2));
+}
+
+#[test]
+fn a_folder_lists_its_images_removes_them_and_sweeps_what_was_never_finished() {
+    let folder = tempfile::tempdir().unwrap();
+    let digests = ["b", "a"].map(|name| publish(&folder.path().join(name)).unwrap().digest);
+    fs::create_dir(folder.path().join("no_image")).unwrap();
+    fs::create_dir(folder.path().join(".c.partial-1-1")).unwrap();
+
+    let listed = list(folder.path()).unwrap().images;
+    assert_eq!(
+        listed
+            .iter()
+            .map(|image| image.path.file_name().unwrap())
+            .collect::<Vec<_>>(),
+        ["a", "b"]
+    );
+    assert_eq!(listed[0].name.as_deref(), Some("latest"));
+    assert_eq!(listed[0].volume_bytes(), 4 * CHUNK as u64 + CHUNK as u64 / 2);
+    let blobs = fs::read_dir(folder.path().join("a/blobs/sha256")).unwrap();
+    let on_disk: u64 = blobs.map(|blob| blob.unwrap().metadata().unwrap().len()).sum();
+    assert!(
+        listed[0].stored_bytes() < on_disk && on_disk < listed[0].stored_bytes() + 4096,
+        "but for the manifest"
+    );
+    assert_eq!(
+        find(folder.path(), &digests[0]).unwrap().unwrap().digest(),
+        digests[0]
+    );
+
+    // An image of which something is wrong is listed with what it is.
+    let manifest = folder.path().join("b/blobs/sha256").join(digests[0].hex());
+    fs::write(
+        &manifest,
+        fs::read_to_string(&manifest)
+            .unwrap()
+            .replace("image.v1\"", "image.v9\""),
+    )
+    .unwrap();
+    let listing = list(folder.path()).unwrap();
+    let [(path, error)] = &listing.broken[..] else {
+        panic!("one is broken: {listing:?}")
+    };
+    assert!(path.ends_with("b"), "{error}");
+
+    remove(&folder.path().join("a")).unwrap();
+    assert!(matches!(
+        remove(&folder.path().join("no_image")),
+        Err(FolderError::NoImage { .. })
+    ));
+    assert_eq!(
+        prune(folder.path()).unwrap(),
+        [folder.path().join(".c.partial-1-1")]
+    );
+    let mut left: Vec<_> = fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["b", "no_image"]);
 }

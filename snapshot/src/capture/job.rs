@@ -15,6 +15,7 @@ use crate::digest::BlobDigest;
 use crate::image::layout::{Layout, LayoutError};
 use crate::image::manifest::{ImageVolume, ManifestDraft};
 use crate::image::publication::{Publication, PublishError};
+use crate::image::reference::is_tag;
 use crate::index::{Entry, IndexError, IndexReader, StoredChunk};
 use crate::state::{FirstChunk, MachineState, StateError};
 use crate::units::{ByteRange, ChunkIndex};
@@ -199,6 +200,10 @@ impl Job {
     /// # Errors
     /// When anything fails or it was cancelled; nothing is left of the image then.
     pub fn run(self, target: &Path, mut state: MachineState) -> Result<Captured, CaptureError> {
+        // Hours of copying must not end at this.
+        if let Some(name) = self.name.as_ref().filter(|name| !is_tag(name)) {
+            return Err(PublishError::BadName(name.clone()).into());
+        }
         let publication = Publication::begin(target)?;
         let mut volumes = Vec::new();
         let mut places: BTreeMap<(VolumeName, ChunkIndex), StoredChunk> = BTreeMap::new();

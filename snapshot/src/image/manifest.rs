@@ -480,3 +480,6 @@ fn complete(volume: VolumeName, parts: Parts) -> Result<ImageVolume, ManifestErr
         root,
     })
 }
+
+#[cfg(test)]
+mod tests;

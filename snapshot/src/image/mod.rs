@@ -8,8 +8,10 @@
 //! IMAGE/blobs/sha256/<manifest>         → state, layers, indexes, roots (also inline), working set
 //! ```
 
+pub mod folder;
 pub mod layout;
 pub mod manifest;
+mod partial;
 pub mod publication;
 pub mod reference;
 pub mod source;

@@ -1,8 +1,7 @@
 //! Writes an image so that nobody ever sees half of one: into a hidden directory beside the target, everything
 //! synchronised, then one rename that refuses to replace anything.
 //!
-//! A writer that is dropped removes what it wrote; what one that was killed left behind is removed by the next
-//! publication beside it: the directory is locked as long as its writer lives.
+//! A writer that is dropped removes what it wrote; what one that was killed left behind is removed by the next one.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -11,16 +10,15 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FlockOperation, RenameFlags};
+use rustix::fs::RenameFlags;
 use sha2::Digest as _;
 
 use super::layout::{BLOBS, INDEX_JSON, IndexJson, Layout, MARKER, REF_NAME};
 use super::manifest::{Descriptor, IMAGE, MANIFEST, ManifestDraft, ManifestError};
+use super::partial::{Partial, sweep};
+use super::reference::is_tag;
 use crate::blobs::Blob;
 use crate::digest::BlobDigest;
-
-/// What hidden directories are called: `.<target>.partial-<process>-<number>`.
-const PARTIAL: &str = ".partial-";
 
 /// Bytes after which a blob's way to stable storage begins, so that little is left to wait for at its end.
 const WRITEBACK_BYTES: u64 = 16 << 20;
@@ -45,6 +43,9 @@ pub enum PublishError {
         #[source]
         source: io::Error,
     },
+    /// The name is no tag.
+    #[error("{0:?} cannot be an image's name: up to 128 letters, digits and . _ - can")]
+    BadName(String),
     /// The manifest cannot be written.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -63,9 +64,7 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 pub struct Publication {
     target: PathBuf,
     parent: PathBuf,
-    partial: PathBuf,
-    /// Locked as long as the writer lives.
-    _lock: File,
+    partial: Partial,
     next_blob: AtomicU64,
 }
 
@@ -85,28 +84,17 @@ impl Publication {
         if fs::symlink_metadata(target).is_ok() {
             return Err(PublishError::Exists(target.to_owned()));
         }
-        sweep(&parent, name);
-        let partial = make_partial(&parent, name)?;
-        let lock = File::open(&partial).and_then(|directory| {
-            rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
-            Ok(directory)
-        });
-        let lock = lock.map_err(|source| {
-            let _ = fs::remove_dir(&partial); // the first failure is the one to tell
-            io_error("locking", &partial)(source)
-        })?;
+        sweep(&parent, Some(name)).map_err(io_error("reading", &parent))?;
+        let partial = Partial::create(&parent, name).map_err(io_error("creating an image in", &parent))?;
         let publication = Self {
             target: target.to_owned(),
             parent,
             partial,
-            _lock: lock,
             next_blob: AtomicU64::new(0),
         };
-        let blobs = publication.partial.join(BLOBS);
-        private_directories()
-            .recursive(true)
-            .create(&blobs)
-            .map_err(io_error("creating", &blobs))?;
+        let blobs = publication.partial.path().join(BLOBS);
+        let made = DirBuilder::new().mode(0o700).recursive(true).create(&blobs);
+        made.map_err(io_error("creating", &blobs))?;
         Ok(publication)
     }
 
@@ -116,7 +104,7 @@ impl Publication {
     /// When its file cannot be created.
     pub fn blob(&self) -> Result<BlobWriter, PublishError> {
         let number = self.next_blob.fetch_add(1, Ordering::Relaxed);
-        let directory = self.partial.join(BLOBS);
+        let directory = self.partial.path().join(BLOBS);
         let path = directory.join(format!("unfinished-{number}"));
         let file = create(&path)?;
         Ok(BlobWriter {
@@ -146,7 +134,7 @@ impl Publication {
     /// When it is not there, or cannot be copied.
     pub fn take_over(&self, from: &Layout, blob: &Blob) -> Result<(), PublishError> {
         let source_path = from.blob_path(&blob.digest);
-        let path = self.partial.join(BLOBS).join(blob.digest.hex());
+        let path = self.partial.path().join(BLOBS).join(blob.digest.hex());
         let mut source = from
             .open_blob(blob)
             .map_err(|error| io_error("opening", &source_path)(io::Error::other(error)))?;
@@ -167,6 +155,9 @@ impl Publication {
     /// # Errors
     /// When it cannot be written, or the target exists by now.
     pub fn publish(self, draft: &ManifestDraft, name: Option<&str>) -> Result<Blob, PublishError> {
+        if let Some(name) = name.filter(|name| !is_tag(name)) {
+            return Err(PublishError::BadName(name.to_owned()));
+        }
         let manifest = self.add(&draft.to_bytes()?)?;
         let mut descriptor = Descriptor::new(MANIFEST, manifest);
         descriptor.artifact_type = Some(IMAGE.to_owned());
@@ -186,14 +177,14 @@ impl Publication {
         )?;
         self.write_file(MARKER.0, MARKER.1.as_bytes())?;
         for directory in [
-            self.partial.join(BLOBS),
-            self.partial.join("blobs"),
-            self.partial.clone(),
+            self.partial.path().join(BLOBS),
+            self.partial.path().join("blobs"),
+            self.partial.path().to_owned(),
         ] {
             sync_directory(&directory)?;
         }
         let at = rustix::fs::CWD;
-        match rustix::fs::renameat_with(at, &self.partial, at, &self.target, RenameFlags::NOREPLACE) {
+        match rustix::fs::renameat_with(at, self.partial.path(), at, &self.target, RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST) => return Err(PublishError::Exists(self.target.clone())),
             Err(error) => return Err(io_error("publishing", &self.target)(error.into())),
@@ -203,17 +194,10 @@ impl Publication {
     }
 
     fn write_file(&self, name: &str, bytes: &[u8]) -> Result<(), PublishError> {
-        let path = self.partial.join(name);
+        let path = self.partial.path().join(name);
         let mut file = create(&path)?;
         file.write_all(bytes).map_err(io_error("writing", &path))?;
         file.sync_all().map_err(io_error("synchronising", &path))
-    }
-}
-
-impl Drop for Publication {
-    fn drop(&mut self) {
-        // After the rename it is not there any more. A failure leaves a directory that the next writer sweeps.
-        let _ = fs::remove_dir_all(&self.partial);
     }
 }
 
@@ -281,6 +265,7 @@ fn start_writeback(file: &File, offset: u64, len: u64) {
     let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
+/// Images hold guests' memory: their owner alone may read them.
 fn create(path: &Path) -> Result<File, PublishError> {
     OpenOptions::new()
         .write(true)
@@ -288,48 +273,6 @@ fn create(path: &Path) -> Result<File, PublishError> {
         .mode(0o600)
         .open(path)
         .map_err(io_error("creating", path))
-}
-
-/// Images hold guests' memory: their owner alone may read them.
-fn private_directories() -> DirBuilder {
-    let mut builder = DirBuilder::new();
-    builder.mode(0o700);
-    builder
-}
-
-fn make_partial(parent: &Path, name: &str) -> Result<PathBuf, PublishError> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    loop {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = parent.join(format!(".{name}{PARTIAL}{}-{number}", std::process::id()));
-        match private_directories().create(&path) {
-            // A killed process of the same number left it, and it is not ours to sweep while locked.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => return made.map(|()| path.clone()).map_err(io_error("creating", &path)),
-        }
-    }
-}
-
-/// Removes what killed writers of the same target left: directories that nobody holds locked. Best effort; whoever
-/// is just between making and locking its directory would lose it, and fail cleanly.
-fn sweep(parent: &Path, name: &str) {
-    let prefix = format!(".{name}{PARTIAL}");
-    let Ok(entries) = fs::read_dir(parent) else { return };
-    for entry in entries
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
-    {
-        let path = entry.path();
-        let Ok(directory) = File::open(&path) else {
-            continue;
-        };
-        if rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            tracing::info!(path = %path.display(), "removing an image that was never finished");
-            if let Err(error) = fs::remove_dir_all(&path) {
-                tracing::warn!(path = %path.display(), %error, "an unfinished image cannot be removed");
-            }
-        }
-    }
 }
 
 fn sync_directory(path: &Path) -> Result<(), PublishError> {

@@ -6,9 +6,10 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::fs::MemfdFlags;
 
 use crate::units::PAGE_SIZE;
+use crate::unnamed;
 
 /// The file in which the chunks of one volume appear.
 pub(super) struct PageFile {
@@ -27,11 +28,7 @@ impl PageFile {
 
     /// A page file in a folder of the host's, for volumes that may be larger than RAM.
     pub(super) fn in_folder(folder: &Path, bytes: u64) -> io::Result<Self> {
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        Self::of(
-            rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)?.into(),
-            bytes,
-        )
+        Self::of(unnamed::create_in(folder)?, bytes)
     }
 
     fn of(writable: File, bytes: u64) -> io::Result<Self> {

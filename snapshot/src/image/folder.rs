@@ -1,0 +1,154 @@
+//! A folder of images: what is in it, how much it takes, and how one goes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::layout::Layout;
+use super::manifest::{ImageManifest, MANIFEST_BYTES_MAX};
+use super::partial::{path_beside, sweep};
+use super::reference::Wanted;
+use super::{Image, ImageError};
+use crate::digest::BlobDigest;
+
+/// An image of a folder.
+#[derive(Clone, Debug)]
+pub struct ListedImage {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Its name in the layout, a tag.
+    pub name: Option<String>,
+    /// What it consists of.
+    pub manifest: ImageManifest,
+}
+
+impl ListedImage {
+    /// What all blobs of the image take together. Those that it shares with others count with each.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.manifest
+            .blobs()
+            .iter()
+            .fold(0, |sum, blob| sum.saturating_add(blob.bytes))
+    }
+
+    /// The length of its volumes together.
+    #[must_use]
+    pub fn volume_bytes(&self) -> u64 {
+        self.manifest
+            .volumes
+            .iter()
+            .map(|volume| volume.root.volume_bytes())
+            .fold(0, u64::saturating_add)
+    }
+}
+
+/// Why a folder of images cannot be listed, or an image not be removed.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// The system refused.
+    #[error("{what} {path} failed")]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no image, and only images are removed.
+    #[error("{path} is not removed, since it is no image")]
+    NoImage {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: Box<ImageError>,
+    },
+}
+
+fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> FolderError + 'a {
+    move |source| FolderError::Io {
+        what,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// What is in a folder, in the order of paths.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// The images.
+    pub images: Vec<ListedImage>,
+    /// Directories that should hold an image, and what is wrong with it.
+    pub broken: Vec<(PathBuf, ImageError)>,
+}
+
+/// The images right in `folder`. What does not even look like an image is passed over.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn list(folder: &Path) -> Result<Listing, FolderError> {
+    let mut listing = Listing::default();
+    for path in visible(folder)? {
+        let Ok(layout) = Layout::open(&path) else { continue };
+        for (blob, name) in layout.images() {
+            let read = layout.read(&blob, MANIFEST_BYTES_MAX).map_err(ImageError::from);
+            match read.and_then(|bytes| Ok(ImageManifest::parse(&bytes)?)) {
+                Ok(manifest) => {
+                    let (path, name) = (path.clone(), name.map(str::to_owned));
+                    listing.images.push(ListedImage { path, name, manifest });
+                }
+                Err(error) => listing.broken.push((path.clone(), error)),
+            }
+        }
+    }
+    Ok(listing)
+}
+
+/// Finds an image of the folder by its digest.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn find(folder: &Path, digest: &BlobDigest) -> Result<Option<Image>, FolderError> {
+    let opened = |path: PathBuf| Image::open_directory(&path, &Wanted::Pinned(*digest)).ok();
+    Ok(visible(folder)?.into_iter().find_map(opened))
+}
+
+/// Removes an image's directory. It is gone at once, for everybody who does not have it open; those who have keep it.
+///
+/// # Errors
+/// When it is no image, or cannot be removed.
+pub fn remove(path: &Path) -> Result<(), FolderError> {
+    Layout::open(path).map_err(|error| FolderError::NoImage {
+        path: path.to_owned(),
+        source: Box::new(error.into()),
+    })?;
+    let hidden =
+        path_beside(path).ok_or_else(|| io_error("removing", path)(io::ErrorKind::InvalidInput.into()))?;
+    // From here on it is an unfinished image like that of a killed writer: if this is cut short, the next sweep ends it.
+    fs::rename(path, &hidden).map_err(io_error("removing", path))?;
+    fs::remove_dir_all(&hidden).map_err(io_error("removing", &hidden))
+}
+
+/// Removes what killed writers left in the folder, whatever its name was to be.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn prune(folder: &Path) -> Result<Vec<PathBuf>, FolderError> {
+    sweep(folder, None).map_err(io_error("reading", folder))
+}
+
+fn visible(folder: &Path) -> Result<Vec<PathBuf>, FolderError> {
+    let entries = fs::read_dir(folder).map_err(io_error("reading", folder))?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(io_error("reading", folder))?;
+        if !entry.file_name().to_string_lossy().starts_with('.') {
+            paths.push(entry.path());
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
