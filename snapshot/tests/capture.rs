@@ -411,6 +411,7 @@ fn a_raw_copy_that_fails_leaves_what_was_there() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("mem");
     fs::write(&target, "the old one").unwrap();
+    fs::write(folder.path().join(".mem.partial-1-1"), "of a killed writer").unwrap();
     let progress = Progress::new([(VolumeName::Memory, 64 << 20)]);
     let broken = trap(|| Err(io::Error::other("bad sector")));
     let error = write_raw(&broken, &target, &CaptureSettings::default(), &progress).unwrap_err();

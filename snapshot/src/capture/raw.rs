@@ -1,8 +1,9 @@
 //! Firecracker's form of memory: one raw, sparse file, as its handlers and tools expect (`mem_file_path`).
 
-use std::fs::{self, File, OpenOptions};
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -11,6 +12,7 @@ use super::CaptureSettings;
 use super::content::{Content, Found};
 use super::progress::{Progress, Stage};
 use super::splitter::{Piece, Splitter};
+use crate::image::partial::{Partial, sweep};
 use crate::layer::frame::is_zero;
 use crate::units::{ByteRange, ChunkIndex};
 
@@ -53,9 +55,9 @@ pub fn write_raw(
     settings: &CaptureSettings,
     progress: &Progress,
 ) -> Result<(), RawError> {
-    let partial = Partial::create(target, content.bytes())?;
+    let file = RawFile::create(target, content.bytes())?;
     let splitter = Mutex::new(Splitter::new(content, settings.chunk_size));
-    let copy = || copy_pieces(content, &partial, &splitter, settings, progress);
+    let copy = || copy_pieces(content, &file, &splitter, settings, progress);
     thread::scope(|scope| {
         // This thread works too, so that it goes on if no other can be started.
         let others: Vec<_> = (1..settings.compressors)
@@ -77,14 +79,14 @@ pub fn write_raw(
             .fold(own, Result::and)
     })?;
     progress.set_stage(Stage::Publishing);
-    partial.publish(target)?;
+    file.publish(target)?;
     progress.set_stage(Stage::Published);
     Ok(())
 }
 
 fn copy_pieces(
     content: &dyn Content,
-    partial: &Partial,
+    file: &RawFile,
     splitter: &Mutex<Splitter<'_>>,
     settings: &CaptureSettings,
     progress: &Progress,
@@ -110,79 +112,65 @@ fn copy_pieces(
                 .read(range.start, &mut buffer)
                 .map_err(|source| RawError::Read { range, source })?;
             if found == Found::Data && !is_zero(&buffer) {
-                partial.write(&buffer, range.start)?;
+                file.write(&buffer, range.start)?;
             }
             progress.add_done(0, range.len);
         }
     }
 }
 
-/// The file while it is being written; removed when dropped.
-struct Partial {
-    file: File,
-    path: PathBuf,
+/// The file while it is being written.
+struct RawFile {
+    partial: Partial,
+    parent: PathBuf,
 }
 
-impl Partial {
+impl RawFile {
     fn create(target: &Path, bytes: u64) -> Result<Self, RawError> {
-        let mut name = std::ffi::OsString::from(".");
-        name.push(target.file_name().unwrap_or_default());
-        name.push(format!(".partial-{}", std::process::id()));
-        let path = target.with_file_name(name);
-        let failed = |what, source| RawError::Write {
+        let failed = |what, path: &Path, source| RawError::Write {
             what,
-            path: path.clone(),
+            path: path.to_owned(),
             source,
         };
-        // Not `create_new`: what a killed process of this number left is of no use to anybody.
-        let open = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path);
-        let partial = Self {
-            file: open.map_err(|source| failed("creating", source))?,
-            path: path.clone(),
-        };
-        partial
-            .file
-            .set_len(bytes)
-            .map_err(|source| failed("enlarging", source))?;
-        Ok(partial)
+        let name = target.file_name().and_then(OsStr::to_str);
+        let name = name.ok_or_else(|| failed("creating", target, io::ErrorKind::InvalidFilename.into()))?;
+        let parent = target
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        sweep(parent, Some(name)).map_err(|source| failed("reading", parent, source))?;
+        let partial =
+            Partial::create_file(parent, name).map_err(|source| failed("creating", target, source))?;
+        let enlarged = partial.file().set_len(bytes);
+        enlarged.map_err(|source| failed("enlarging", partial.path(), source))?;
+        Ok(Self {
+            partial,
+            parent: parent.to_owned(),
+        })
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), RawError> {
-        self.file
+        self.partial
+            .file()
             .write_all_at(bytes, offset)
             .map_err(|source| self.failed("writing", source))
     }
 
     fn publish(self, target: &Path) -> Result<(), RawError> {
-        self.file
+        self.partial
+            .file()
             .sync_all()
             .map_err(|source| self.failed("synchronising", source))?;
-        fs::rename(&self.path, target).map_err(|source| self.failed("renaming", source))?;
-        let parent = target
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let synchronised = File::open(parent).and_then(|folder| folder.sync_all());
+        fs::rename(self.partial.path(), target).map_err(|source| self.failed("renaming", source))?;
+        let synchronised = File::open(&self.parent).and_then(|folder| folder.sync_all());
         synchronised.map_err(|source| self.failed("synchronising the folder of", source))
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> RawError {
         RawError::Write {
             what,
-            path: self.path.clone(),
+            path: self.partial.path().to_owned(),
             source,
         }
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        // After the rename it is not there any more.
-        let _ = fs::remove_file(&self.path);
     }
 }

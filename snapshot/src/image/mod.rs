@@ -11,7 +11,7 @@
 pub mod folder;
 pub mod layout;
 pub mod manifest;
-mod partial;
+pub(crate) mod partial;
 pub mod publication;
 pub mod reference;
 pub mod source;

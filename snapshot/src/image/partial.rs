@@ -1,11 +1,11 @@
-//! Unfinished images: hidden directories beside their target, locked as long as their writer lives.
+//! Unfinished images, and raw files: hidden beside their target, locked as long as their writer lives.
 //!
 //! They are called `.<target>.partial-<process>-<number>`. Whoever is killed leaves one behind, unlocked; the next
 //! writer of the same target, or [`super::folder::prune`], sweeps it.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,32 +13,67 @@ use rustix::fs::FlockOperation;
 
 const MARK: &str = ".partial-";
 
-/// An unfinished image; removed when dropped, unless it was renamed.
+/// How often a name is tried; each but the last met another process in the act of sweeping.
+const ATTEMPTS_MAX: u32 = 100;
+
+/// An unfinished image or file; removed when dropped, unless it was renamed.
 #[derive(Debug)]
-pub(super) struct Partial {
+pub(crate) struct Partial {
     path: PathBuf,
-    _lock: File,
+    /// The directory or the file itself, locked.
+    locked: File,
 }
 
 impl Partial {
-    /// Makes one in `parent` for the target `name`, for its owner alone.
-    pub(super) fn create(parent: &Path, name: &str) -> io::Result<Self> {
-        loop {
-            let path = parent.join(hidden_name(name));
-            match DirBuilder::new().mode(0o700).create(&path) {
-                // A killed process of the same number left it, and somebody else is just sweeping it.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-                made => made?,
-            }
-            match lock(&path) {
-                Some(lock) if is_still(&lock, &path) => return Ok(Self { path, _lock: lock }),
-                // Somebody swept it before it was locked.
-                _ => {}
-            }
-        }
+    /// Makes a directory in `parent` for the target `name`, for its owner alone.
+    pub(super) fn create_directory(parent: &Path, name: &str) -> io::Result<Self> {
+        Self::create(parent, name, |path| {
+            DirBuilder::new().mode(0o700).create(path)?;
+            open(path)
+        })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    /// Makes a file in `parent` for the target `name`, for its owner alone.
+    pub(crate) fn create_file(parent: &Path, name: &str) -> io::Result<Self> {
+        Self::create(parent, name, |path| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path)
+        })
+    }
+
+    fn create(parent: &Path, name: &str, make: impl Fn(&Path) -> io::Result<File>) -> io::Result<Self> {
+        let mut failure = io::ErrorKind::AlreadyExists.into();
+        for _ in 0..ATTEMPTS_MAX {
+            let path = parent.join(hidden_name(name));
+            match make(&path) {
+                Ok(made) if lock(&made) && is_still(&made, &path) => return Ok(Self { path, locked: made }),
+                // Somebody swept it before it was locked.
+                Ok(_) => {}
+                // A killed process of the same number left one, or somebody swept it as soon as it was made.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound
+                    ) =>
+                {
+                    failure = error;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failure)
+    }
+
+    /// The file, if it is one; the directory otherwise.
+    pub(crate) fn file(&self) -> &File {
+        &self.locked
+    }
+
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }
@@ -46,7 +81,7 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         // After the rename it is not there any more. A failure leaves a directory that the next writer sweeps.
-        let _ = fs::remove_dir_all(&self.path);
+        let _ = remove(&self.path, &self.locked);
     }
 }
 
@@ -60,7 +95,7 @@ pub(super) fn path_beside(target: &Path) -> Option<PathBuf> {
 ///
 /// # Errors
 /// When the folder cannot be read. What cannot be removed is logged.
-pub(super) fn sweep(parent: &Path, name: Option<&str>) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn sweep(parent: &Path, name: Option<&str>) -> io::Result<Vec<PathBuf>> {
     let mut swept = Vec::new();
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
@@ -70,8 +105,10 @@ pub(super) fn sweep(parent: &Path, name: Option<&str>) -> io::Result<Vec<PathBuf
         }
         let path = entry.path();
         // Held until it is removed: two sweepers do not meet.
-        let Some(_lock) = lock(&path) else { continue };
-        match fs::remove_dir_all(&path) {
+        let Some(locked) = open(&path).ok().filter(lock) else {
+            continue;
+        };
+        match remove(&path, &locked) {
             Ok(()) => {
                 tracing::info!(path = %path.display(), "removed an image that was never finished");
                 swept.push(path);
@@ -101,13 +138,24 @@ fn target_of(name: &str) -> Option<&str> {
     (!target.is_empty() && is_number(process) && is_number(number)).then_some(target)
 }
 
-/// Locks a directory; `None` if somebody else has it locked, or it is none.
-fn lock(path: &Path) -> Option<File> {
-    let directory = File::open(path)
-        .ok()
-        .filter(|file| file.metadata().is_ok_and(|meta| meta.is_dir()))?;
-    rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive).ok()?;
-    Some(directory)
+/// Opens a directory or a file to lock it; not a link, and without waiting for a FIFO's writer.
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path)
+}
+
+/// Locks it; false if somebody else has it locked.
+fn lock(file: &File) -> bool {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_ok()
+}
+
+fn remove(path: &Path, opened: &File) -> io::Result<()> {
+    match opened.metadata()?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    }
 }
 
 /// Whether what was opened is still what has that path.
@@ -140,7 +188,7 @@ mod tests {
     #[test]
     fn the_living_are_spared_and_others_targets_are_let_be() {
         let folder = tempfile::tempdir().unwrap();
-        let alive = Partial::create(folder.path(), "web").unwrap();
+        let alive = Partial::create_directory(folder.path(), "web").unwrap();
         for orphan in [".web.partial-1-1", ".other.partial-1-1"] {
             fs::create_dir(folder.path().join(orphan)).unwrap();
         }
@@ -165,7 +213,7 @@ mod tests {
                 scope.spawn(|| (0..200).for_each(|_| _ = sweep(folder.path(), None)));
                 scope.spawn(|| {
                     for _ in 0..200 {
-                        let partial = Partial::create(folder.path(), "web").unwrap();
+                        let partial = Partial::create_directory(folder.path(), "web").unwrap();
                         fs::write(partial.path().join("blob"), "x").unwrap();
                     }
                 });

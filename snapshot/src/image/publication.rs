@@ -85,7 +85,8 @@ impl Publication {
             return Err(PublishError::Exists(target.to_owned()));
         }
         sweep(&parent, Some(name)).map_err(io_error("reading", &parent))?;
-        let partial = Partial::create(&parent, name).map_err(io_error("creating an image in", &parent))?;
+        let partial =
+            Partial::create_directory(&parent, name).map_err(io_error("creating an image in", &parent))?;
         let publication = Self {
             target: target.to_owned(),
             parent,
