@@ -178,6 +178,16 @@ impl Driver {
             .unwrap();
     }
 
+    /// Puts the queue where it would be if it had served this many requests.
+    pub(crate) fn served_before(&mut self, queue: usize, count: u16) {
+        let (_, _, used) = rings(queue);
+        self.queues[queue].avail = count;
+        self.queues[queue].seen = count;
+        self.set_avail_index(queue, count);
+        self.put(used + 2, &count.to_le_bytes());
+        self.take_used(queue);
+    }
+
     /// Whether the device asks to be kicked for the chain submitted last.
     pub(crate) fn device_wants_kick(&self, queue: usize) -> bool {
         let (_, _, used) = rings(queue);

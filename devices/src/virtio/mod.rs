@@ -29,6 +29,7 @@ mod unit;
 pub(crate) mod mock;
 
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -76,6 +77,9 @@ pub trait VirtioDevice: Send + Sized + 'static {
     /// The driver let go of the device: what it had set returns to what it was.
     fn reset(&mut self);
 
+    /// What the device counted, by name; counters only rise.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+
     /// Copies the state out.
     fn save(&self) -> Self::State;
 
@@ -84,6 +88,11 @@ pub trait VirtioDevice: Send + Sized + 'static {
     /// # Errors
     /// When the state makes no sense or does not fit the parts.
     fn restore(parts: Self::Parts, state: Self::State) -> Result<Self, Self::Error>;
+}
+
+/// A counter as [`VirtioDevice::counters`] lists it.
+pub(crate) fn counter(name: &'static str, value: &AtomicU64) -> (&'static str, u64) {
+    (name, value.load(Ordering::Relaxed))
 }
 
 /// Reads a configuration space that is a plain sequence of bytes.

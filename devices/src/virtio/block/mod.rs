@@ -20,7 +20,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-use super::{ActiveDevice, VirtioDevice, read_config_bytes};
+use super::{ActiveDevice, VirtioDevice, counter, read_config_bytes};
 use crate::bus::Offset;
 
 mod active;
@@ -287,6 +287,19 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.writeback.store(true, Ordering::Relaxed);
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let metrics = &self.metrics;
+        vec![
+            counter("read_bytes", &metrics.read_bytes),
+            counter("written_bytes", &metrics.written_bytes),
+            counter("reads", &metrics.reads),
+            counter("writes", &metrics.writes),
+            counter("flushes", &metrics.flushes),
+            counter("discards", &metrics.discards),
+            counter("errors", &metrics.errors),
+        ]
     }
 
     fn save(&self) -> BlockState {

@@ -586,3 +586,46 @@ fn the_configuration_space_says_what_the_drive_has() {
     assert_eq!(rig.driver.read(0x100 + 40), DISCARD_SEGMENTS_MAX);
     assert_eq!(rig.driver.read(0x100 + 0x200), 0, "past its end");
 }
+
+#[test]
+fn a_drive_under_load_is_moved_again_and_again_and_loses_no_request() {
+    const MOVES: usize = 25;
+    for features in [FLUSH, FLUSH | EVENT_IDX] {
+        let mut rig = rig(TestStore::new(false), CacheType::Writeback, features);
+        let mut served = 0;
+        for round in 0..MOVES {
+            // Five in flight, each of three descriptors, and no waiting for them.
+            for slot in 0..5 {
+                rig.submit(slot, IN, (round as u64 + slot) % SECTORS, 512);
+            }
+            rig.driver.kick(0);
+            // Wherever this catches the device: before, within or after its batch.
+            let frozen = EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap();
+            let saved = rig
+                .driver
+                .device
+                .save_section("rootfs", &Paused::until(|| ()))
+                .unwrap();
+            let event_loop = Arc::new(EventLoop::start("moved").unwrap());
+            let parts = parts(&rig.store, CacheType::Writeback);
+            let device = registry::restore(saved, parts, place(&rig.driver.ram, &event_loop)).unwrap();
+            drop((rig.event_loop, frozen));
+            rig = Rig {
+                driver: rig.driver.go_on(device),
+                store: rig.store,
+                event_loop,
+            };
+            rig.driver.device.resume();
+            served += rig.driver.await_used(0, 5).len();
+            for slot in 0..5 {
+                let expected = (round as u64 + slot) % SECTORS + 1;
+                assert_eq!(
+                    rig.driver.get(data(slot), 512),
+                    [expected as u8; 512],
+                    "move {round}"
+                );
+            }
+        }
+        assert_eq!(served, 5 * MOVES);
+    }
+}

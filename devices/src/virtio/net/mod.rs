@@ -22,7 +22,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
 };
 
-use super::{ActiveDevice, VirtioDevice, read_config_bytes};
+use super::{ActiveDevice, VirtioDevice, counter, read_config_bytes};
 use crate::bus::Offset;
 
 mod active;
@@ -238,6 +238,20 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {}
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let metrics = &self.metrics;
+        vec![
+            counter("received_packets", &metrics.received_packets),
+            counter("received_bytes", &metrics.received_bytes),
+            counter("sent_packets", &metrics.sent_packets),
+            counter("sent_bytes", &metrics.sent_bytes),
+            counter("receive_errors", &metrics.receive_errors),
+            counter("send_errors", &metrics.send_errors),
+            counter("receive_waits", &metrics.receive_waits),
+            counter("send_waits", &metrics.send_waits),
+        ]
+    }
 
     fn save(&self) -> NetState {
         NetState { mac: self.parts.mac }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::chain::copy_to_guest;
-use super::{ActiveDevice, Context, DeviceFault, Progress, VirtioDevice, Wake};
+use super::{ActiveDevice, Context, DeviceFault, Progress, VirtioDevice, Wake, counter};
 use crate::bus::Offset;
 
 pub mod state;
@@ -88,6 +88,15 @@ impl VirtioDevice for Rng {
     }
 
     fn reset(&mut self) {}
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let metrics = &self.metrics;
+        vec![
+            counter("requests", &metrics.requests),
+            counter("bytes", &metrics.bytes),
+            counter("errors", &metrics.errors),
+        ]
+    }
 
     fn save(&self) -> state::RngState {
         state::RngState {}

@@ -98,6 +98,9 @@ pub trait MmioDevice: BusDevice + fmt::Debug {
     /// What happened between the device and its driver.
     fn link(&self) -> &DriverLink;
 
+    /// What the device and its link to the driver counted, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+
     /// Saves the device. Its event loop stands still.
     ///
     /// # Errors

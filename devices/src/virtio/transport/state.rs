@@ -8,6 +8,7 @@ use runnel_snapshot::section::{SavedSection, Section, SectionError};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::super::counter;
 use super::queues::{QueueRegisters, QueueSetupError};
 use super::{
     ACKNOWLEDGE, DRIVER, DRIVER_OK, DriverLink, EventLoop, FAILED, FEATURES_OK, Interrupt, MmioDevice,
@@ -304,6 +305,17 @@ impl<D: VirtioDevice> MmioDevice for MmioTransport<D> {
 
     fn link(&self) -> &DriverLink {
         &self.link
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let link = self.link.metrics();
+        let mut counters = self.registers().device.counters();
+        counters.extend([
+            counter("interrupts", &link.interrupts),
+            counter("driver_faults", &link.faults),
+            counter("refused_accesses", &link.refused_accesses),
+        ]);
+        counters
     }
 
     fn save_section(&self, id: &str, paused: &Paused<'_>) -> Result<SavedSection, SaveError> {

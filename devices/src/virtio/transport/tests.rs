@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use proptest::prelude::*;
 use runnel_snapshot::machine::Paused;
 use runnel_snapshot::section::SavedSection;
 use vm_memory::bitmap::Bitmap as _;
@@ -468,4 +469,125 @@ fn state_that_no_driver_can_have_brought_about_is_refused() {
         assert!(registry::restore(section, Parts::Rng, place(&rig.driver.ram, &event_loop)).is_err());
     }
     assert!(registry::restore(saved, Parts::Rng, place(&rig.driver.ram, &event_loop)).is_ok());
+}
+
+#[test]
+fn counters_are_readable_by_name() {
+    let mut rig = set_up(VERSION_1);
+    rig.driver.submit(0, &[writable(DATA, 64)]);
+    rig.driver.kick(0);
+    rig.driver.await_used(0, 1);
+    let counters: std::collections::BTreeMap<_, _> = rig.driver.device.counters().into_iter().collect();
+    assert_eq!(
+        [counters["requests"], counters["bytes"], counters["driver_faults"]],
+        [1, 64, 0]
+    );
+}
+
+#[test]
+fn indices_wrap_without_silencing_a_queue() {
+    for features in [VERSION_1, VERSION_1 | EVENT_IDX] {
+        let mut rig = set_up(features);
+        let mut saved = save(&rig);
+        // As if 65,530 requests had been served: the indices are 16 bits wide.
+        const SERVED: u16 = 65_530;
+        for index in ["next_avail", "next_used"] {
+            saved.state["transport"]["queues"][0][index] = SERVED.into();
+        }
+        rig.driver.served_before(0, SERVED);
+        let mut rig = restore(rig, saved);
+        rig.driver.device.resume();
+        for round in 0..20 {
+            rig.driver.submit(0, &[writable(DATA, 4)]);
+            rig.driver.kick(0);
+            assert_eq!(rig.driver.await_used(0, 1).len(), 1, "round {round}");
+        }
+        // A save in mid-wrap is no different.
+        let saved = save(&rig);
+        let mut rig = restore(rig, saved);
+        rig.driver.submit(0, &[writable(DATA, 4)]);
+        rig.driver.device.resume();
+        assert_eq!(rig.driver.await_used(0, 1).len(), 1);
+    }
+}
+
+/// What a hostile guest can do to a device.
+#[derive(Clone, Debug)]
+enum Act {
+    Read { offset: u64, len: usize },
+    Write { offset: u64, data: Vec<u8> },
+    Scribble { address: u64, data: Vec<u8> },
+    SetUp,
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let registers = prop_oneof![4 => (0u64..0x48).prop_map(|word| word * 4), 1 => 0u64..0x1000];
+    let small = prop_oneof![
+        Just(0u32),
+        Just(1),
+        Just(3),
+        Just(11),
+        Just(15),
+        0u32..20,
+        any::<u32>()
+    ];
+    let word = (registers.clone(), small).prop_map(|(offset, value)| Act::Write {
+        offset,
+        data: value.to_le_bytes().to_vec(),
+    });
+    let odd = (registers.clone(), prop::collection::vec(any::<u8>(), 1..9))
+        .prop_map(|(offset, data)| Act::Write { offset, data });
+    let read = (registers, 1usize..9).prop_map(|(offset, len)| Act::Read { offset, len });
+    // Into the rings, or into an indirect table.
+    let scribble = (prop_oneof![0x1_0000u64..0x1_0100, 0x1_1000u64..0x1_1040, Just(DATA)])
+        .prop_flat_map(|address| {
+            (
+                Just(address),
+                prop::collection::vec(prop_oneof![Just(0u8), 0u8..8, any::<u8>()], 1..40),
+            )
+        })
+        .prop_map(|(address, data)| Act::Scribble { address, data });
+    prop::collection::vec(
+        prop_oneof![4 => word, 1 => odd, 1 => read, 3 => scribble, 2 => Just(Act::SetUp)],
+        1..60,
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    /// Nothing that a guest does to registers and rings keeps it from getting a working device by a reset.
+    #[test]
+    fn whatever_a_guest_does_a_reset_gives_it_a_working_device(acts in acts()) {
+        let rig = found();
+        let features = VERSION_1 | EVENT_IDX | INDIRECT_DESC;
+        let (device, ram) = (Arc::clone(&rig.driver.device), Arc::clone(&rig.driver.ram));
+        for act in acts {
+            match act {
+                Act::Read { offset, len } => device.read(Offset(offset), &mut vec![0; len]),
+                Act::Write { offset, data } => device.write(Offset(offset), &data),
+                Act::Scribble { address, data } => {
+                    rig.driver.put(address, &data);
+                    rig.driver.kick(0);
+                }
+                Act::SetUp => {
+                    let mut driver = Driver::find(Arc::clone(&device), Arc::clone(&ram));
+                    driver.negotiate(features);
+                    driver.set_up_queue(0);
+                    driver.write(0x70, 15);
+                }
+            }
+        }
+        // Settled, so that nothing of before is under way when the rings are cleaned.
+        device.write(Offset(0x70), &[0; 4]);
+        drop(EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap());
+        while device.interrupt().event().read().is_ok() {}
+        for ring in [rings(0).0, rings(0).1, rings(0).2] {
+            rig.driver.put(ring, &[0; 0x1000]);
+        }
+        let mut driver = Driver::set_up(device, ram, features);
+        driver.submit(0, &[writable(DATA, 8)]);
+        driver.kick(0);
+        prop_assert_eq!(driver.await_used(0, 1), [(0, 8)]);
+    }
 }
