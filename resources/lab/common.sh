@@ -56,7 +56,7 @@ keep() {
     flock "$lock"
     if [ ! -e "$thing" ] || [ "$(cat "$thing.key" 2>/dev/null)" != "$key" ]; then
         temporary=$thing.temporary
-        rm -rf "$temporary" "$thing.key"
+        rm -rf "$temporary" "$temporary.work" "$thing.key"
         step "$text" "$lab_dir/logs/$(basename "$thing").log" "$@" "$temporary"
         rm -rf "$thing"
         mv -T "$temporary" "$thing"

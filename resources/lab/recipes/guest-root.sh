@@ -9,7 +9,9 @@ packages=(
     systemd-sysv udev iproute2                    # what starts, finds devices, configures the network
     python3                                       # the service
 )
-work=$(mktemp -d "$lab_dir/guest-root.XXXXXX")
+work=$out.work
+rm -rf "$work"
+mkdir "$work"
 trap 'rm -rf "$work"' EXIT
 root=$work/root
 mmdebstrap --mode=root --variant=minbase --include="$(IFS=,; echo "${packages[*]}")" \

@@ -9,7 +9,9 @@ packages=(
     curl python3 zstd e2fsprogs                   # what checks use
     skopeo docker-registry                        # stock tools that read and hold images
 )
-root=$(mktemp -d "$lab_dir/host-root.XXXXXX")
+root=$out.work
+rm -rf "$root"
+mkdir "$root"
 trap 'rm -rf "$root"' EXIT
 mmdebstrap --mode=root --variant=minbase --include="$(IFS=,; echo "${packages[*]}")" \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \

@@ -4,7 +4,9 @@
 . "$(dirname "$0")/../common.sh"
 kernel=$lab_dir/kernel/$1 folder=$2 out=$3
 
-root=$(mktemp -d "$lab_dir/initramfs.XXXXXX")
+root=$out.work
+rm -rf "$root"
+mkdir "$root"
 trap 'rm -rf "$root"' EXIT
 mkdir -p "$root"/{bin,dev,proc,sys,run,root,modules}
 cp /bin/busybox "$root/bin/busybox"

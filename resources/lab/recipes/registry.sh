@@ -3,7 +3,9 @@
 . "$(dirname "$0")/../common.sh"
 out=$1
 
-work=$(mktemp -d "$lab_dir/registry.XXXXXX")
+work=$out.work
+rm -rf "$work"
+mkdir "$work"
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 apt-get -o DPkg::Lock::Timeout=300 update
