@@ -11,6 +11,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod cpuid;
+pub mod engine;
 pub mod exit;
 pub mod kvm;
 pub mod layout;

@@ -260,7 +260,12 @@ impl Service {
                     let _ = answer.send(outcome);
                 });
                 Ok(match answered.await {
-                    Ok(outcome) => response::outcome(outcome),
+                    Ok(outcome) => {
+                        if let Err(fault) = &outcome {
+                            tracing::error!("Received Error. Status code: 400 Bad Request. Message: {fault}");
+                        }
+                        response::outcome(outcome)
+                    }
                     Err(_) => response::fault(StatusCode::SERVICE_UNAVAILABLE, "The monitor is ending."),
                 })
             }
