@@ -1,8 +1,12 @@
 //! What Runnel's behaviour tests, benches and demo stand on.
 
 pub mod lab;
+pub mod monitor;
+mod program;
 
 use std::path::Path;
+
+pub use program::program;
 
 /// The bare guest: an ELF64 kernel of our own (`tests/bare-guest/`) that even an interpreted KVM runs.
 #[must_use]

@@ -1,0 +1,260 @@
+//! A `runnel-vmm` process under test: started in a folder of its own, talked to over its API, gone when dropped.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::program;
+
+/// Far longer than anything waited for takes: a test that waits so long has failed.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A monitor's process. Its log goes to standard error, and is shown if a test fails.
+#[derive(Debug)]
+pub struct Monitor {
+    child: Child,
+    log: Lines,
+    console: Lines,
+    socket: PathBuf,
+    _folder: Option<TempDir>,
+}
+
+impl Monitor {
+    /// One that serves its API and waits to be configured.
+    ///
+    /// # Panics
+    /// When it does not come so far.
+    #[must_use]
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let socket = folder.path().join("api.sock");
+        let mut monitor = Self::start_at(&socket, &[]);
+        monitor._folder = Some(folder);
+        monitor.log.wait_for("Listening on API socket");
+        monitor
+    }
+
+    /// One with its socket at `socket` and with `arguments`; it may fail.
+    ///
+    /// # Panics
+    /// When there is no such program.
+    #[must_use]
+    pub fn start_at(socket: &Path, arguments: &[&str]) -> Self {
+        let mut child = Command::new(program("runnel-vmm"))
+            .arg("--api-sock")
+            .arg(socket)
+            .args(["--log-path", "/dev/stderr", "--level", "Debug", "--show-level"])
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("runnel-vmm starts");
+        let log = Lines::of(child.stderr.take().expect("it is piped"));
+        let console = Lines::of(child.stdout.take().expect("it is piped"));
+        Self {
+            child,
+            log,
+            console,
+            socket: socket.to_owned(),
+            _folder: None,
+        }
+    }
+
+    /// Waits for a line of the log that contains `text`.
+    ///
+    /// # Panics
+    /// When none comes.
+    pub fn wait_for_log(&mut self, text: &str) -> String {
+        self.log.wait_for(text)
+    }
+
+    /// Waits for a line of the guest's console that contains `text`.
+    ///
+    /// # Panics
+    /// When none comes.
+    pub fn wait_for_console(&mut self, text: &str) -> String {
+        self.console.wait_for(text)
+    }
+
+    /// Types `text` on the guest's console.
+    ///
+    /// # Panics
+    /// When the monitor no longer reads.
+    pub fn type_line(&mut self, text: &str) {
+        let stdin = self.child.stdin.as_mut().expect("it is piped");
+        stdin
+            .write_all(format!("{text}\n").as_bytes())
+            .expect("the monitor reads its standard input");
+    }
+
+    /// Asks the API; gives status and body.
+    ///
+    /// # Panics
+    /// When no answer comes.
+    #[must_use]
+    pub fn ask(&self, verb: &str, path: &str, body: &Value) -> (u16, Value) {
+        ask(&self.socket, verb, path, body)
+    }
+
+    /// Asks the API for something that must succeed.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn demand(&self, verb: &str, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.ask(verb, path, body);
+        assert!(
+            matches!(status, 200 | 204),
+            "{verb} {path} {body}: {status} {answer}"
+        );
+        answer
+    }
+
+    /// Where its API is.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by name: `TERM`, `KILL`.
+    ///
+    /// # Panics
+    /// When there is no such process.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .arg(format!("-{name}"))
+            .arg(self.pid().to_string())
+            .status();
+        assert!(status.expect("kill runs").success());
+    }
+
+    /// Waits for its end, and gives its status and the log.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn wait(&mut self) -> (ExitStatus, String) {
+        let log = self.log.rest();
+        (self.child.wait().expect("a child can be waited for"), log)
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            // It may end in between.
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("--- the monitor's log\n{}", self.log.seen.join("\n"));
+            eprintln!("--- the guest's console\n{}", self.console.seen.join("\n"));
+        }
+    }
+}
+
+/// Lines that a process writes, read by a thread of their own.
+#[derive(Debug)]
+struct Lines {
+    lines: Receiver<String>,
+    seen: Vec<String>,
+}
+
+impl Lines {
+    fn of(stream: impl Read + Send + 'static) -> Self {
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            lines,
+            seen: Vec::new(),
+        }
+    }
+
+    fn wait_for(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            match self
+                .lines
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if line.contains(text) {
+                        return line;
+                    }
+                }
+                Err(why) => panic!("{text:?} did not come ({why}) after:\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    /// All lines until the end.
+    fn rest(&mut self) -> String {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            match self
+                .lines
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(line) => self.seen.push(line),
+                Err(RecvTimeoutError::Disconnected) => return self.seen.join("\n"),
+                Err(RecvTimeoutError::Timeout) => panic!("it does not end after:\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+}
+
+/// Asks the API at `socket`, over a connection of its own; gives status and body.
+///
+/// # Panics
+/// When no answer comes.
+#[must_use]
+pub fn ask(socket: &Path, verb: &str, path: &str, body: &Value) -> (u16, Value) {
+    let body = if body.is_null() {
+        String::new()
+    } else {
+        body.to_string()
+    };
+    let mut stream = UnixStream::connect(socket).expect("the API's socket");
+    stream
+        .set_read_timeout(Some(DEADLINE))
+        .expect("a socket can time out");
+    let length = body.len();
+    write!(
+        stream,
+        "{verb} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+    .expect("the API reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("the API answers");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .expect("an answer has a status");
+    let body = if body.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_str(body).expect("answers are JSON")
+    };
+    (status, body)
+}
