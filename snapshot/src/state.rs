@@ -151,7 +151,10 @@ impl MachineState {
     /// When it is malformed, absurdly large, or of a newer format.
     pub fn decode(blob: &[u8]) -> Result<Self, StateError> {
         let mut json = Vec::new();
-        let decoder = zstd::Decoder::with_buffer(blob).map_err(StateError::Decompress)?;
+        let mut decoder = zstd::Decoder::with_buffer(blob).map_err(StateError::Decompress)?;
+        decoder
+            .window_log_max(JSON_BYTES_MAX.ilog2())
+            .map_err(StateError::Decompress)?;
         decoder
             .take(JSON_BYTES_MAX + 1)
             .read_to_end(&mut json)
@@ -177,6 +180,8 @@ impl MachineState {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn state() -> MachineState {
@@ -242,5 +247,19 @@ mod tests {
             MachineState::decode(&many.encode().unwrap()),
             Err(StateError::TooManyFirstChunks(_))
         ));
+    }
+
+    proptest! {
+        #[test]
+        fn changed_blobs_never_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+            let mut blob = state().encode().unwrap();
+            for (at, byte) in &changes {
+                let at = at.index(blob.len());
+                blob[at] = *byte;
+            }
+            if let Ok(read) = MachineState::decode(&blob) {
+                prop_assert!(read.format_version <= FORMAT_VERSION);
+            }
+        }
     }
 }

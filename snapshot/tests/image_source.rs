@@ -4,16 +4,20 @@
 
 mod fixture;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use runnel_snapshot::capture::{CaptureSettings, Job, VolumeSource};
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::image::source::{ImageSource, SourceSettings};
 use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, Urgency, VolumeId};
+use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::volume::VolumeName;
 
 use fixture::{CHUNK, chunk_of, publish};
 
@@ -24,12 +28,17 @@ struct Answers(Sender<Answer>);
 
 impl ChunkSink for Answers {
     fn arrived(&self, chunk: ChunkId, what: Arrived) {
-        self.0.send((chunk.chunk.0, Ok(what))).unwrap();
+        self.0.send((number(chunk), Ok(what))).unwrap();
     }
 
     fn failed(&self, chunk: ChunkId, failure: ChunkFailure) {
-        self.0.send((chunk.chunk.0, Err(failure))).unwrap();
+        self.0.send((number(chunk), Err(failure))).unwrap();
     }
+}
+
+/// Counts chunks of the first volume from 0 and those of the second from 50.
+fn number(id: ChunkId) -> u64 {
+    id.chunk.0.saturating_add(u64::from(id.volume.0) * 50)
 }
 
 fn source(image: &Image) -> (ImageSource, Receiver<Answer>) {
@@ -87,6 +96,56 @@ fn chunks_that_were_asked_for_appear_in_the_page_file() {
     // What is there already is answered again.
     source.ask(&[chunk(3)], Urgency::Demand);
     assert_eq!(answers.recv().unwrap(), (3, Ok(Data)));
+}
+
+#[test]
+fn every_volume_appears_whole_whatever_is_asked_for_again_or_cancelled_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    let plain = |seed: u8, bytes: usize| -> Vec<u8> {
+        let chunk = |number: usize| {
+            if number % 3 == 1 {
+                vec![0; CHUNK]
+            } else {
+                chunk_of(seed ^ number as u8)
+            }
+        };
+        (0..bytes.div_ceil(CHUNK)).flat_map(chunk).take(bytes).collect()
+    };
+    let memory = plain(1, 50 * CHUNK);
+    let drive = plain(2, 30 * CHUNK + 512);
+    let volumes = [
+        (VolumeName::Memory, &memory),
+        (VolumeName::Drive("rootfs".into()), &drive),
+    ];
+    let volumes = volumes.map(|(name, plain)| (name, VolumeSource::Content(Arc::new(plain.clone()))));
+    let job = Job::new(CaptureSettings::default(), volumes.into()).unwrap();
+    job.run(&target, MachineState::new(0, Vec::new())).unwrap();
+
+    let image = Image::open_directory(&target, &Wanted::Only).unwrap();
+    let (source, answers) = source(&image);
+    let ids = |volume: u16, chunks: u64| {
+        (0..chunks).map(move |chunk| ChunkId {
+            volume: VolumeId(volume),
+            chunk: ChunkIndex(chunk),
+        })
+    };
+    let all: Vec<ChunkId> = ids(0, 50).chain(ids(1, 31)).collect();
+    source.ask(&all, Urgency::Fill);
+    source.cancel(&all[10..40]);
+    source.ask(&all[5..60], Urgency::Demand);
+    // Each is answered at least once; those that were answered in between were asked for again, and are twice.
+    let mut missing: BTreeSet<u64> = (0..81).collect();
+    while !missing.is_empty() {
+        let (id, answer) = answers.recv().unwrap();
+        answer.unwrap();
+        missing.remove(&id);
+    }
+    for (volume, plain) in [(VolumeId(0), memory), (VolumeId(1), drive)] {
+        let mut pages = vec![1; plain.len()];
+        source.page_file(volume).read_exact_at(&mut pages, 0).unwrap();
+        assert!(pages == plain);
+    }
 }
 
 #[test]

@@ -87,6 +87,33 @@ fn any_changed_byte_of_any_blob_is_found_under_the_blobs_name_and_no_wrong_byte_
 }
 
 #[test]
+fn a_changed_byte_of_what_leads_to_the_blobs_is_refused_or_means_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    let manifest = publish(&target).unwrap();
+    let truth = read_volume(&fixture::open(&target).unwrap(), &VolumeName::Memory);
+    let files = [
+        "oci-layout".into(),
+        "index.json".into(),
+        format!("blobs/sha256/{}", manifest.digest.hex()),
+    ];
+    for (file, is_blob) in files.iter().zip([false, false, true]) {
+        let path = target.join(file);
+        let good = fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 0x01;
+            fs::write(&path, bad).unwrap();
+            if let Some(read) = fixture::try_read_volume(&target, &VolumeName::Memory) {
+                assert!(read == truth && !is_blob, "byte {at} of {file}");
+            }
+        }
+        fs::write(&path, good).unwrap();
+    }
+    assert!(check(&target).is_sound());
+}
+
+#[test]
 fn a_damaged_chunk_is_named_beside_its_blob() {
     let folder = tempfile::tempdir().unwrap();
     let target = folder.path().join("image");

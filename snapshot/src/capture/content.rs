@@ -52,7 +52,8 @@ impl FileContent {
     /// # Errors
     /// When the file is shorter, or its length cannot be found out.
     pub fn new(file: File, bytes: u64) -> io::Result<Self> {
-        let found = file.metadata()?.len();
+        // Not the metadata's length, which is 0 for a block device.
+        let found = rustix::fs::seek(&file, SeekFrom::End(0))?;
         if found < bytes {
             let reason = format!("the file has {found} bytes, and the volume {bytes}");
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));

@@ -160,6 +160,8 @@ pub fn is_tag(tag: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -195,6 +197,15 @@ mod tests {
         ] {
             let error = text.parse::<ImageReference>().unwrap_err().to_string();
             assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_accepted_survives_its_text(text in "(https?://)?[a-zA-Z0-9./:@_-]{0,40}") {
+            if let Ok(reference) = text.parse::<ImageReference>() {
+                prop_assert_eq!(reference.to_string().parse::<ImageReference>().unwrap(), reference);
+            }
         }
     }
 }

@@ -182,6 +182,8 @@ fn table_bytes(footer: [u8; FOOTER_BYTES as usize]) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn table(frames: &[(u32, u32)]) -> Vec<u8> {
@@ -243,6 +245,31 @@ mod tests {
         }
         for len in 0..good.len() {
             assert!(LayerSeekTable::parse(&good[..len]).is_err());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_tables_never_panic_and_what_is_read_adds_up(
+            frames in proptest::collection::vec((any::<u32>(), any::<u32>()), 0..40),
+            changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        ) {
+            let mut bytes = table(&frames);
+            for (at, byte) in &changes {
+                let at = at.index(bytes.len());
+                bytes[at] = *byte;
+            }
+            if let Ok(read) = LayerSeekTable::parse(&bytes) {
+                prop_assert_eq!(read.frames() as usize, frames.len());
+                let all: Vec<FrameAt> = (0..read.frames()).filter_map(|number| read.frame(number)).collect();
+                prop_assert_eq!(all.iter().map(|frame| frame.stored.len).sum::<u64>(), read.stored_bytes());
+                prop_assert_eq!(all.iter().map(|frame| frame.content.len).sum::<u64>(), read.content_bytes());
+            }
+        }
+
+        #[test]
+        fn random_bytes_are_no_table(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            prop_assert!(LayerSeekTable::parse(&bytes).is_err());
         }
     }
 }
