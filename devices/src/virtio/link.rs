@@ -9,6 +9,9 @@ pub(super) const USED_BUFFERS: u32 = 1;
 /// Bit of the interrupt status: the configuration or the device status changed.
 pub(super) const CONFIGURATION: u32 = 2;
 
+/// Faults of one device that are logged; all are counted.
+const FAULTS_LOGGED_MAX: u64 = 10;
+
 /// What happened between a device and its driver.
 #[derive(Debug, Default)]
 pub struct LinkMetrics {
@@ -46,8 +49,16 @@ impl DriverLink {
 
     /// Takes the device away from a driver that broke the rules: the device status gets `DEVICE_NEEDS_RESET` and the
     /// driver hears of it. The caller has stopped serving the queues.
-    pub(super) fn break_device(&self) {
-        self.metrics.faults.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn break_device(&self, device: &'static str, why: &dyn std::error::Error) {
+        let before = self.metrics.faults.fetch_add(1, Ordering::Relaxed);
+        // A guest can break and reset a device as fast as it likes; the host's log is not its to fill.
+        if before < FAULTS_LOGGED_MAX {
+            let reason = why
+                .source()
+                .map(|source| format!(": {source}"))
+                .unwrap_or_default();
+            tracing::warn!(device, "a guest loses a device until it resets it: {why}{reason}");
+        }
         self.broken.store(true, Ordering::Release);
         self.signal(CONFIGURATION);
     }

@@ -77,14 +77,17 @@ pub(super) struct Unit {
     active: Arc<Mutex<Option<Active>>>,
     ram: Arc<GuestRam>,
     link: Arc<DriverLink>,
+    /// The kind of device, for the log.
+    kind: &'static str,
 }
 
 impl Unit {
-    pub(super) fn new(ram: Arc<GuestRam>, link: Arc<DriverLink>) -> Self {
+    pub(super) fn new(kind: &'static str, ram: Arc<GuestRam>, link: Arc<DriverLink>) -> Self {
         Self {
             active: Arc::new(Mutex::new(None)),
             ram,
             link,
+            kind,
         }
     }
 
@@ -107,8 +110,7 @@ impl Unit {
             Ok(Progress::Again(queue)) => Some(queue),
             Err(fault) => {
                 *slot = None;
-                tracing::warn!(fault = ?fault, "a guest's driver broke the rules and loses its device until it resets it");
-                self.link.break_device();
+                self.link.break_device(self.kind, &fault);
                 None
             }
         }

@@ -21,6 +21,9 @@ const QUEUE: usize = 0;
 /// many as Linux keeps in flight on a file system that reads ahead; each holds its parsed buffers.
 const BATCH_MAX: usize = 32;
 
+/// Errors of one drive that are logged; all are counted.
+const ERRORS_LOGGED_MAX: u64 = 20;
+
 /// When a write is safe.
 pub(super) enum Durability {
     /// After a flush.
@@ -127,7 +130,7 @@ impl ActiveBlock {
             Ok(operation) => match self.carry_out(operation) {
                 Ok(written) => (VIRTIO_BLK_S_OK as u8, written),
                 Err(error) => {
-                    tracing::warn!(drive = self.drive_id, %error, "a request of the guest failed on the host");
+                    self.log(&error);
                     (VIRTIO_BLK_S_IOERR as u8, 0)
                 }
             },
@@ -139,6 +142,13 @@ impl ActiveBlock {
         request.status.copy_from(&[status]);
         // Parsing left room for the status.
         written + 1
+    }
+
+    /// A guest can ask for a broken sector as fast as it likes; the host's log is not its to fill.
+    fn log(&self, error: &io::Error) {
+        if self.metrics.errors.load(Ordering::Relaxed) < ERRORS_LOGGED_MAX {
+            tracing::warn!(drive = self.drive_id, %error, "a request of the guest failed on the host");
+        }
     }
 
     fn carry_out(&self, operation: &Operation<'_>) -> io::Result<u32> {

@@ -195,18 +195,25 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_tap_is_one_machines_and_takes_what_is_offered_to_guests() {
-        let name = format!("rnl{}", std::process::id());
-        let tap = match Tap::open(&name) {
-            Ok(tap) => tap,
+    /// A tap, or `None` where this host or user has none; then the test is skipped, or fails in the full lab.
+    fn tap_or_skip(name: &str) -> Option<Tap> {
+        match Tap::open(name) {
+            Ok(tap) => Some(tap),
             Err(error @ (TapError::Device(_) | TapError::Forbidden { .. })) => {
                 let required = std::env::var("RUNNEL_LAB").is_ok_and(|level| level == "full");
                 assert!(!required, "RUNNEL_LAB=full, and {error}");
                 eprintln!("skipped: {error}");
-                return;
+                None
             }
             Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn a_tap_is_one_machines_and_takes_what_is_offered_to_guests() {
+        let name = format!("rnl{}", std::process::id());
+        let Some(tap) = tap_or_skip(&name) else {
+            return;
         };
         assert!(matches!(Tap::open(&name), Err(TapError::Busy { .. })));
         let all = GuestOffloads {
@@ -219,5 +226,97 @@ mod tests {
         tap.set_offloads(GuestOffloads::default()).unwrap();
         drop(tap);
         drop(Tap::open(&name).unwrap());
+    }
+
+    /// Gives the interface an address and puts it up.
+    fn bring_up(tap: &Tap, address: [u8; 4]) {
+        // Only a handle for ioctls: nothing is sent through it.
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        let mut request = interface_request(tap.name()).unwrap();
+        let internet = libc::sockaddr_in {
+            sin_family: libc::AF_INET as _,
+            sin_port: 0,
+            sin_addr: libc::in_addr {
+                s_addr: u32::from_ne_bytes(address),
+            },
+            sin_zero: [0; 8],
+        };
+        // SAFETY: both are plain data of 16 bytes, and `sockaddr_in` is one of the forms of `sockaddr`.
+        request.ifr_ifru.ifru_addr =
+            unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(internet) };
+        // SAFETY: SIOCSIFADDR reads one `ifreq`, which lives for the length of the call.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR as _, &raw const request) })
+            .unwrap();
+        request.ifr_ifru = libc::__c_anonymous_ifr_ifru {
+            ifru_flags: libc::IFF_UP as c_short,
+        };
+        // SAFETY: as above, for SIOCSIFFLAGS.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) })
+            .unwrap();
+    }
+
+    const HOST: [u8; 4] = [10, 77, 0, 1];
+    const GUEST: [u8; 4] = [10, 77, 0, 2];
+    const GUEST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+    /// «Who has the host's address?», behind an empty header.
+    fn arp_request() -> Vec<u8> {
+        let mut packet = vec![0; HEADER_BYTES];
+        packet.extend([0xff; 6]);
+        packet.extend(GUEST_MAC);
+        packet.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        packet.extend(GUEST_MAC);
+        packet.extend(GUEST);
+        packet.extend([0; 6]);
+        packet.extend(HOST);
+        packet
+    }
+
+    #[test]
+    fn packets_pass_between_guest_memory_and_the_hosts_network() {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+        // The namespace is this thread's, and goes with it.
+        // SAFETY: nothing in this thread relies on the network namespace that it began in.
+        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+            let required = std::env::var("RUNNEL_LAB").is_ok_and(|level| level == "full");
+            assert!(!required, "RUNNEL_LAB=full, and no network namespace");
+            eprintln!("skipped: no network namespace for this user");
+            return;
+        }
+        let Some(tap) = tap_or_skip("tap0") else {
+            return;
+        };
+        bring_up(&tap, HOST);
+        let ram: GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap> =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+        let request = arp_request();
+        ram.write_slice(&request, GuestAddress(0)).unwrap();
+        let (header, frame) = (GuestAddress(0), GuestAddress(HEADER_BYTES as u64));
+        let out = [
+            ram.get_slice(header, HEADER_BYTES).unwrap(),
+            ram.get_slice(frame, request.len() - HEADER_BYTES).unwrap(),
+        ];
+        tap.send(&out).unwrap();
+
+        let into = [ram.get_slice(GuestAddress(0x1000), 0x1000).unwrap()];
+        loop {
+            let mut events = [PollFd::new(&tap.file, PollFlags::IN)];
+            let limit = Timespec {
+                tv_sec: 20,
+                tv_nsec: 0,
+            };
+            assert_eq!(poll(&mut events, Some(&limit)).unwrap(), 1, "no answer");
+            let bytes = tap.receive(&into).unwrap();
+            let mut packet = vec![0; bytes];
+            ram.read_slice(&mut packet, GuestAddress(0x1000)).unwrap();
+            let frame = &packet[HEADER_BYTES..];
+            // The host says other things, too: it looks for neighbours and routers.
+            if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
+                assert_eq!((&frame[..6], &frame[28..32]), (&GUEST_MAC[..], &HOST[..]));
+                return;
+            }
+        }
     }
 }

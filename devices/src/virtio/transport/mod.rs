@@ -204,7 +204,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
             .iter()
             .map(event)
             .collect::<Result<Vec<_>, _>>()?;
-        let unit = Unit::new(Arc::clone(&ram), Arc::clone(&link));
+        let unit = Unit::new(D::KIND, Arc::clone(&ram), Arc::clone(&link));
         let handles = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>();
         event_loop.add(Box::new(Runner {
             unit: unit.clone(),
@@ -300,8 +300,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
             queue.ready = true;
             if let Err(error) = queue.check(&self.ram, (0, 0)) {
                 queue.ready = false;
-                tracing::warn!(%error, "a guest's driver set up a queue that cannot be");
-                self.link.break_device();
+                self.link.break_device(D::KIND, &error);
             }
             return Ok(());
         }
@@ -380,8 +379,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
                 self.kick_all();
             }
             Err(error) => {
-                tracing::error!(error = &*error, device = D::KIND, "a device did not start");
-                self.link.break_device();
+                self.link.break_device(D::KIND, &*error);
             }
         }
     }
