@@ -1,42 +1,40 @@
 //! Runnel's programs, as built from the sources that are here.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
-/// The program `name`, built in the same profile as the test that asks for it. Built once more if need be, so that no
-/// test runs an old one.
+/// The program `name`, of the package of the same name, built in the same profile as the test that asks for it. Built
+/// once more if need be, so that no test runs an old one.
 ///
 /// # Panics
 /// When it cannot be built.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(build).join(name)
-}
-
-/// Builds all programs, and says where they are.
-fn build() -> PathBuf {
+    static BUILT: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     // target/<profile>/deps/<test>
     let test = std::env::current_exe().expect("a test knows where it is");
     let folder = test
         .ancestors()
         .nth(2)
-        .expect("a test lies in target/<profile>/deps")
-        .to_owned();
+        .expect("a test lies in target/<profile>/deps");
+    // Held while building: whoever asks meanwhile waits for the same.
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if !built.contains(name) {
+        build(name, folder);
+        built.insert(name.to_owned());
+    }
+    folder.join(name)
+}
+
+fn build(package: &str, folder: &Path) {
     let Some(cargo) = option_env!("CARGO").map(Path::new).filter(|cargo| cargo.exists()) else {
         // Carried into a nested host, where there is nothing to build with.
-        return folder;
+        return;
     };
     let mut build = Command::new(cargo);
-    build.args([
-        "build",
-        "--quiet",
-        "--offline",
-        "--package",
-        "runnel-vmm",
-        "--bins",
-    ]);
+    build.args(["build", "--quiet", "--offline", "--bins", "--package", package]);
     build.args(folder.ends_with("release").then_some("--release"));
     // Where this test was built, wherever that is.
     build
@@ -46,6 +44,5 @@ fn build() -> PathBuf {
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .status()
         .expect("cargo runs");
-    assert!(status.success(), "cargo build: {status}");
-    folder
+    assert!(status.success(), "cargo build --package {package}: {status}");
 }

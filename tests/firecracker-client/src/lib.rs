@@ -1,0 +1,1 @@
+//! Runnel driven by `fctools`, a public client of Firecracker, unmodified: see `tests/`.

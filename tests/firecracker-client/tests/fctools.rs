@@ -1,0 +1,169 @@
+//! `fctools` starts `runnel-vmm` as its Firecracker, configures it, boots the bare guest, pauses it and lets it go on.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, in the functions that it is made of too"
+)]
+
+use std::path::Path;
+use std::time::Duration;
+
+use fctools::process_spawner::DirectProcessSpawner;
+use fctools::runtime::tokio::TokioRuntime;
+use fctools::vm::api::{VmApi, VmApiError};
+use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
+use fctools::vm::models::{BootSource, Drive, DriveCacheType, EntropyDevice, MachineConfiguration};
+use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
+use fctools::vm::{Vm, VmState};
+use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
+use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
+use fctools::vmm::installation::VmmInstallation;
+use fctools::vmm::ownership::VmmOwnershipModel;
+use fctools::vmm::resource::system::ResourceSystem;
+use fctools::vmm::resource::{MovedResourceType, Resource, ResourceType};
+use futures_util::io::{AsyncBufReadExt, BufReader};
+use tempfile::TempDir;
+
+/// Far longer than anything here takes: a test that waits so long has failed.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+type Machine = Vm<UnrestrictedVmmExecutor, DirectProcessSpawner, TokioRuntime>;
+type Resources = ResourceSystem<DirectProcessSpawner, TokioRuntime>;
+
+fn installation() -> VmmInstallation {
+    let monitor = runnel_tests::program("runnel-vmm");
+    VmmInstallation::new(monitor.clone(), monitor.clone(), monitor)
+}
+
+fn file(resources: &mut Resources, path: &Path) -> Resource {
+    resources
+        .create_resource(path, ResourceType::Moved(MovedResourceType::Copied))
+        .unwrap()
+}
+
+fn configuration(resources: &mut Resources, folder: &Path) -> VmConfigurationData {
+    let disk = folder.join("disk");
+    std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    VmConfigurationData {
+        boot_source: BootSource {
+            kernel_image: file(resources, runnel_tests::bare_guest()),
+            boot_args: Some("console=ttyS0".to_owned()),
+            initrd: None,
+        },
+        drives: vec![Drive {
+            drive_id: "disk".to_owned(),
+            is_root_device: false,
+            cache_type: Some(DriveCacheType::Writeback),
+            partuuid: None,
+            is_read_only: Some(false),
+            block: Some(file(resources, &disk)),
+            rate_limiter: None,
+            io_engine: None,
+            socket: None,
+        }],
+        pmem_devices: Vec::new(),
+        machine_configuration: MachineConfiguration {
+            vcpu_count: 1,
+            mem_size_mib: 64,
+            smt: None,
+            track_dirty_pages: Some(true),
+            huge_pages: None,
+        },
+        cpu_template: None,
+        network_interfaces: Vec::new(),
+        balloon_device: None,
+        vsock_device: None,
+        logger_system: None,
+        metrics_system: None,
+        memory_hotplug_configuration: None,
+        mmds_configuration: None,
+        entropy_device: Some(EntropyDevice::default()),
+    }
+}
+
+async fn machine(folder: &TempDir, init_method: InitMethod) -> Machine {
+    let mut resources = ResourceSystem::new(DirectProcessSpawner, TokioRuntime, VmmOwnershipModel::Shared);
+    let data = configuration(&mut resources, folder.path());
+    let socket = VmmApiSocket::Enabled(folder.path().join("api.sock"));
+    let executor = UnrestrictedVmmExecutor::new(VmmArguments::new(socket));
+    let configuration = VmConfiguration::New { init_method, data };
+    let mut machine = Vm::prepare(executor, resources, installation(), configuration)
+        .await
+        .unwrap();
+    machine.start(DEADLINE).await.unwrap();
+    machine
+}
+
+async fn end(mut machine: Machine) {
+    let kill = VmShutdownAction {
+        method: VmShutdownMethod::PauseThenKill,
+        timeout: Some(DEADLINE),
+        graceful: false,
+    };
+    machine.shutdown([kill]).await.unwrap();
+    machine.cleanup().await.unwrap();
+}
+
+/// Waits until the guest has said that it listens.
+async fn wait_for_guest(machine: &mut Machine) {
+    let mut lines = BufReader::new(machine.take_pipes().unwrap().stdout);
+    let mut line = String::new();
+    while !line.starts_with("listening=1") {
+        line.clear();
+        let read = tokio::time::timeout(DEADLINE, lines.read_line(&mut line)).await;
+        assert_ne!(
+            read.expect("the guest stays silent").unwrap(),
+            0,
+            "the guest's console was closed"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_client_takes_runnel_for_the_firecracker_that_it_knows() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine = machine(&folder, InitMethod::ViaApiCalls).await;
+    assert_eq!(machine.get_firecracker_version().await.unwrap(), "1.17.0");
+    let info = machine.get_info().await.unwrap();
+    assert_eq!(info.app_name, "Firecracker");
+    let configured = machine.get_machine_configuration().await.unwrap();
+    assert_eq!((configured.vcpu_count, configured.mem_size_mib), (1, 64));
+    end(machine).await;
+}
+
+#[tokio::test]
+async fn the_client_boots_pauses_and_resumes_a_machine() {
+    for by_file in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let init_method = if by_file {
+            InitMethod::ViaJsonConfiguration(folder.path().join("config.json"))
+        } else {
+            InitMethod::ViaApiCalls
+        };
+        let mut machine = machine(&folder, init_method).await;
+        wait_for_guest(&mut machine).await;
+        assert_eq!(machine.get_state(), VmState::Running);
+        machine.pause().await.unwrap();
+        assert!(machine.get_info().await.unwrap().is_paused);
+        machine.resume().await.unwrap();
+        assert!(!machine.get_info().await.unwrap().is_paused);
+        end(machine).await;
+    }
+}
+
+#[tokio::test]
+async fn the_client_hears_why_it_was_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine = machine(&folder, InitMethod::ViaApiCalls).await;
+    let refusal = machine.get_balloon_device().await.unwrap_err();
+    let VmApiError::ReceivedErrorResponse {
+        status_code,
+        fault_message,
+    } = refusal
+    else {
+        panic!("{refusal}")
+    };
+    assert_eq!(status_code.as_u16(), 400);
+    assert_eq!(fault_message, "Invalid request method and/or path: GET balloon.");
+    end(machine).await;
+}
