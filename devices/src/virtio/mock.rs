@@ -4,12 +4,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use event_manager::{EventOps, Events, MutEventSubscriber};
 use runnel_snapshot::block_store::GuestRam;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::transport::MmioDevice;
 use crate::bus::Offset;
+use crate::event_loop::EventLoop;
 
 pub(crate) const RAM_BYTES: u64 = 4 << 20;
 /// Where tests put data: above the rings.
@@ -26,6 +28,22 @@ pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
 
 pub(crate) fn ram() -> Arc<GuestRam> {
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES as usize)]).unwrap())
+}
+
+/// Returns when the loop has dealt with everything that was waiting for it, and with what that led to.
+///
+/// Not by freezing it, which makes devices put work off.
+pub(crate) fn settle(event_loop: &EventLoop) {
+    struct Nobody;
+    impl MutEventSubscriber for Nobody {
+        fn init(&mut self, _: &mut EventOps<'_>) {}
+        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+    }
+    for _ in 0..4 {
+        // A call from outside is made after the events of its round.
+        let id = event_loop.add(Box::new(Nobody)).unwrap();
+        drop(event_loop.remove(id).unwrap());
+    }
 }
 
 /// A buffer of a chain.

@@ -114,10 +114,6 @@ impl Rig {
             .submit(TRANSMIT, &[readable(DATA + 0x20_0000, bytes.len() as u32)]);
         self.driver.kick(TRANSMIT);
     }
-
-    fn settle(&self) {
-        drop(EventLoop::freeze_all([&*self.event_loop], &|| false).unwrap());
-    }
 }
 
 const NUM_BUFFERS: usize = 10;
@@ -161,7 +157,7 @@ fn packets_wait_outside_while_the_guest_has_no_buffers_and_keep_their_order() {
     for seed in 0..6 {
         rig.far.send(&packet(seed, 100 + usize::from(seed))).unwrap();
     }
-    rig.settle();
+    settle(&rig.event_loop);
     rig.offer_buffers(0, 6, 2048);
     rig.driver.kick(RECEIVE);
     let used = rig.driver.await_used(RECEIVE, 6);
@@ -198,8 +194,7 @@ fn no_packet_is_taken_before_the_largest_would_fit() {
     rig.offer_buffers(0, 6, 10_000);
     rig.driver.kick(RECEIVE);
     rig.far.send(&packet(4, 62_000)).unwrap();
-    rig.settle();
-    rig.settle();
+    settle(&rig.event_loop);
     assert!(
         rig.driver.take_used(RECEIVE).is_empty(),
         "60,000 bytes might not do"
@@ -216,8 +211,7 @@ fn a_packet_for_which_there_is_no_room_outside_waits_in_the_queue() {
     let mut sent = 0u32;
     while rig.cable_has_room(&mut sent) {}
     rig.send(&packet(200, 500));
-    rig.settle();
-    rig.settle();
+    settle(&rig.event_loop);
     assert!(rig.driver.take_used(TRANSMIT).is_empty());
     let mut out = [0; 2048];
     for seed in 0..sent {

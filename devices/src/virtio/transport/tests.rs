@@ -297,6 +297,19 @@ fn a_driver_that_breaks_the_rules_loses_the_device_until_it_resets_it() {
 }
 
 #[test]
+fn a_lost_device_serves_nothing_more() {
+    let mut rig = set_up(VERSION_1);
+    rig.driver.submit(0, &[readable(DATA, 8)]);
+    rig.driver.kick(0);
+    rig.driver.await_interrupt();
+    rig.driver.submit(0, &[writable(DATA, 8)]);
+    rig.driver.device.kicks()[0].write(1).unwrap();
+    settle(&rig.event_loop);
+    assert!(rig.driver.take_used(0).is_empty());
+    assert_eq!(rig.driver.get(DATA, 8), [0; 8]);
+}
+
+#[test]
 fn an_indirect_chain_without_the_feature_is_refused_and_with_it_is_served() {
     for (features, works) in [(VERSION_1, false), (VERSION_1 | INDIRECT_DESC, true)] {
         let mut rig = set_up(features);
@@ -318,8 +331,7 @@ fn an_idle_queue_asks_for_a_kick_however_long_it_ran() {
             rig.driver.submit(0, &[writable(DATA, 4)]);
             rig.driver.kick(0);
             rig.driver.await_used(0, 1);
-            // Freezing makes sure that the call that gave the buffer back has ended.
-            drop(EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap());
+            settle(&rig.event_loop); // the call that gave the buffer back has ended
             rig.driver.submit(0, &[writable(DATA, 4)]);
             assert!(rig.driver.device_wants_kick(0), "round {round}");
             rig.driver.kick(0);
@@ -335,11 +347,8 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
     rig.driver.put(avail, &1u16.to_le_bytes());
     rig.driver.submit(0, &[writable(DATA, 4)]);
     rig.driver.kick(0);
-    // The freeze comes after the call, or before it and the thaw lets it happen: look until it is done.
-    while rig.driver.take_used(0).is_empty() {
-        drop(EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap());
-    }
-    drop(EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap());
+    settle(&rig.event_loop);
+    assert_eq!(rig.driver.take_used(0).len(), 1);
     assert!(rig.driver.device.interrupt().event().read().is_err());
 }
 
@@ -486,17 +495,21 @@ fn counters_are_readable_by_name() {
 
 #[test]
 fn indices_wrap_without_silencing_a_queue() {
-    for features in [VERSION_1, VERSION_1 | EVENT_IDX] {
+    let features = [VERSION_1, VERSION_1 | EVENT_IDX];
+    // As if so many requests had been served: the indices are 16 bits wide.
+    for (features, served) in features
+        .into_iter()
+        .flat_map(|one| [(one, 65_530u16), (one, 65_535)])
+    {
         let mut rig = set_up(features);
         let mut saved = save(&rig);
-        // As if 65,530 requests had been served: the indices are 16 bits wide.
-        const SERVED: u16 = 65_530;
         for index in ["next_avail", "next_used"] {
-            saved.state["transport"]["queues"][0][index] = SERVED.into();
+            saved.state["transport"]["queues"][0][index] = served.into();
         }
-        rig.driver.served_before(0, SERVED);
+        rig.driver.served_before(0, served);
         let mut rig = restore(rig, saved);
         rig.driver.device.resume();
+        rig.driver.await_interrupt(); // of the restore itself
         for round in 0..20 {
             rig.driver.submit(0, &[writable(DATA, 4)]);
             rig.driver.kick(0);
@@ -580,7 +593,7 @@ proptest! {
         }
         // Settled, so that nothing of before is under way when the rings are cleaned.
         device.write(Offset(0x70), &[0; 4]);
-        drop(EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap());
+        settle(&rig.event_loop);
         while device.interrupt().event().read().is_ok() {}
         for ring in [rings(0).0, rings(0).1, rings(0).2] {
             rig.driver.put(ring, &[0; 0x1000]);
