@@ -6,16 +6,11 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use runnel_snapshot::machine::Paused;
 use runnel_tests::bare_guest;
 use runnel_vmm::config::{BootSource, MemorySize, MicrovmConfig, Serial};
 use runnel_vmm::exit::{EndSignal, Ended};
-use runnel_vmm::layout::RamLayout;
-use runnel_vmm::memory;
 use runnel_vmm::microvm::Microvm;
-use runnel_vmm::saved::Sections;
 use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress};
 
 /// Far longer than anything here takes: a test that waits so long has failed.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -30,10 +25,6 @@ struct Bare {
 
 impl Bare {
     fn new(command_line: &str) -> Self {
-        Self::built(command_line, |config, end| Microvm::build(config, end).unwrap())
-    }
-
-    fn built(command_line: &str, build: impl FnOnce(&MicrovmConfig, &EndSignal) -> Microvm) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("console");
         let end = EndSignal::new().unwrap();
@@ -45,7 +36,7 @@ impl Bare {
             boot_args: Some(command_line.to_owned()),
         });
         config.serial = Serial::Socket(socket.clone());
-        let machine = build(&config, &end);
+        let machine = Microvm::build(&config, &end).unwrap();
         let console = UnixStream::connect(socket).unwrap();
         console.set_read_timeout(Some(DEADLINE)).unwrap();
         Self {
@@ -137,30 +128,4 @@ fn a_paused_guest_stands_and_goes_on_where_it_was() {
             assert_eq!(bare.line(), format!("count={expected}"));
         }
     }
-}
-
-#[test]
-fn a_machine_restored_from_its_state_and_memory_goes_on_where_it_was() {
-    let mut bare = Bare::started("fill:4m:1m:7 wrmsr:0x6e0:0 count:0");
-    assert_eq!(bare.line(), "fill=done");
-    assert_eq!(bare.line(), "wrmsr=done");
-    assert_eq!(bare.line(), "count=1");
-    bare.machine.pause(&|| false).unwrap();
-    let sections = bare.machine.save(&Paused::until(|| {})).unwrap();
-    let mut copy = vec![0; 64 << 20];
-    bare.machine.ram().read_slice(&mut copy, GuestAddress(0)).unwrap();
-    drop(bare);
-
-    let state = Sections::new(sections).unwrap();
-    let mut again = Bare::built("", |config, end| {
-        let ram = memory::booted(RamLayout::new(config.machine.memory.bytes()).unwrap()).unwrap();
-        ram.write_slice(&copy, GuestAddress(0)).unwrap();
-        Microvm::restore(config, ram, state, false, end).unwrap()
-    });
-    again.machine.unpause();
-    // It may be in the middle of a line.
-    again.line();
-    let next = again.line();
-    let count: u64 = next.strip_prefix("count=").unwrap().parse().unwrap();
-    assert_eq!(again.line(), format!("count={}", count + 1));
 }

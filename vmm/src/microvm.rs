@@ -10,8 +10,6 @@ use std::path::PathBuf;
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use runnel_snapshot::block_store::GuestRam;
-use runnel_snapshot::machine::Paused;
-use runnel_snapshot::section::SavedSection;
 
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError};
@@ -22,8 +20,7 @@ use crate::kvm::{DirtyLog, Kvm, KvmError, Vm, failed};
 use crate::layout::{BadRamSize, RamLayout};
 use crate::memory::{self, MemoryError};
 use crate::msrs;
-use crate::saved::{self, Sections, StateError};
-use crate::vcpu::{self, HostRegisters, Stuck, VcpuError, Vcpus};
+use crate::vcpu::{self, Stuck, VcpuError, Vcpus};
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -59,9 +56,6 @@ pub enum BuildError {
     /// A vCPU cannot be had.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
-    /// Saved state cannot be restored.
-    #[error(transparent)]
-    State(#[from] StateError),
 }
 
 /// A machine. Dropping it ends its threads.
@@ -73,8 +67,6 @@ pub struct Microvm {
     vm: Vm,
     ram: GuestRam,
     layout: RamLayout,
-    /// What this host has to save of each vCPU.
-    host: HostRegisters,
 }
 
 impl Microvm {
@@ -94,7 +86,12 @@ impl Microvm {
         )?;
 
         let kvm = Kvm::open()?;
-        let vm = create_vm(&kvm, &ram, dirty_log(config))?;
+        let log = if config.machine.track_dirty_pages {
+            DirtyLog::On
+        } else {
+            DirtyLog::Off
+        };
+        let vm = create_vm(&kvm, &ram, log)?;
         let board = Board::new(config, &vm, end)?;
         let topology = Topology {
             vcpus: config.machine.vcpus.get(),
@@ -108,47 +105,6 @@ impl Microvm {
                 vcpu::set_up_boot_vcpu(fd, entry.address).map_err(refused)?;
             }
         }
-        Self::assemble(&kvm, vm, fds, board, ram, layout, end)
-    }
-
-    /// Builds a machine from saved state over `ram`, which holds the machine's memory or fetches it as it is touched.
-    /// Its vCPUs stand. `catch_up`: see [`crate::clock::Clock`].
-    ///
-    /// # Errors
-    /// When the state makes no sense, or this host cannot carry it; nothing is left of the machine then.
-    pub fn restore(
-        config: &MicrovmConfig,
-        ram: GuestRam,
-        mut sections: Sections,
-        catch_up: bool,
-        end: &EndSignal,
-    ) -> Result<Self, BuildError> {
-        let layout = RamLayout::new(config.machine.memory.bytes())?;
-        let kvm = Kvm::open()?;
-        let vm = create_vm(&kvm, &ram, dirty_log(config))?;
-        let board = Board::new(config, &vm, end)?;
-        let create = |number| {
-            vm.create_vcpu(number)
-                .map_err(|source| VcpuError::Kvm { vcpu: number, source })
-        };
-        let fds = (0..config.machine.vcpus.get())
-            .map(create)
-            .collect::<Result<Vec<_>, _>>()?;
-        saved::restore_kvm(&vm, &fds, &HostRegisters::of(&kvm, &vm)?, &mut sections, catch_up)?;
-        sections.finish()?;
-        Self::assemble(&kvm, vm, fds, board, ram, layout, end)
-    }
-
-    fn assemble(
-        kvm: &Kvm,
-        vm: Vm,
-        fds: Vec<VcpuFd>,
-        board: Board,
-        ram: GuestRam,
-        layout: RamLayout,
-        end: &EndSignal,
-    ) -> Result<Self, BuildError> {
-        let host = HostRegisters::of(kvm, &vm)?;
         let vcpus = Vcpus::start(fds, &board.buses, end)?;
         Ok(Self {
             vcpus,
@@ -156,16 +112,7 @@ impl Microvm {
             vm,
             ram,
             layout,
-            host,
         })
-    }
-
-    /// The machine's state, in sections.
-    ///
-    /// # Errors
-    /// When KVM does not tell.
-    pub fn save(&self, paused: &Paused<'_>) -> Result<Vec<SavedSection>, StateError> {
-        saved::save_kvm(&self.vm, &self.vcpus, &self.host, paused)
     }
 
     /// Lets the vCPUs run.
@@ -204,14 +151,6 @@ impl Microvm {
     #[must_use]
     pub fn vm(&self) -> &Vm {
         &self.vm
-    }
-}
-
-fn dirty_log(config: &MicrovmConfig) -> DirtyLog {
-    if config.machine.track_dirty_pages {
-        DirtyLog::On
-    } else {
-        DirtyLog::Off
     }
 }
 

@@ -4,7 +4,6 @@
 
 mod immediate_exit;
 mod internal_error;
-pub mod tsc_offset;
 mod vm;
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, MsrList};

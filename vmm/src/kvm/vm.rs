@@ -1,8 +1,7 @@
 //! A VM: memory slots with dirty logging, interrupt controllers, event descriptors.
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config,
-    kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use runnel_snapshot::block_store::GuestRam;
@@ -129,68 +128,6 @@ impl Vm {
         self.fd
             .register_irqfd(event, gsi)
             .map_err(failed("turn events into interrupts"))
-    }
-    /// The state of one of the interrupt controllers.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn interrupt_controller(&self, chip_id: u32) -> Result<kvm_irqchip, KvmError> {
-        let mut chip = kvm_irqchip {
-            chip_id,
-            ..Default::default()
-        };
-        self.fd
-            .get_irqchip(&mut chip)
-            .map_err(failed("read an interrupt controller"))?;
-        Ok(chip)
-    }
-
-    /// Sets the state of the interrupt controller that `chip` names.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn set_interrupt_controller(&self, chip: &kvm_irqchip) -> Result<(), KvmError> {
-        self.fd
-            .set_irqchip(chip)
-            .map_err(failed("set an interrupt controller"))
-    }
-
-    /// The state of the interval timer.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn interval_timer(&self) -> Result<kvm_pit_state2, KvmError> {
-        self.fd.get_pit2().map_err(failed("read the interval timer"))
-    }
-
-    /// Sets the state of the interval timer.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn set_interval_timer(&self, state: &kvm_pit_state2) -> Result<(), KvmError> {
-        self.fd.set_pit2(state).map_err(failed("set the interval timer"))
-    }
-
-    /// Where the paravirtual clock stands.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn clock(&self) -> Result<kvm_clock_data, KvmError> {
-        self.fd.get_clock().map_err(failed("read the clock"))
-    }
-
-    /// Sets the paravirtual clock.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn set_clock(&self, clock: &kvm_clock_data) -> Result<(), KvmError> {
-        self.fd.set_clock(clock).map_err(failed("set the clock"))
-    }
-
-    /// The number that KVM answers for `capability` of this VM; 0 where it is not there.
-    #[must_use]
-    pub fn extension(&self, capability: kvm_ioctls::Cap) -> i32 {
-        self.fd.check_extension_int(capability)
     }
 }
 

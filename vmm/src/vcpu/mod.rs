@@ -17,10 +17,7 @@
 mod gate;
 mod kick;
 mod run;
-mod section;
 mod setup;
-mod state;
-mod time;
 
 use std::fmt;
 use std::io;
@@ -35,10 +32,7 @@ use crate::exit::EndSignal;
 use crate::kvm::{ImmediateExit, KvmError};
 use gate::{Gate, Wanted};
 
-pub use section::{HostRegisters, VcpuSection, VcpuStateError};
 pub use setup::{set_up_boot_vcpu, set_up_for_long_mode};
-pub use state::VcpuState;
-pub use time::{TscError, restore_tscs};
 
 /// Why the vCPUs do not do as they are told.
 #[derive(Debug, thiserror::Error)]
