@@ -88,7 +88,8 @@ impl Status {
         shared.paging = paging;
     }
 
-    pub(super) fn begin(&self, kind: OperationKind) -> Arc<Operation> {
+    /// A new operation takes the place of the last one.
+    pub(crate) fn begin(&self, kind: OperationKind) -> Arc<Operation> {
         let operation = Operation::new(kind);
         self.shared().operation = Some(Arc::clone(&operation));
         operation

@@ -1,5 +1,10 @@
 //! Machines on KVM, as the control thread asks for them.
 
+mod paging;
+mod watch;
+
+pub use watch::watch;
+
 use std::sync::Arc;
 
 use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig};
