@@ -496,3 +496,61 @@ fn a_full_disk_is_named_and_leaves_no_image() {
         eprintln!("skipped: a full disk needs root to be tested");
     }
 }
+
+/// Set for the process that is to be killed: where it captures to, and at which byte it stops for ever.
+const VICTIM: &str = "RUNNEL_TEST_VICTIM";
+
+/// Captures and stops at a byte, which it says on standard output.
+fn be_killed(victim: &str) {
+    let (at, target) = victim.split_once(' ').unwrap();
+    let stop = || {
+        println!("reached");
+        loop {
+            std::thread::park();
+        }
+    };
+    let trap = Trap {
+        bytes: 64 << 20,
+        at: at.parse().unwrap(),
+        spring: Box::new(stop),
+    };
+    capture(Path::new(target), vec![(VolumeName::Memory, content(trap))]).unwrap();
+}
+
+#[test]
+fn a_killed_capture_leaves_no_image_and_nothing_in_the_way_of_the_next() {
+    if let Ok(victim) = std::env::var(VICTIM) {
+        return be_killed(&victim);
+    }
+    let test = "a_killed_capture_leaves_no_image_and_nothing_in_the_way_of_the_next";
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("image");
+    // At the first byte, in the middle, when almost everything is written.
+    for at in [0_u64, 32 << 20, (64 << 20) - 1] {
+        let mut victim = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env(VICTIM, format!("{at} {}", target.display()))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = io::BufReader::new(victim.stdout.take().unwrap());
+        assert!(io::BufRead::lines(output).any(|line| line.unwrap().contains("reached")));
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        assert!(!target.exists());
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "the killed one could not clean up"
+        );
+
+        capture(&target, vec![(VolumeName::Memory, content(mixed(3 * CHUNK)))]).unwrap();
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "the next one did"
+        );
+        assert!(read_volume(&open(&target), &VolumeName::Memory) == mixed(3 * CHUNK));
+        fs::remove_dir_all(&target).unwrap();
+    }
+}

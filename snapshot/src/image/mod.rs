@@ -8,6 +8,7 @@
 //! IMAGE/blobs/sha256/<manifest>         → state, layers, indexes, roots (also inline), working set
 //! ```
 
+mod first_chunks;
 pub mod folder;
 pub mod layout;
 pub mod manifest;
@@ -24,6 +25,7 @@ use crate::digest::BlobDigest;
 use crate::index::IndexReader;
 use crate::state::{MachineState, STATE_BYTES_MAX, StateError};
 use crate::volume::VolumeName;
+pub use first_chunks::MisplacedChunk;
 use layout::{Layout, LayoutError};
 use manifest::{ImageManifest, ImageVolume, MANIFEST_BYTES_MAX, ManifestError};
 
@@ -42,6 +44,9 @@ pub enum ImageError {
     /// The machine state makes no sense.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The machine state does not fit to the manifest.
+    #[error(transparent)]
+    FirstChunk(#[from] MisplacedChunk),
 }
 
 /// An image whose manifest was read and checked, over the store of its blobs.
@@ -77,13 +82,15 @@ impl Image {
         self.manifest.digest
     }
 
-    /// Reads the machine state.
+    /// Reads the machine state. Its first chunks lie within the image's layers, and are no longer than chunks are.
     ///
     /// # Errors
     /// When it cannot be had, does not match its digest, or is of a newer Runnel.
     pub fn state(&self) -> Result<MachineState, ImageError> {
         let bytes = read_verified(self.store.as_ref(), &self.manifest.state, STATE_BYTES_MAX)?;
-        Ok(MachineState::decode(&bytes)?)
+        let state = MachineState::decode(&bytes)?;
+        first_chunks::check(&state.first_chunks, &self.manifest.volumes)?;
+        Ok(state)
     }
 
     /// The volume of that name.
