@@ -116,7 +116,7 @@ fn a_paused_guest_stands_and_goes_on_where_it_was() {
     for _ in 0..50 {
         bare.machine.pause(&|| false).unwrap();
         let written = || {
-            let metrics = bare.machine.board().serial.metrics();
+            let metrics = bare.machine.board().serial().metrics();
             metrics.written_bytes.load(std::sync::atomic::Ordering::Relaxed)
         };
         let before = written();

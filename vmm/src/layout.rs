@@ -48,8 +48,10 @@ pub const HIGH_RAM_START: u64 = MIB;
 
 /// Guest physical addresses below 4 GiB that are never RAM.
 pub const HOLE: Span = Span::new(3 * GIB, GIB);
+/// The boot timer of `--boot-timer`, where Firecracker's guests look for it.
+pub const BOOT_TIMER: Span = Span::new(HOLE.start, PAGE_SIZE);
 /// One page for each virtio-mmio device.
-pub const VIRTIO_MMIO: Span = Span::new(HOLE.start, VIRTIO_DEVICES_MAX as u64 * PAGE_SIZE);
+pub const VIRTIO_MMIO: Span = Span::new(BOOT_TIMER.end(), VIRTIO_DEVICES_MAX as u64 * PAGE_SIZE);
 /// The I/O APIC's registers, in KVM.
 pub const IO_APIC: Span = Span::new(0xfec0_0000, PAGE_SIZE);
 /// The local APICs' registers, in KVM.

@@ -3,6 +3,7 @@
 //! **Architecture invariant.** It opens no network socket, its taps aside, and links nothing of TLS or remote stores:
 //! chunks of remote images come from the agent, over a unix socket.
 
+pub mod acpi;
 pub mod api;
 pub mod board;
 pub mod boot;
@@ -23,3 +24,4 @@ pub mod pager;
 pub mod power;
 pub mod vcpu;
 pub mod version;
+pub mod vmgenid;

@@ -1,19 +1,28 @@
-//! A machine: its RAM, its VM, its vCPUs.
+//! A machine: its RAM, its VM, its devices, its vCPUs.
 //!
 //! **The order contract.** vCPUs stop before devices are saved; devices resume before vCPUs. A machine is built with
 //! its vCPUs standing, and nothing runs before [`Microvm::unpause`].
+//!
+//! ```text
+//! build ──► standing ──unpause──► running ──pause──► standing (devices frozen) ──unpause──► running
+//! restore ────▲                                          │ save
+//! ```
 
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
-use runnel_snapshot::block_store::GuestRam;
+use runnel_devices::event_loop::{Frozen, StillBusy};
+use runnel_devices::virtio::block::FileStore;
+use runnel_snapshot::block_store::{BlockStore, GuestRam};
+use runnel_snapshot::machine::Paused;
 
-use crate::board::{Board, BoardError};
+use crate::acpi::{self, AcpiError};
+use crate::board::{Board, BoardError, Builder, Parts, StoreError, Stores};
 use crate::boot::{self, BootError};
-use crate::config::{BootSource, MicrovmConfig};
+use crate::config::{self, BootSource, MicrovmConfig};
 use crate::cpuid::{self, Topology};
 use crate::exit::EndSignal;
 use crate::kvm::{DirtyLog, Kvm, KvmError, Vm, failed};
@@ -21,6 +30,7 @@ use crate::layout::{BadRamSize, RamLayout};
 use crate::memory::{self, MemoryError};
 use crate::msrs;
 use crate::vcpu::{self, Stuck, VcpuError, Vcpus};
+use crate::vmgenid::VmGenIdError;
 
 /// Why a machine cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -50,34 +60,65 @@ pub enum BuildError {
     /// The kernel cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The tables cannot be written.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
     /// A device cannot be had.
     #[error(transparent)]
     Board(#[from] BoardError),
+    /// No VM generation identifier.
+    #[error(transparent)]
+    VmGenId(#[from] VmGenIdError),
     /// A vCPU cannot be had.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
 }
 
+/// Why a machine cannot be paused; it runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// vCPUs wait for guest memory.
+    #[error("the vCPUs cannot be stopped")]
+    Vcpus(#[from] Stuck),
+    /// Devices wait for guest memory or for their stores.
+    #[error("the devices cannot be stopped")]
+    Devices(#[from] StillBusy),
+}
+
 /// A machine. Dropping it ends its threads.
 #[derive(Debug)]
 pub struct Microvm {
-    // Fields drop in this order: vCPUs end before the VM goes, and RAM is unmapped last.
+    // Fields drop in this order: vCPUs end, then the devices go on into their end, then the VM goes, RAM last.
     vcpus: Vcpus,
+    /// While the machine is paused.
+    frozen: Option<Frozen>,
     board: Board,
     vm: Vm,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     layout: RamLayout,
 }
 
 impl Microvm {
-    /// Builds a machine that boots. Its vCPUs stand.
+    /// Builds a machine that boots, its drives over the files that `config` names. Its vCPUs stand.
     ///
     /// # Errors
     /// When something that it is to be made of cannot be had; nothing is left of it then.
     pub fn build(config: &MicrovmConfig, end: &EndSignal) -> Result<Self, BuildError> {
+        Self::build_over(config, end, &mut open_file)
+    }
+
+    /// Builds a machine that boots, its drives over what `stores` opens. Its vCPUs stand.
+    ///
+    /// # Errors
+    /// As for [`build`](Self::build).
+    pub fn build_over(
+        config: &MicrovmConfig,
+        end: &EndSignal,
+        stores: &mut Stores<'_>,
+    ) -> Result<Self, BuildError> {
         let source = config.boot_source.as_ref().ok_or(BuildError::NoBootSource)?;
         let layout = RamLayout::new(config.machine.memory.bytes())?;
-        let ram = memory::booted(layout)?;
+        let ram = Arc::new(memory::booted(layout)?);
         let entry = load_kernel(
             &ram,
             layout,
@@ -86,17 +127,26 @@ impl Microvm {
         )?;
 
         let kvm = Kvm::open()?;
-        let log = if config.machine.track_dirty_pages {
-            DirtyLog::On
-        } else {
-            DirtyLog::Off
+        let vm = create_vm(&kvm, &ram, dirty_log(config))?;
+        let parts = Parts {
+            config,
+            vm: &vm,
+            ram: Arc::clone(&ram),
+            end,
+            stores: &mut |drive| stores(drive),
         };
-        let vm = create_vm(&kvm, &ram, log)?;
-        let board = Board::new(config, &vm, end)?;
-        let topology = Topology {
-            vcpus: config.machine.vcpus.get(),
-            smt: config.machine.smt,
-        };
+        let board = Builder::boot(parts)?;
+        let topology = topology(config);
+        let virtio = board.virtio_slots().collect();
+        acpi::write(
+            &ram,
+            &acpi::Description {
+                vcpus: topology.vcpus,
+                virtio,
+            },
+        )?;
+        board.vmgenid().write_new(&ram)?;
+
         let fds = create_vcpus(&kvm, &vm, topology)?;
         for (number, fd) in (0..).zip(&fds) {
             let refused = |source| VcpuError::Kvm { vcpu: number, source };
@@ -105,9 +155,10 @@ impl Microvm {
                 vcpu::set_up_boot_vcpu(fd, entry.address).map_err(refused)?;
             }
         }
-        let vcpus = Vcpus::start(fds, &board.buses, end)?;
+        let vcpus = Vcpus::start(fds, board.buses(), end)?;
         Ok(Self {
             vcpus,
+            frozen: None,
             board,
             vm,
             ram,
@@ -115,23 +166,51 @@ impl Microvm {
         })
     }
 
-    /// Lets the vCPUs run.
-    pub fn unpause(&self) {
+    /// Lets the devices, and then the vCPUs run.
+    pub fn unpause(&mut self) {
+        if self.frozen.take().is_some() {
+            self.vcpus.tell_of_pause();
+        }
         self.vcpus.let_run();
     }
 
-    /// Makes the vCPUs stand, and waits until they do; asks `give_up` now and then, since a vCPU that waits for a
-    /// page of guest RAM cannot be interrupted.
+    /// Stops the vCPUs, and then the devices, and waits until they stand; asks `give_up` now and then, since
+    /// whatever waits for a page of guest RAM cannot be interrupted.
     ///
     /// # Errors
-    /// Which vCPUs did not come before `give_up` said true; the machine runs on then.
-    pub fn pause(&self, give_up: &dyn Fn() -> bool) -> Result<(), Stuck> {
-        self.vcpus.stand(give_up)
+    /// What did not stop before `give_up` said true; the machine runs on then.
+    pub fn pause(&mut self, give_up: &dyn Fn() -> bool) -> Result<(), PauseError> {
+        if self.frozen.is_some() {
+            return Ok(());
+        }
+        self.vcpus.stand(give_up)?;
+        match self.board.freeze(give_up) {
+            Ok(frozen) => {
+                self.frozen = Some(frozen);
+                Ok(())
+            }
+            Err(busy) => {
+                self.vcpus.let_run();
+                Err(busy.into())
+            }
+        }
+    }
+
+    /// Asks the vCPUs that are in no fault to stand, and does not wait: a stalled machine's. [`unpause`](Self::unpause)
+    /// takes it back.
+    pub fn hold(&self) {
+        self.vcpus.ask_to_stand();
+    }
+
+    /// Vouches that the machine stands; `None` if it does not.
+    #[must_use]
+    pub fn paused(&self) -> Option<Paused<'_>> {
+        self.frozen.as_ref().map(|_| Paused::until(|| {}))
     }
 
     /// Guest RAM.
     #[must_use]
-    pub fn ram(&self) -> &GuestRam {
+    pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
@@ -152,6 +231,14 @@ impl Microvm {
     pub fn vm(&self) -> &Vm {
         &self.vm
     }
+}
+
+/// Opens the file that the drive's configuration names.
+///
+/// # Errors
+/// When it cannot be a drive.
+pub fn open_file(drive: &config::Drive) -> Result<Arc<dyn BlockStore>, StoreError> {
+    Ok(Arc::new(FileStore::open(&drive.path, drive.is_read_only)?))
 }
 
 fn load_kernel(
@@ -181,6 +268,21 @@ fn load_kernel(
     Ok(boot::load(ram, layout, source)?)
 }
 
+fn dirty_log(config: &MicrovmConfig) -> DirtyLog {
+    if config.machine.track_dirty_pages {
+        DirtyLog::On
+    } else {
+        DirtyLog::Off
+    }
+}
+
+fn topology(config: &MicrovmConfig) -> Topology {
+    Topology {
+        vcpus: config.machine.vcpus.get(),
+        smt: config.machine.smt,
+    }
+}
+
 fn create_vm(kvm: &Kvm, ram: &GuestRam, log: DirtyLog) -> Result<Vm, KvmError> {
     let mut vm = kvm.create_vm()?;
     vm.set_ram(ram.clone(), log)?;
@@ -190,7 +292,7 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam, log: DirtyLog) -> Result<Vm, KvmError> {
 
 /// vCPUs that know what they are, and nothing more: everything else depends on CPUID.
 fn create_vcpus(kvm: &Kvm, vm: &Vm, topology: Topology) -> Result<Vec<VcpuFd>, BuildError> {
-    let supported: CpuId = kvm.supported_cpuid()?;
+    let supported = kvm.supported_cpuid()?;
     let create = |number| {
         let fd = vm.create_vcpu(number)?;
         fd.set_cpuid2(&cpuid::of_vcpu(&supported, number, topology))

@@ -9,9 +9,9 @@ use runnel_devices::i8042::I8042;
 use crate::exit::{EndSignal, Ended};
 
 /// The sleep control register, from the first of [`layout::POWER_PORTS`](crate::layout::POWER_PORTS).
-const SLEEP_CONTROL: Offset = Offset(0);
+pub(crate) const SLEEP_CONTROL: Offset = Offset(0);
 /// The sleep status register: there is no sleep to wake from, it always reads 0.
-const SLEEP_STATUS: Offset = Offset(1);
+pub(crate) const SLEEP_STATUS: Offset = Offset(1);
 /// The reset register.
 pub(crate) const RESET: Offset = Offset(2);
 

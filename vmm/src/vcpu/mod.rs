@@ -153,6 +153,15 @@ impl Vcpus {
             .map(|vcpu| vcpu.fd.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Tells guests that keep KVM's clock that they stood still, so that their watchdogs do not take it for a hang.
+    /// While they stand.
+    pub fn tell_of_pause(&self) {
+        for fd in self.fds() {
+            // Refused where the guest has no such clock.
+            let _ = fd.kvmclock_ctrl();
+        }
+    }
+
     fn raise_flags(&self) {
         for vcpu in &self.vcpus {
             vcpu.immediate_exit.set(true);

@@ -1,0 +1,135 @@
+//! The DSDT: the devices, and how deeply the machine can sleep.
+
+use acpi_tables::aml::{
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::{self, VirtioSlot};
+use crate::power::SLEEP_TYPE_S5;
+
+/// The header before the definitions.
+const HEADER_BYTES: u32 = 36;
+
+/// Revision 2: integers of 64 bits.
+const REVISION: u8 = 2;
+
+/// «The generation identifier has changed», in VMGenID's specification.
+const NOTIFY_CHANGED: u8 = 0x80;
+
+pub(super) fn build(virtio: &[VirtioSlot]) -> Sdt {
+    let mut definitions = Vec::new();
+    let mut devices = Vec::new();
+    for (slot, number) in virtio.iter().zip(0u32..) {
+        add_virtio(&mut devices, *slot, number);
+    }
+    add_serial(&mut devices);
+    add_vmgenid(&mut devices);
+    add_event_device(&mut devices);
+    definitions.vec(&Scope::raw(Path::new("\\_SB_"), devices));
+    Name::new(
+        Path::new("\\_S5_"),
+        &Package::new(vec![&SLEEP_TYPE_S5, &0u8, &0u8, &0u8]),
+    )
+    .to_aml_bytes(&mut definitions);
+
+    let mut table = Sdt::new(
+        *b"DSDT",
+        HEADER_BYTES,
+        REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
+    table.append_slice(&definitions);
+    table
+}
+
+/// An edge-triggered line that no other device has.
+fn line(gsi: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, gsi)
+}
+
+/// A virtio-mmio device, by the identifier that Linux's driver knows (drivers/virtio/virtio_mmio.c).
+fn add_virtio(devices: &mut Vec<u8>, slot: VirtioSlot, number: u32) {
+    let name = format!("VR{number:02X}");
+    // The hole ends at 4 GiB, so its addresses have 32 bits.
+    let registers = Memory32Fixed::new(true, slot.registers.start as u32, slot.registers.bytes as u32);
+    Device::new(
+        Path::new(&name),
+        vec![
+            &Name::new(Path::new("_HID"), &"LNRO0005"),
+            &Name::new(Path::new("_UID"), &number),
+            // Its memory accesses are coherent with the processors' caches.
+            &Name::new(Path::new("_CCA"), &1u8),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&registers, &line(slot.gsi)]),
+            ),
+        ],
+    )
+    .to_aml_bytes(devices);
+}
+
+fn add_serial(devices: &mut Vec<u8>) {
+    let ports = &layout::COM1_PORTS;
+    let ports = IO::new(ports.start, ports.start, 1, ports.len() as u8);
+    Device::new(
+        Path::new("COM1"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_DDN"), &"COM1"),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&ports, &line(layout::COM1_GSI)]),
+            ),
+        ],
+    )
+    .to_aml_bytes(devices);
+}
+
+fn add_vmgenid(devices: &mut Vec<u8>) {
+    let start = layout::VMGENID.start;
+    let address = Package::new(vec![&start, &0u8]);
+    // The specification's own identifier is longer than ACPI allows; Linux knows it in capitals, and newer ones know
+    // the short one, too (drivers/virt/vmgenid.c).
+    let compatible = Package::new(vec![&"VM_Gen_Counter", &"VM_GEN_COUNTER", &"VMGENCTR"]);
+    Device::new(
+        Path::new("VGEN"),
+        vec![
+            &Name::new(Path::new("_HID"), &"RNNL0001"),
+            &Name::new(Path::new("_CID"), &compatible),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &address),
+        ],
+    )
+    .to_aml_bytes(devices);
+}
+
+/// The generic event device (ACPI 6.5 §5.6.9): its line means that VMGenID has changed.
+fn add_event_device(devices: &mut Vec<u8>) {
+    let vmgenid = Path::new("\\_SB_.VGEN");
+    let notify = Notify::new(&vmgenid, &NOTIFY_CHANGED);
+    let gsi = layout::GED_GSI;
+    let event = Arg(0);
+    let is_ours = Equal::new(&event, &gsi);
+    Device::new(
+        Path::new("GED0"),
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&line(gsi)])),
+            &Method::new(
+                Path::new("_EVT"),
+                1,
+                true,
+                vec![&If::new(&is_ours, vec![&notify])],
+            ),
+        ],
+    )
+    .to_aml_bytes(devices);
+}
