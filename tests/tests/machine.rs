@@ -2,15 +2,23 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use runnel_snapshot::section::SavedSection;
 use runnel_tests::bare_guest;
 use runnel_vmm::config::{BootSource, MemorySize, MicrovmConfig, Serial};
 use runnel_vmm::exit::{EndSignal, Ended};
-use runnel_vmm::microvm::Microvm;
+use runnel_vmm::layout::{self, RamLayout};
+use runnel_vmm::memory;
+use runnel_vmm::microvm::{self, Microvm, Saved};
+use runnel_vmm::state::Resumption;
 use tempfile::TempDir;
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Far longer than anything here takes: a test that waits so long has failed.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -20,29 +28,45 @@ struct Bare {
     machine: Microvm,
     end: EndSignal,
     console: BufReader<UnixStream>,
+    /// How much of what the guest printed was read.
+    heard_bytes: u64,
     _folder: TempDir,
 }
 
 impl Bare {
     fn new(command_line: &str) -> Self {
+        Self::with(|config| {
+            config.boot_source = Some(BootSource {
+                kernel: bare_guest().to_owned(),
+                initrd: None,
+                boot_args: Some(command_line.to_owned()),
+            });
+        })
+    }
+
+    fn with(configure: impl FnOnce(&mut MicrovmConfig)) -> Self {
+        Self::made(configure, |config, end| Microvm::build(config, end).unwrap())
+    }
+
+    fn made(
+        configure: impl FnOnce(&mut MicrovmConfig),
+        make: impl FnOnce(&MicrovmConfig, &EndSignal) -> Microvm,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("console");
         let end = EndSignal::new().unwrap();
         let mut config = MicrovmConfig::default();
         config.machine.memory = MemorySize::from_mib(64).unwrap();
-        config.boot_source = Some(BootSource {
-            kernel: bare_guest().to_owned(),
-            initrd: None,
-            boot_args: Some(command_line.to_owned()),
-        });
         config.serial = Serial::Socket(socket.clone());
-        let machine = Microvm::build(&config, &end).unwrap();
+        configure(&mut config);
+        let machine = make(&config, &end);
         let console = UnixStream::connect(socket).unwrap();
         console.set_read_timeout(Some(DEADLINE)).unwrap();
         Self {
             machine,
             end,
             console: BufReader::new(console),
+            heard_bytes: 0,
             _folder: folder,
         }
     }
@@ -62,13 +86,184 @@ impl Bare {
             "{read:?} after {line:?}; ended: {:?}",
             self.end.ended()
         );
+        self.heard_bytes += line.len() as u64;
         line.trim_end().to_owned()
+    }
+
+    /// What a guest that stands has printed and nobody has read yet.
+    fn everything_printed(&mut self) -> String {
+        let written = self
+            .machine
+            .board()
+            .serial()
+            .metrics()
+            .written_bytes
+            .load(Ordering::Relaxed);
+        let mut rest = vec![0; usize::try_from(written - self.heard_bytes).unwrap()];
+        self.console.read_exact(&mut rest).unwrap();
+        self.heard_bytes = written;
+        String::from_utf8(rest).unwrap()
     }
 
     fn tell(&mut self, words: &str) -> String {
         writeln!(self.console.get_mut(), "{words}").unwrap();
         self.line()
     }
+}
+
+/// What is left of a machine that was saved: its RAM, its sections as text, and what it was made of.
+struct Remains {
+    ram: Arc<File>,
+    layout: RamLayout,
+    sections: String,
+    config: MicrovmConfig,
+}
+
+impl Bare {
+    /// Pauses and saves the machine, and ends it.
+    fn save(mut self, config: MicrovmConfig) -> Remains {
+        self.machine.pause(&|| false).unwrap();
+        let sections = serde_json::to_string(&self.machine.save().unwrap()).unwrap();
+        let region = self.machine.ram().iter().next().unwrap();
+        let ram = Arc::clone(region.file_offset().unwrap().arc());
+        Remains {
+            ram,
+            layout: self.machine.layout(),
+            sections,
+            config,
+        }
+    }
+
+    fn restore(remains: &Remains) -> Self {
+        Self::made(
+            |config| {
+                let serial = config.serial.clone();
+                *config = remains.config.clone();
+                config.serial = serial;
+            },
+            |config, end| {
+                let saved = Saved {
+                    config,
+                    ram: Arc::new(memory::resumed(remains.layout, &remains.ram).unwrap()),
+                    layout: remains.layout,
+                    sections: serde_json::from_str(&remains.sections).unwrap(),
+                    stores: &mut microvm::open_file,
+                    clock: Resumption::WhereItWas,
+                };
+                Microvm::restore(saved, end).unwrap()
+            },
+        )
+    }
+}
+
+fn of_64_mib() -> MicrovmConfig {
+    let mut config = MicrovmConfig::default();
+    config.machine.memory = MemorySize::from_mib(64).unwrap();
+    config
+}
+
+#[test]
+fn a_saved_machine_goes_on_counting_where_it_was_as_often_as_it_is_restored() {
+    let mut bare = Bare::started("count:0");
+    // At a random place in the line: what was printed so far is what the next machine does not print again.
+    for expected in 1..=20 {
+        assert_eq!(bare.line(), format!("count={expected}"));
+    }
+    bare.machine.pause(&|| false).unwrap();
+    let printed = bare.everything_printed();
+    let remains = bare.save(of_64_mib());
+    for _ in 0..2 {
+        let mut clone = Bare::restore(&remains);
+        clone.machine.unpause();
+        let first = printed.clone() + &clone.line() + "\n";
+        let counts: Vec<u64> = first
+            .lines()
+            .map(|line| line.strip_prefix("count=").unwrap().parse().unwrap())
+            .collect();
+        assert!(
+            counts.iter().copied().eq(21..21 + counts.len() as u64),
+            "{counts:?}"
+        );
+        let mut expected = *counts.last().unwrap();
+        for _ in 0..5 {
+            expected += 1;
+            assert_eq!(clone.line(), format!("count={expected}"));
+        }
+    }
+}
+
+#[test]
+fn registers_and_clocks_come_back_and_time_does_not_run_backwards() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    // KERNEL_GS_BASE, TSC_AUX, IA32_SYSENTER_EIP: registers that nothing here uses.
+    for msr in ["0xc0000102", "0x176"] {
+        assert_eq!(bare.tell(&format!("wrmsr:{msr}:0x1234567")), "wrmsr=done");
+    }
+    let tsc = |line: String| line.strip_prefix("tsc=").unwrap().parse::<u64>().unwrap();
+    let before = tsc(bare.tell("tsc"));
+    let mut clone = Bare::restore(&bare.save(of_64_mib()));
+    clone.machine.unpause();
+    assert!(tsc(clone.tell("tsc")) > before);
+    for msr in ["0xc0000102", "0x176"] {
+        assert_eq!(clone.tell(&format!("rdmsr:{msr}")), "rdmsr=0x1234567");
+    }
+}
+
+#[test]
+fn each_machine_has_a_generation_identifier_of_its_own() {
+    let id = |bare: &Bare| {
+        let mut id = [0; 16];
+        bare.machine
+            .ram()
+            .read_slice(&mut id, layout::VMGENID.address())
+            .unwrap();
+        id
+    };
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let mut seen = vec![id(&bare)];
+    let remains = bare.save(of_64_mib());
+    for _ in 0..2 {
+        let clone = id(&Bare::restore(&remains));
+        assert!(!seen.contains(&clone));
+        seen.push(clone);
+    }
+}
+
+#[test]
+fn an_unknown_section_and_a_missing_one_are_refused_by_name() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let remains = bare.save(of_64_mib());
+    let refusal = |change: &dyn Fn(&mut Vec<SavedSection>)| {
+        let mut sections = serde_json::from_str(&remains.sections).unwrap();
+        change(&mut sections);
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = of_64_mib();
+        config.serial = Serial::Socket(folder.path().join("console"));
+        let saved = Saved {
+            config: &config,
+            ram: Arc::new(memory::resumed(remains.layout, &remains.ram).unwrap()),
+            layout: remains.layout,
+            sections,
+            stores: &mut microvm::open_file,
+            clock: Resumption::WhereItWas,
+        };
+        Microvm::restore(saved, &EndSignal::new().unwrap())
+            .unwrap_err()
+            .to_string()
+    };
+    let unknown = refusal(&|sections| {
+        let mut strange = sections[0].clone();
+        strange.kind = "flux-capacitor".to_owned();
+        sections.push(strange);
+    });
+    assert!(unknown.contains("flux-capacitor"), "{unknown}");
+    let missing = refusal(&|sections| sections.retain(|section| section.kind != "clock"));
+    assert!(missing.contains("\"clock\""), "{missing}");
+    let newer = refusal(&|sections| sections.iter_mut().for_each(|section| section.version += 1));
+    assert!(newer.contains("newer Runnel"), "{newer}");
 }
 
 #[test]
@@ -117,7 +312,7 @@ fn a_paused_guest_stands_and_goes_on_where_it_was() {
         bare.machine.pause(&|| false).unwrap();
         let written = || {
             let metrics = bare.machine.board().serial().metrics();
-            metrics.written_bytes.load(std::sync::atomic::Ordering::Relaxed)
+            metrics.written_bytes.load(Ordering::Relaxed)
         };
         let before = written();
         std::thread::yield_now();

@@ -10,6 +10,9 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 /// Bits of it: asynchronous page faults, their delivery to nested hypervisors, and by interrupt.
 const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
+/// AMD's nested virtualization, as [`adjust`] has it of Intel's.
+const NESTED_SVM: u32 = 1 << 2;
+
 /// How the vCPUs of a machine share cores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Topology {
@@ -86,8 +89,10 @@ fn adjust(entry: &mut kvm_cpuid_entry2, number: u8, topology: Topology, is_intel
         1 => {
             const TSC_DEADLINE: u32 = 1 << 24;
             const HYPERVISOR: u32 = 1 << 31;
+            // A machine's own virtual machines would not be saved with it.
+            const NESTED_VMX: u32 = 1 << 5;
             const SEVERAL_THREADS: u32 = 1 << 28;
-            entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+            entry.ecx = entry.ecx & !NESTED_VMX | TSC_DEADLINE | HYPERVISOR;
             entry.ebx = entry.ebx & 0xffff | vcpus << 16 | u32::from(number) << 24;
             entry.edx = entry.edx & !SEVERAL_THREADS | if topology.vcpus > 1 { SEVERAL_THREADS } else { 0 };
         }
@@ -111,6 +116,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, number: u8, topology: Topology, is_intel
         // A page that is awaited is a stalled vCPU, never a promise to the guest: after a resume elsewhere nobody
         // would keep it.
         KVM_FEATURES => entry.eax &= !ASYNC_PAGE_FAULTS,
+        0x8000_0001 => entry.ecx &= !NESTED_SVM,
         0x8000_0008 => {
             // AMD: threads in the package less one, and the bits of an APIC identifier that number them.
             entry.ecx = if is_intel {

@@ -22,6 +22,7 @@ pub mod microvm;
 pub mod msrs;
 pub mod pager;
 pub mod power;
+pub mod state;
 pub mod vcpu;
 pub mod version;
 pub mod vmgenid;

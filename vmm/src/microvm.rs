@@ -18,9 +18,10 @@ use runnel_devices::event_loop::{Frozen, StillBusy};
 use runnel_devices::virtio::block::FileStore;
 use runnel_snapshot::block_store::{BlockStore, GuestRam};
 use runnel_snapshot::machine::Paused;
+use runnel_snapshot::section::{SavedSection, Section};
 
 use crate::acpi::{self, AcpiError};
-use crate::board::{Board, BoardError, Builder, Parts, StoreError, Stores};
+use crate::board::{Board, BoardError, BoardSaveError, Builder, Parts, StoreError, Stores};
 use crate::boot::{self, BootError};
 use crate::config::{self, BootSource, MicrovmConfig};
 use crate::cpuid::{self, Topology};
@@ -29,6 +30,7 @@ use crate::kvm::{DirtyLog, Kvm, KvmError, Vm, failed};
 use crate::layout::{BadRamSize, RamLayout};
 use crate::memory::{self, MemoryError};
 use crate::msrs;
+use crate::state::{self, Clock, Host, Interrupts, Resumption, StateError, Timer};
 use crate::vcpu::{self, Stuck, VcpuError, Vcpus};
 use crate::vmgenid::VmGenIdError;
 
@@ -72,6 +74,9 @@ pub enum BuildError {
     /// A vCPU cannot be had.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// Devices that have not begun cannot be stopped.
+    #[error(transparent)]
+    Devices(#[from] StillBusy),
 }
 
 /// Why a machine cannot be paused; it runs on.
@@ -85,13 +90,93 @@ pub enum PauseError {
     Devices(#[from] StillBusy),
 }
 
+/// Why a machine cannot be rebuilt from what was saved of it.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// What the kernel held.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A device.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// No VM generation identifier.
+    #[error(transparent)]
+    VmGenId(#[from] VmGenIdError),
+    /// A vCPU's thread.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A section that nothing here belongs to.
+    #[error(
+        "the image has a section {kind:?} {id:?} that this Runnel does not know: resume it with a newer one"
+    )]
+    UnknownSection {
+        /// Its kind.
+        kind: String,
+        /// Which one of its kind.
+        id: String,
+    },
+    /// Devices that have not begun cannot be stopped.
+    #[error(transparent)]
+    Devices(#[from] StillBusy),
+}
+
+/// Why a machine cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// It runs.
+    #[error("the machine runs: pause it first")]
+    NotPaused,
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// What the kernel holds.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A device.
+    #[error(transparent)]
+    Board(#[from] BoardSaveError),
+}
+
+/// What a machine is rebuilt from.
+pub struct Saved<'a> {
+    /// What it is made of: as saved, with whatever is overridden.
+    pub config: &'a MicrovmConfig,
+    /// Its RAM, perhaps still on its way.
+    pub ram: Arc<GuestRam>,
+    /// Where RAM is.
+    pub layout: RamLayout,
+    /// All of its sections.
+    pub sections: Vec<SavedSection>,
+    /// Opens what stands behind drives.
+    pub stores: &'a mut Stores<'a>,
+    /// With which time it goes on.
+    pub clock: Resumption,
+}
+
+/// A machine that stands: its devices are frozen, and what it stands since.
+#[derive(Debug)]
+struct Standing {
+    _frozen: Frozen,
+    since: Since,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Since {
+    Build,
+    Restore,
+    Pause,
+}
+
 /// A machine. Dropping it ends its threads.
 #[derive(Debug)]
 pub struct Microvm {
     // Fields drop in this order: vCPUs end, then the devices go on into their end, then the VM goes, RAM last.
     vcpus: Vcpus,
-    /// While the machine is paused.
-    frozen: Option<Frozen>,
+    /// `None` while the machine runs.
+    standing: Option<Standing>,
     board: Board,
     vm: Vm,
     ram: Arc<GuestRam>,
@@ -156,9 +241,84 @@ impl Microvm {
             }
         }
         let vcpus = Vcpus::start(fds, board.buses(), end)?;
+        Ok(Self::standing(vcpus, board, vm, ram, layout, Since::Build)?)
+    }
+
+    /// Rebuilds a machine that was saved. Its vCPUs stand.
+    ///
+    /// Nothing of RAM is read before [`unpause`](Self::unpause), but the page of VMGenID is written: whoever maps RAM
+    /// from afar makes that page the machine's own before.
+    ///
+    /// # Errors
+    /// When this host cannot carry it, or a section is missing or makes no sense; nothing is left of it then.
+    pub fn restore(saved: Saved<'_>, end: &EndSignal) -> Result<Self, RestoreError> {
+        let Saved {
+            config,
+            ram,
+            layout,
+            mut sections,
+            stores,
+            clock,
+        } = saved;
+        let kvm = Kvm::open()?;
+        let host = Host::of(&kvm)?;
+        let vm = create_vm(&kvm, &ram, dirty_log(config))?;
+        let parts = Parts {
+            config,
+            vm: &vm,
+            ram: Arc::clone(&ram),
+            end,
+            stores: &mut |drive| stores(drive),
+        };
+        let board = Builder::restore(parts, &mut sections)?;
+        let fds = (0..config.machine.vcpus.get()).map(|number| vm.create_vcpu(number));
+        let fds: Vec<VcpuFd> = fds.collect::<Result<_, _>>()?;
+        for (fd, number) in fds.iter().zip(0u32..) {
+            let saved = state::take::<state::vcpu::Vcpu<'_>>(&mut sections, &number.to_string())?;
+            state::vcpu::Vcpu::restore((fd, &host), saved)?;
+        }
+        Interrupts::restore(&vm, state::take::<Interrupts<'_>>(&mut sections, "")?)?;
+        Timer::restore(&vm, state::take::<Timer<'_>>(&mut sections, "")?)?;
+        Clock::restore((&vm, clock), state::take::<Clock<'_>>(&mut sections, "")?)?;
+        if let Some(unknown) = sections.first() {
+            return Err(RestoreError::UnknownSection {
+                kind: unknown.kind.clone(),
+                id: unknown.id.clone(),
+            });
+        }
+        board.vmgenid().write_new(&ram)?;
+        let vcpus = Vcpus::start(fds, board.buses(), end)?;
+        Ok(Self::standing(vcpus, board, vm, ram, layout, Since::Restore)?)
+    }
+
+    /// Saves everything but the volumes.
+    ///
+    /// # Errors
+    /// When the machine does not stand, or something of it cannot be saved.
+    pub fn save(&self) -> Result<Vec<SavedSection>, SaveError> {
+        let paused = self.paused().ok_or(SaveError::NotPaused)?;
+        let host = Host::of(&Kvm::open()?)?;
+        let mut sections = state::save(&self.vm, &self.vcpus, &host, &paused)?;
+        sections.extend(self.board.save(&paused)?);
+        Ok(sections)
+    }
+
+    fn standing(
+        vcpus: Vcpus,
+        board: Board,
+        vm: Vm,
+        ram: Arc<GuestRam>,
+        layout: RamLayout,
+        since: Since,
+    ) -> Result<Self, StillBusy> {
+        // None is at work: no driver has kicked one since it was made.
+        let frozen = board.freeze(&|| false)?;
         Ok(Self {
             vcpus,
-            frozen: None,
+            standing: Some(Standing {
+                _frozen: frozen,
+                since,
+            }),
             board,
             vm,
             ram,
@@ -168,7 +328,12 @@ impl Microvm {
 
     /// Lets the devices, and then the vCPUs run.
     pub fn unpause(&mut self) {
-        if self.frozen.take().is_some() {
+        let since = self.standing.take().map(|standing| standing.since);
+        if since == Some(Since::Restore) {
+            self.board.resume();
+            self.board.vmgenid().tell();
+        }
+        if matches!(since, Some(Since::Restore | Since::Pause)) {
             self.vcpus.tell_of_pause();
         }
         self.vcpus.let_run();
@@ -180,13 +345,16 @@ impl Microvm {
     /// # Errors
     /// What did not stop before `give_up` said true; the machine runs on then.
     pub fn pause(&mut self, give_up: &dyn Fn() -> bool) -> Result<(), PauseError> {
-        if self.frozen.is_some() {
+        if self.standing.is_some() {
             return Ok(());
         }
         self.vcpus.stand(give_up)?;
         match self.board.freeze(give_up) {
             Ok(frozen) => {
-                self.frozen = Some(frozen);
+                self.standing = Some(Standing {
+                    _frozen: frozen,
+                    since: Since::Pause,
+                });
                 Ok(())
             }
             Err(busy) => {
@@ -205,7 +373,7 @@ impl Microvm {
     /// Vouches that the machine stands; `None` if it does not.
     #[must_use]
     pub fn paused(&self) -> Option<Paused<'_>> {
-        self.frozen.as_ref().map(|_| Paused::until(|| {}))
+        self.standing.as_ref().map(|_| Paused::until(|| {}))
     }
 
     /// Guest RAM.

@@ -35,6 +35,11 @@ impl Vm {
         Ok(Self { fd, ram: None })
     }
 
+    /// The VM itself, for the calls that move its state.
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
     /// Gives `ram` to the guest, one memory slot a region.
     ///
     /// # Errors

@@ -1,0 +1,85 @@
+//! Model-specific registers: all that KVM asks to be saved, its own paravirtual ones (0x4b564d00 to 07) among them.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+
+use super::{Host, StateError};
+use crate::kvm::failed;
+
+/// The time stamp counter.
+pub(super) const IA32_TSC: u32 = 0x10;
+/// What the guest has added to it.
+pub(super) const IA32_TSC_ADJUST: u32 = 0x3b;
+/// When the local APIC's timer fires, in ticks of the counter.
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// Registers in one call; KVM takes 256.
+const BATCH: usize = 128;
+
+/// One register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Msr(pub u32, pub u64);
+
+/// Reads every register of KVM's list that this vCPU has.
+pub(super) fn read(vcpu: &VcpuFd, host: &Host) -> Result<Vec<Msr>, StateError> {
+    let mut found = Vec::new();
+    let mut left = host.msrs.as_slice();
+    while !left.is_empty() {
+        let batch = &left[..left.len().min(BATCH)];
+        let mut msrs = batch_of(batch.iter().map(|index| Msr(*index, 0)))?;
+        // KVM stops at the first that it cannot read: one that this vCPU's CPUID does not have.
+        let read = vcpu.get_msrs(&mut msrs).map_err(failed("read MSRs"))?;
+        found.extend(
+            msrs.as_slice()
+                .iter()
+                .take(read)
+                .map(|entry| Msr(entry.index, entry.data)),
+        );
+        let next = if read < batch.len() { read + 1 } else { read };
+        left = &left[next..];
+    }
+    Ok(found)
+}
+
+/// Sets registers, in an order in which each finds what it depends on: the counter before the deadline that is
+/// counted by it.
+pub(super) fn write(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), StateError> {
+    let mut ordered = saved.to_vec();
+    ordered.sort_by_key(|msr| match msr.0 {
+        IA32_TSC => 1,
+        IA32_TSC_DEADLINE => 2,
+        _ => 0,
+    });
+    let mut left = ordered.as_slice();
+    while !left.is_empty() {
+        let batch = &left[..left.len().min(BATCH)];
+        let written = vcpu
+            .set_msrs(&batch_of(batch.iter().copied())?)
+            .map_err(failed("set MSRs"))?;
+        left = &left[written.min(left.len())..];
+        if written < batch.len() {
+            let Msr(index, value) = batch[written];
+            // A register at rest that this host does not have, or lets nobody write, is no loss.
+            if value != 0 {
+                return Err(StateError::Msr { index, value });
+            }
+            left = &left[1..];
+        }
+    }
+    Ok(())
+}
+
+fn batch_of(msrs: impl Iterator<Item = Msr>) -> Result<Msrs, StateError> {
+    let entries: Vec<_> = msrs
+        .map(|Msr(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        })
+        .collect();
+    Msrs::from_entries(&entries).map_err(|_| StateError::TooMany {
+        what: "MSRs",
+        found: entries.len(),
+    })
+}
