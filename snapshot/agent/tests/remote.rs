@@ -128,7 +128,7 @@ fn many_threads_read_at_once() {
 #[test]
 fn requests_use_a_connection_again_and_one_that_was_closed_meanwhile_is_replaced() {
     let stored = Stored::new();
-    let server = registry(&stored, |request, bytes| Reply::part(request, bytes));
+    let server = registry(&stored, Reply::part);
     let image = open(&server.base(), client()).unwrap();
     let (layer, bytes) = stored.layer();
     for _ in 0..3 {
