@@ -7,6 +7,7 @@ mod fixture;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -42,11 +43,8 @@ fn number(id: ChunkId) -> u64 {
 }
 
 fn source(image: &Image) -> (ImageSource, Receiver<Answer>) {
-    let settings = SourceSettings {
-        workers: 2,
-        drive_folder: "/tmp".into(),
-    };
-    let source = ImageSource::new(image, &settings).unwrap();
+    let settings = SourceSettings::local(2);
+    let source = ImageSource::new(image, &settings, Path::new("/tmp")).unwrap();
     let (sender, answers) = channel();
     source.deliver_to(Arc::new(Answers(sender)));
     (source, answers)

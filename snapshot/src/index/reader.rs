@@ -1,6 +1,6 @@
 //! Looks chunks up in an index whose segments are read from a store as they are needed, and kept within a bound.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::{Entry, IndexRoot, Segment, SegmentError, SegmentIndex};
 use crate::blobs::{Blob, BlobError, BlobStore};
@@ -49,8 +49,17 @@ pub struct IndexReader {
     index: Blob,
     root: IndexRoot,
     layer_bytes: Vec<u64>,
+    kept: Mutex<Kept>,
+    /// Told when a segment was read, or could not be.
+    was_read: Condvar,
+}
+
+#[derive(Default)]
+struct Kept {
     /// The most recently used last.
-    kept: Mutex<Vec<(SegmentIndex, Arc<Segment>)>>,
+    segments: Vec<(SegmentIndex, Arc<Segment>)>,
+    /// Being read by some thread. The others that want one wait: a segment from afar is read once.
+    reading: Vec<SegmentIndex>,
 }
 
 impl IndexReader {
@@ -62,7 +71,8 @@ impl IndexReader {
             index,
             root,
             layer_bytes,
-            kept: Mutex::new(Vec::new()),
+            kept: Mutex::default(),
+            was_read: Condvar::new(),
         }
     }
 
@@ -90,26 +100,31 @@ impl IndexReader {
     /// # Errors
     /// When it cannot be had or trusted.
     pub fn segment(&self, number: SegmentIndex) -> Result<Arc<Segment>, IndexError> {
-        if let Some(segment) = self.kept(number) {
-            return Ok(segment);
+        let mut kept = self.lock();
+        loop {
+            if let Some(segment) = kept.use_again(number) {
+                return Ok(segment);
+            }
+            if !kept.reading.contains(&number) {
+                break;
+            }
+            kept = self.was_read.wait(kept).unwrap_or_else(PoisonError::into_inner);
         }
-        // Read without the lock: two threads may read the same segment once each, none waits for another's.
-        let segment = Arc::new(self.read(number)?);
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() >= SEGMENTS_KEPT {
-            kept.remove(0);
+        kept.reading.push(number);
+        drop(kept);
+        let read = self.read(number).map(Arc::new);
+        let mut kept = self.lock();
+        kept.reading.retain(|other| *other != number);
+        if let Ok(segment) = &read {
+            kept.keep(number, segment);
         }
-        kept.push((number, Arc::clone(&segment)));
-        Ok(segment)
+        // If it failed, one of those who wait tries next.
+        self.was_read.notify_all();
+        read
     }
 
-    fn kept(&self, number: SegmentIndex) -> Option<Arc<Segment>> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let position = kept.iter().rposition(|(other, _)| *other == number)?;
-        let found = kept.remove(position);
-        let segment = Arc::clone(&found.1);
-        kept.push(found);
-        Some(segment)
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self, number: SegmentIndex) -> Result<Segment, IndexError> {
@@ -131,5 +146,22 @@ impl IndexReader {
                 source,
             })?;
         Segment::parse(&bytes, &self.root, number, &self.layer_bytes).map_err(unusable)
+    }
+}
+
+impl Kept {
+    fn use_again(&mut self, number: SegmentIndex) -> Option<Arc<Segment>> {
+        let position = self.segments.iter().rposition(|(other, _)| *other == number)?;
+        let found = self.segments.remove(position);
+        let segment = Arc::clone(&found.1);
+        self.segments.push(found);
+        Some(segment)
+    }
+
+    fn keep(&mut self, number: SegmentIndex, segment: &Arc<Segment>) {
+        if self.segments.len() >= SEGMENTS_KEPT {
+            self.segments.remove(0);
+        }
+        self.segments.push((number, Arc::clone(segment)));
     }
 }

@@ -1,38 +1,71 @@
-//! An image of this host as a [`PageSource`]: worker threads read, decode and verify chunks into page files.
+//! An image as a [`PageSource`]: worker threads read, decode and verify chunks into page files.
 //!
 //! Chunks are handed out by urgency. A demand costs reading, decompressing, hashing and one write; it never waits
-//! for more than the chunks that workers have in hand, and of those at least one is never mere background fill.
+//! for more than the chunks that workers have in hand, and background fill never has all of them.
 
+mod fetch;
 mod page_file;
 mod queue;
 
+pub use page_file::PageFile;
+
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
-use crate::blobs::{Blob, BlobError, BlobStore};
-use crate::decode::{ChunkDecoder, DecodeError};
-use crate::digest::BlobDigest;
 use crate::image::Image;
-use crate::index::{Entry, IndexError, IndexReader, StoredChunk};
-use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
-use crate::units::ByteRange;
+use crate::index::IndexError;
+use crate::layer::frame::frame_bytes_max;
+use crate::source::{ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+use crate::state::FirstChunk;
+use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
-use page_file::PageFile;
-use queue::AskQueue;
+use fetch::{Shared, Volume};
+use queue::{AskQueue, Rules};
 
-/// What an [`ImageSource`] needs to know of its host.
+/// Chunks that are handed out together at most: what waits for the last of them is answered late.
+const RUN_CHUNKS_MAX: usize = 64;
+
+/// What an [`ImageSource`] needs to know of its host and its store.
 #[derive(Clone, Debug)]
 pub struct SourceSettings {
-    /// Threads that decode: at least one.
+    /// Threads that decode: at least one. A store that takes a round trip wants several times the host's processors.
     pub workers: usize,
-    /// Where the page files of drives lie, unlinked and sparse: a drive may be larger than RAM. Those of memory are
-    /// on tmpfs.
-    pub drive_folder: PathBuf,
+    /// Of these, how many background fill may have at once: at least one.
+    pub fills_max: usize,
+    /// Stored bytes of neighbouring chunks that are read at once; 0 for a chunk at a time.
+    pub read_bytes_max: u64,
+    /// Stored bytes that background fill reads a second.
+    pub fill_bytes_per_second: Option<NonZeroU64>,
+}
+
+impl SourceSettings {
+    /// For an image on this host's disks: as many threads as decode at once, one of them free for those who wait.
+    #[must_use]
+    pub fn local(workers: usize) -> Self {
+        Self {
+            workers,
+            fills_max: workers.saturating_sub(1),
+            read_bytes_max: 0,
+            fill_bytes_per_second: None,
+        }
+    }
+
+    /// For an image that is a round trip away. In flight at once: 24 requests, of them four of fill, half a MiB each,
+    /// which keeps a gigabit of 20 ms busy and a demand from waiting behind more than that.
+    #[must_use]
+    pub fn remote() -> Self {
+        Self {
+            workers: 24,
+            fills_max: 4,
+            read_bytes_max: 512 << 10,
+            fill_bytes_per_second: None,
+        }
+    }
 }
 
 /// Why an image cannot be a source.
@@ -56,70 +89,37 @@ pub enum SourceError {
     Thread(#[source] io::Error),
 }
 
-/// Why a chunk could not be delivered.
-#[derive(Debug, thiserror::Error)]
-enum FetchError {
-    #[error(transparent)]
-    Index(#[from] IndexError),
-    #[error(transparent)]
-    Blob(#[from] BlobError),
-    #[error("the frame at {frame} of layer {layer} is damaged")]
-    Decode {
-        layer: BlobDigest,
-        frame: ByteRange,
-        source: Box<DecodeError>,
-    },
-    #[error("the page file cannot be written")]
-    PageFile(#[source] io::Error),
-    #[error("zstd cannot be set up")]
-    Decoder(#[source] io::Error),
-    #[error("the image has no such volume")]
-    NoVolume,
-}
-
-impl FetchError {
-    /// Whether asking again can help: not when the image's bytes are wrong.
-    fn is_transient(&self) -> bool {
-        match self {
-            Self::Index(IndexError::Blob { source, .. }) | Self::Blob(source) => source.is_transient(),
-            Self::Index(_) | Self::Decode { .. } | Self::NoVolume => false,
-            // Disk full, memory short: that passes.
-            Self::PageFile(_) | Self::Decoder(_) => true,
-        }
-    }
-}
-
-/// A volume of the image while it is being delivered.
-struct Volume {
-    name: VolumeName,
-    layers: Vec<Blob>,
-    index: IndexReader,
-    pages: PageFile,
-    /// One bit a chunk: its bytes are in the page file.
-    present: Vec<AtomicU64>,
-}
-
-/// What workers and askers share.
-struct Shared {
-    store: Arc<dyn BlobStore>,
-    volumes: Vec<Volume>,
-    queue: AskQueue,
-    sink: OnceLock<Arc<dyn ChunkSink>>,
-}
-
-/// An image directory that delivers its chunks in this process.
+/// An image that delivers its chunks in this process.
 pub struct ImageSource {
     volumes: Vec<SourceVolume>,
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
 }
 
+/// Makes the page file of a volume: its name, its length.
+pub type MakePageFile<'a> = dyn Fn(&VolumeName, u64) -> Result<PageFile, SourceError> + 'a;
+
 impl ImageSource {
-    /// Makes the page files and starts the workers; nothing is read before it is asked for.
+    /// Starts the workers over page files without names: those of memory on tmpfs, those of drives in a folder, as a
+    /// drive may be larger than RAM. Nothing is read before it is asked for.
     ///
     /// # Errors
     /// When a page file or a thread cannot be made.
-    pub fn new(image: &Image, settings: &SourceSettings) -> Result<Self, SourceError> {
+    pub fn new(image: &Image, settings: &SourceSettings, drive_folder: &Path) -> Result<Self, SourceError> {
+        Self::with_page_files(image, settings, &|volume, bytes| {
+            unnamed_page_file(volume, bytes, drive_folder)
+        })
+    }
+
+    /// Starts the workers over page files that the caller makes.
+    ///
+    /// # Errors
+    /// When a page file or a thread cannot be made.
+    pub fn with_page_files(
+        image: &Image,
+        settings: &SourceSettings,
+        make: &MakePageFile<'_>,
+    ) -> Result<Self, SourceError> {
         let mut volumes = Vec::new();
         let mut described = Vec::new();
         for volume in &image.manifest.volumes {
@@ -133,17 +133,18 @@ impl ImageSource {
                 name: volume.name.clone(),
                 layers: volume.layers.clone(),
                 index: image.index(volume),
-                pages: page_file(&volume.name, bytes, settings)?,
+                pages: make(&volume.name, bytes)?,
                 present: (0..volume.root.chunks().div_ceil(64))
                     .map(|_| AtomicU64::new(0))
                     .collect(),
+                first: OnceLock::new(),
             });
         }
-        let store = Arc::clone(&image.store);
         let shared = Arc::new(Shared {
-            store,
+            store: Arc::clone(&image.store),
             volumes,
-            queue: AskQueue::default(),
+            queue: AskQueue::new(settings.rules()),
+            read_bytes_max: settings.read_bytes_max,
             sink: OnceLock::new(),
         });
         let mut source = Self {
@@ -153,21 +154,57 @@ impl ImageSource {
         };
         for number in 0..settings.workers.max(1) {
             let shared = Arc::clone(&source.shared);
-            // One worker keeps itself free for those who wait, unless it is the only one.
-            let least = if number == 0 && settings.workers > 1 {
-                Urgency::Soon
-            } else {
-                Urgency::Fill
-            };
             let thread = thread::Builder::new().name(format!("chunks-{number}"));
             // If this fails, dropping the source ends those that were started.
-            source.workers.push(
-                thread
-                    .spawn(move || shared.work(least))
-                    .map_err(SourceError::Thread)?,
-            );
+            source
+                .workers
+                .push(thread.spawn(move || shared.work()).map_err(SourceError::Thread)?);
         }
         Ok(source)
+    }
+
+    /// Takes entries of the index that came with the machine state, so that these chunks wait for no segment. Those
+    /// that make no sense are left to the index. Only the first call counts.
+    pub fn learn(&self, first_chunks: &[FirstChunk]) {
+        for volume in &self.shared.volumes {
+            let root = volume.index.root();
+            let makes_sense = |first: &&FirstChunk| {
+                let layer = volume.layers.get(usize::from(first.layer.0));
+                first.volume == volume.name
+                    && first.chunk.0 < root.chunks()
+                    && layer.is_some_and(|layer| first.frame.fits_in(layer.bytes))
+                    && (1..=frame_bytes_max(root.chunk_size())).contains(&first.frame.len)
+            };
+            let entries = first_chunks.iter().filter(makes_sense);
+            let entries = entries.map(|first| (first.chunk, first.stored())).collect();
+            // A second time changes nothing.
+            let _ = volume.first.set(entries);
+        }
+    }
+
+    /// Reads the part of the index that tells of `chunk`, unless it is at hand.
+    ///
+    /// # Errors
+    /// When the image has no such chunk, or the index cannot be had.
+    pub fn read_index_at(&self, volume: VolumeId, chunk: ChunkIndex) -> Result<(), IndexError> {
+        match self.shared.volumes.get(usize::from(volume.0)) {
+            Some(volume) => volume.index.entry(chunk).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+impl SourceSettings {
+    fn rules(&self) -> Rules {
+        Rules {
+            fills_max: self.fills_max,
+            run_max: if self.read_bytes_max == 0 {
+                1
+            } else {
+                RUN_CHUNKS_MAX
+            },
+            fill_bytes_per_second: self.fill_bytes_per_second,
+        }
     }
 }
 
@@ -206,131 +243,12 @@ impl Drop for ImageSource {
     }
 }
 
-impl Shared {
-    fn work(&self, least: Urgency) {
-        let mut hands = Hands::default();
-        while let Some(chunk) = self.queue.take(least) {
-            let fetched = self.fetch(chunk, &mut hands);
-            // Before the sink hears of it: what is asked from then on is answered anew.
-            self.queue.done(chunk);
-            let Some(sink) = self.sink.get() else { continue };
-            match fetched {
-                Ok(what) => sink.arrived(chunk, what),
-                Err(error) => sink.failed(chunk, self.failure(chunk, &error)),
-            }
-        }
-    }
-
-    fn fetch(&self, id: ChunkId, hands: &mut Hands) -> Result<Arrived, FetchError> {
-        let volume = self
-            .volumes
-            .get(usize::from(id.volume.0))
-            .ok_or(FetchError::NoVolume)?;
-        if volume.is_present(id) {
-            return Ok(Arrived::Data);
-        }
-        let Entry::Data(stored) = volume.index.entry(id.chunk)? else {
-            return Ok(Arrived::Zero);
-        };
-        let root = volume.index.root();
-        let range = root.chunk_size().range_of(id.chunk, root.volume_bytes());
-        let plain = hands.decode(self.store.as_ref(), volume, &stored, range.len)?;
-        volume
-            .pages
-            .for_writing()
-            .write_all_at(plain, range.start)
-            .map_err(FetchError::PageFile)?;
-        volume.set_present(id);
-        Ok(Arrived::Data)
-    }
-
-    fn failure(&self, id: ChunkId, error: &FetchError) -> ChunkFailure {
-        let volume = self
-            .volumes
-            .get(usize::from(id.volume.0))
-            .map(|volume| volume.name.to_string());
-        let mut reason = format!(
-            "{} of {}: {error}",
-            id.chunk,
-            volume.as_deref().unwrap_or("no volume")
-        );
-        let mut source = std::error::Error::source(error);
-        while let Some(cause) = source {
-            reason = format!("{reason}: {cause}");
-            source = cause.source();
-        }
-        ChunkFailure {
-            reason,
-            transient: error.is_transient(),
-        }
-    }
-}
-
-impl Volume {
-    fn present(&self, id: ChunkId) -> Option<(&AtomicU64, u64)> {
-        let word = self.present.get(usize::try_from(id.chunk.0 / 64).ok()?)?;
-        Some((word, 1 << (id.chunk.0 % 64)))
-    }
-
-    fn is_present(&self, id: ChunkId) -> bool {
-        // Pairs with the release below: who sees the bit sees the bytes.
-        self.present(id)
-            .is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
-    }
-
-    fn set_present(&self, id: ChunkId) {
-        if let Some((word, bit)) = self.present(id) {
-            word.fetch_or(bit, Ordering::Release);
-        }
-    }
-}
-
-/// What a worker keeps between chunks.
-#[derive(Default)]
-struct Hands {
-    decoder: Option<ChunkDecoder>,
-    frame: Vec<u8>,
-    plain: Vec<u8>,
-}
-
-impl Hands {
-    fn decode(
-        &mut self,
-        store: &dyn BlobStore,
-        volume: &Volume,
-        stored: &StoredChunk,
-        plain_bytes: u64,
-    ) -> Result<&[u8], FetchError> {
-        let layer = volume
-            .layers
-            .get(usize::from(stored.layer.0))
-            .ok_or(FetchError::NoVolume)?;
-        // Both lengths were capped when the index was parsed: a few MiB at most.
-        self.frame.resize(stored.frame.len as usize, 0);
-        self.plain.resize(plain_bytes as usize, 0);
-        store.read_range(layer, stored.frame.start, &mut self.frame)?;
-        let decoder = match &mut self.decoder {
-            Some(decoder) => decoder,
-            none => none.insert(ChunkDecoder::new().map_err(FetchError::Decoder)?),
-        };
-        let damaged = |source| FetchError::Decode {
-            layer: layer.digest,
-            frame: stored.frame,
-            source: Box::new(source),
-        };
-        decoder
-            .decode(&self.frame, &stored.digest, &mut self.plain)
-            .map_err(damaged)?;
-        Ok(&self.plain)
-    }
-}
-
-fn page_file(volume: &VolumeName, bytes: u64, settings: &SourceSettings) -> Result<PageFile, SourceError> {
+fn unnamed_page_file(volume: &VolumeName, bytes: u64, drive_folder: &Path) -> Result<PageFile, SourceError> {
     let (made, place) = match volume {
         VolumeName::Memory => (PageFile::in_memory(bytes), "memory".to_owned()),
         VolumeName::Drive(_) => (
-            PageFile::in_folder(&settings.drive_folder, bytes),
-            settings.drive_folder.display().to_string(),
+            PageFile::in_folder(drive_folder, bytes),
+            drive_folder.display().to_string(),
         ),
     };
     made.map_err(|source| SourceError::PageFile {

@@ -1,14 +1,41 @@
-//! Which chunk comes next: by urgency, then in the order of asking; each chunk once, however often it is asked for.
+//! Which chunks come next: by urgency, then in the order of asking; each chunk once, however often it is asked for.
+//!
+//! Those who wait get a worker for each chunk. Prefetch is joined to runs of neighbours where there are more chunks
+//! than workers. Background fill goes in long runs, keeps to a few workers, so that a demand finds both a free one
+//! and a link that is not full, and to a rate.
 
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU64;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::source::{ChunkId, Urgency};
+use crate::units::ChunkIndex;
 
 const LEVELS: usize = Urgency::Demand as usize + 1;
 
 /// Entries of a level's line that no longer count, before they are thrown out.
 const STALE_MAX: usize = 1024;
+
+/// How chunks are handed out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    /// Workers that background fill may have at once; at least one.
+    pub(super) fills_max: usize,
+    /// Chunks that are handed out together; at least one.
+    pub(super) run_max: usize,
+    /// Stored bytes of background fill a second.
+    pub(super) fill_bytes_per_second: Option<NonZeroU64>,
+}
+
+/// Chunks of one volume that follow each other, for one worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// At least one.
+    pub(super) chunks: Vec<ChunkId>,
+    /// How urgent the first is.
+    pub(super) urgency: Urgency,
+}
 
 /// What is known of a chunk that was asked for and not answered. There is at most one of these for each chunk of the
 /// volumes.
@@ -24,20 +51,41 @@ struct Lines {
     /// One for each urgency. An entry counts only while `pending` has it waiting at that urgency: lifting and
     /// cancelling leave stale ones behind.
     lines: [VecDeque<ChunkId>; LEVELS],
+    /// Workers that wait for chunks.
+    idle: usize,
+    /// Workers that have background fill in hand.
+    fills: usize,
+    /// What the fill's rate has been used up to.
+    fill_not_before: Option<Instant>,
+    /// Whether a waiting worker looks at the clock for the others.
+    has_timekeeper: bool,
     closed: bool,
 }
 
 /// The queue between those who ask and the workers.
-#[derive(Default)]
 pub(super) struct AskQueue {
+    rules: Rules,
     lines: Mutex<Lines>,
     asked: Condvar,
 }
 
 impl AskQueue {
+    pub(super) fn new(rules: Rules) -> Self {
+        Self {
+            rules: Rules {
+                fills_max: rules.fills_max.max(1),
+                run_max: rules.run_max.max(1),
+                ..rules
+            },
+            lines: Mutex::default(),
+            asked: Condvar::new(),
+        }
+    }
+
     /// Adds chunks, or lifts those that wait already.
     pub(super) fn ask(&self, chunks: &[ChunkId], urgency: Urgency) {
         let mut lines = self.lock();
+        let mut added = 0;
         for &chunk in chunks {
             match lines.pending.get(&chunk) {
                 Some(Pending::InHand) => continue,
@@ -46,11 +94,14 @@ impl AskQueue {
             }
             lines.pending.insert(chunk, Pending::Waiting(urgency));
             lines.lines[urgency as usize].push_back(chunk);
+            added += 1;
         }
         lines.throw_out_stale();
+        let woken = added.min(lines.idle);
         drop(lines);
-        // All: the one that would wake might be the one that keeps itself free for the urgent.
-        self.asked.notify_all();
+        for _ in 0..woken {
+            self.asked.notify_one();
+        }
     }
 
     /// Forgets chunks that nobody has in hand.
@@ -64,23 +115,56 @@ impl AskQueue {
         lines.throw_out_stale();
     }
 
-    /// Waits for a chunk of at least that urgency and takes it in hand; `None` once the queue is closed.
-    pub(super) fn take(&self, least: Urgency) -> Option<ChunkId> {
+    /// Waits for chunks and takes them in hand; `None` once the queue is closed.
+    pub(super) fn take(&self) -> Option<Run> {
         let mut lines = self.lock();
         loop {
             if lines.closed {
                 return None;
             }
-            if let Some(chunk) = lines.next(least) {
-                return Some(chunk);
+            let now = Instant::now();
+            if let Some(run) = lines.next(&self.rules, now) {
+                return Some(run);
             }
-            lines = self.asked.wait(lines).unwrap_or_else(PoisonError::into_inner);
+            lines.idle += 1;
+            lines = match lines.fill_comes(&self.rules, now) {
+                Some(pause) if !lines.has_timekeeper => {
+                    lines.has_timekeeper = true;
+                    let waited = self.asked.wait_timeout(lines, pause);
+                    let mut lines = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    lines.has_timekeeper = false;
+                    lines
+                }
+                _ => self.asked.wait(lines).unwrap_or_else(PoisonError::into_inner),
+            };
+            lines.idle -= 1;
         }
     }
 
     /// The chunk that was in hand is about to be answered.
     pub(super) fn done(&self, chunk: ChunkId) {
         self.lock().pending.remove(&chunk);
+    }
+
+    /// All chunks of a run were answered; they took so many stored bytes.
+    pub(super) fn finished(&self, urgency: Urgency, stored_bytes: u64) {
+        if urgency != Urgency::Fill {
+            return;
+        }
+        let mut lines = self.lock();
+        lines.fills -= 1;
+        if let Some(rate) = self.rules.fill_bytes_per_second {
+            let now = Instant::now();
+            let begins = lines.fill_not_before.map_or(now, |used_up| used_up.max(now));
+            let nanoseconds = u128::from(stored_bytes) * 1_000_000_000 / u128::from(rate.get());
+            let took = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+            lines.fill_not_before = begins.checked_add(took).or(Some(begins));
+        }
+        let more = lines.idle > 0 && !lines.lines[Urgency::Fill as usize].is_empty();
+        drop(lines);
+        if more {
+            self.asked.notify_one();
+        }
     }
 
     /// Sends the workers home; what waits is not answered.
@@ -95,19 +179,63 @@ impl AskQueue {
 }
 
 impl Lines {
-    fn next(&mut self, least: Urgency) -> Option<ChunkId> {
+    fn next(&mut self, rules: &Rules, now: Instant) -> Option<Run> {
         for urgency in [Urgency::Demand, Urgency::Soon, Urgency::Fill] {
-            if urgency < least {
-                break;
+            if urgency == Urgency::Fill && !self.may_fill(rules, now) {
+                return None;
             }
-            while let Some(chunk) = self.lines[urgency as usize].pop_front() {
-                if self.pending.get(&chunk) == Some(&Pending::Waiting(urgency)) {
-                    self.pending.insert(chunk, Pending::InHand);
-                    return Some(chunk);
-                }
+            if let Some(first) = self.pop(urgency) {
+                let chunks_max = match urgency {
+                    Urgency::Demand => 1,
+                    // This one, and a fair part of what waits: the other idle workers take theirs.
+                    Urgency::Soon => {
+                        (self.lines[urgency as usize].len() / (self.idle + 1) + 1).min(rules.run_max)
+                    }
+                    Urgency::Fill => rules.run_max,
+                };
+                self.fills += usize::from(urgency == Urgency::Fill);
+                return Some(self.run_of(first, urgency, chunks_max));
             }
         }
         None
+    }
+
+    fn pop(&mut self, urgency: Urgency) -> Option<ChunkId> {
+        while let Some(chunk) = self.lines[urgency as usize].pop_front() {
+            if self.pending.get(&chunk) == Some(&Pending::Waiting(urgency)) {
+                return Some(chunk);
+            }
+        }
+        None
+    }
+
+    /// Takes `first` in hand, and what follows it in the volume as far as that waits with the same urgency.
+    fn run_of(&mut self, first: ChunkId, urgency: Urgency, chunks_max: usize) -> Run {
+        let mut chunks = Vec::with_capacity(chunks_max);
+        let mut next = Some(first);
+        while let Some(chunk) = next.filter(|_| chunks.len() < chunks_max) {
+            if self.pending.get(&chunk) != Some(&Pending::Waiting(urgency)) {
+                break;
+            }
+            self.pending.insert(chunk, Pending::InHand);
+            chunks.push(chunk);
+            next = chunk.chunk.0.checked_add(1).map(|number| ChunkId {
+                chunk: ChunkIndex(number),
+                ..chunk
+            });
+        }
+        Run { chunks, urgency }
+    }
+
+    fn may_fill(&self, rules: &Rules, now: Instant) -> bool {
+        self.fills < rules.fills_max && self.fill_not_before.is_none_or(|instant| instant <= now)
+    }
+
+    /// In how long the rate allows fill again, if that is what it waits for.
+    fn fill_comes(&self, rules: &Rules, now: Instant) -> Option<Duration> {
+        let waits = self.fills < rules.fills_max && !self.lines[Urgency::Fill as usize].is_empty();
+        let pause = self.fill_not_before?.checked_duration_since(now)?;
+        waits.then_some(pause)
     }
 
     /// Keeps the lines about as long as what waits, whatever is asked and cancelled.
@@ -128,7 +256,12 @@ impl Lines {
 mod tests {
     use super::*;
     use crate::source::VolumeId;
-    use crate::units::ChunkIndex;
+
+    const RULES: Rules = Rules {
+        fills_max: 2,
+        run_max: 1,
+        fill_bytes_per_second: None,
+    };
 
     fn chunk(number: u64) -> ChunkId {
         ChunkId {
@@ -137,53 +270,119 @@ mod tests {
         }
     }
 
-    /// What comes out until nothing of at least that urgency waits.
-    fn drain(queue: &AskQueue, least: Urgency) -> Vec<u64> {
-        std::iter::from_fn(|| queue.lock().next(least))
-            .map(|id| id.chunk.0)
-            .collect()
+    fn numbers(run: &Run) -> Vec<u64> {
+        run.chunks.iter().map(|id| id.chunk.0).collect()
+    }
+
+    /// What comes out, run by run, until nothing does; fill is finished at once.
+    fn drain(queue: &AskQueue) -> Vec<u64> {
+        let mut found = Vec::new();
+        while let Some(run) = next(queue) {
+            found.extend(numbers(&run));
+            queue.finished(run.urgency, 0);
+        }
+        found
+    }
+
+    fn next(queue: &AskQueue) -> Option<Run> {
+        queue.lock().next(&queue.rules, Instant::now())
     }
 
     #[test]
     fn the_more_urgent_overtakes_and_equals_keep_their_order() {
-        let queue = AskQueue::default();
+        let queue = AskQueue::new(RULES);
         queue.ask(&[chunk(1), chunk(2)], Urgency::Fill);
         queue.ask(&[chunk(3)], Urgency::Soon);
         queue.ask(&[chunk(4), chunk(5)], Urgency::Demand);
-        assert_eq!(drain(&queue, Urgency::Soon), [4, 5, 3]);
-        assert_eq!(drain(&queue, Urgency::Fill), [1, 2]);
+        assert_eq!(drain(&queue), [4, 5, 3, 1, 2]);
     }
 
     #[test]
     fn asking_again_lifts_but_never_lowers_and_never_doubles() {
-        let queue = AskQueue::default();
+        let queue = AskQueue::new(RULES);
         queue.ask(&[chunk(1), chunk(2), chunk(3)], Urgency::Fill);
         queue.ask(&[chunk(3)], Urgency::Demand);
         queue.ask(&[chunk(3), chunk(3)], Urgency::Fill);
-        assert_eq!(queue.take(Urgency::Demand), Some(chunk(3)));
+        assert_eq!(queue.take().unwrap().chunks, [chunk(3)]);
         // In hand: it will be answered.
         queue.ask(&[chunk(3)], Urgency::Demand);
-        assert_eq!(drain(&queue, Urgency::Fill), [1, 2]);
+        assert_eq!(drain(&queue), [1, 2]);
         // Answered: it is asked for anew.
         queue.done(chunk(3));
         queue.ask(&[chunk(3)], Urgency::Soon);
-        assert_eq!(drain(&queue, Urgency::Fill), [3]);
+        assert_eq!(drain(&queue), [3]);
     }
 
     #[test]
     fn what_is_cancelled_does_not_come_and_may_be_asked_for_again() {
-        let queue = AskQueue::default();
+        let queue = AskQueue::new(RULES);
         queue.ask(&[chunk(1), chunk(2)], Urgency::Soon);
         queue.cancel(&[chunk(1), chunk(9)]);
-        assert_eq!(drain(&queue, Urgency::Fill), [2]);
+        assert_eq!(drain(&queue), [2]);
         queue.cancel(&[chunk(2)]);
         queue.ask(&[chunk(1), chunk(2)], Urgency::Soon);
-        assert_eq!(drain(&queue, Urgency::Fill), [1], "chunk 2 is in hand still");
+        assert_eq!(drain(&queue), [1], "chunk 2 is in hand still");
+    }
+
+    #[test]
+    fn fill_goes_in_runs_of_neighbours_and_leaves_workers_to_others() {
+        let queue = AskQueue::new(Rules { run_max: 3, ..RULES });
+        let other_volume = ChunkId {
+            volume: VolumeId(1),
+            chunk: ChunkIndex(5),
+        };
+        queue.ask(&[1, 2, 3, 4, 6, 7].map(chunk), Urgency::Fill);
+        queue.ask(&[other_volume], Urgency::Fill);
+        queue.ask(&[chunk(7)], Urgency::Demand);
+        assert_eq!(numbers(&next(&queue).unwrap()), [7]);
+        assert_eq!(numbers(&next(&queue).unwrap()), [1, 2, 3], "as long as may be");
+        assert_eq!(
+            numbers(&next(&queue).unwrap()),
+            [4],
+            "chunk 5 of another volume is no neighbour"
+        );
+        assert_eq!(next(&queue), None, "two workers fill");
+        queue.ask(&[chunk(9)], Urgency::Soon);
+        assert_eq!(numbers(&next(&queue).unwrap()), [9]);
+        queue.finished(Urgency::Fill, 0);
+        assert_eq!(numbers(&next(&queue).unwrap()), [6], "chunk 7 is in hand");
+    }
+
+    #[test]
+    fn prefetch_is_spread_over_idle_workers_before_it_is_joined() {
+        let queue = AskQueue::new(Rules { run_max: 8, ..RULES });
+        queue.lock().idle = 3;
+        queue.ask(&[1, 2, 3, 4].map(chunk), Urgency::Soon);
+        assert_eq!(numbers(&next(&queue).unwrap()), [1]);
+        queue.lock().idle = 0;
+        assert_eq!(numbers(&next(&queue).unwrap()), [2, 3, 4]);
+    }
+
+    #[test]
+    fn fill_keeps_to_its_rate_and_others_do_not() {
+        let rate = NonZeroU64::new(1000);
+        let queue = AskQueue::new(Rules {
+            fill_bytes_per_second: rate,
+            ..RULES
+        });
+        queue.ask(&[1, 2].map(chunk), Urgency::Fill);
+        assert_eq!(numbers(&next(&queue).unwrap()), [1]);
+        queue.finished(Urgency::Fill, 1_000_000);
+        let mut lines = queue.lock();
+        let now = Instant::now();
+        let pause = lines.fill_comes(&RULES, now).unwrap();
+        assert!(pause > Duration::from_secs(900) && pause <= Duration::from_secs(1000));
+        assert_eq!(lines.next(&RULES, now), None);
+        let later = now + Duration::from_secs(1000);
+        assert_eq!(numbers(&lines.next(&RULES, later).unwrap()), [2]);
+        drop(lines);
+        queue.ask(&[chunk(3)], Urgency::Demand);
+        assert_eq!(numbers(&queue.take().unwrap()), [3]);
     }
 
     #[test]
     fn asking_and_cancelling_for_ever_takes_no_memory() {
-        let queue = AskQueue::default();
+        let queue = AskQueue::new(RULES);
         for _ in 0..10 * STALE_MAX {
             queue.ask(&[chunk(1)], Urgency::Soon);
             queue.cancel(&[chunk(1)]);
@@ -193,9 +392,9 @@ mod tests {
 
     #[test]
     fn closing_sends_those_home_who_wait() {
-        let queue = AskQueue::default();
+        let queue = AskQueue::new(RULES);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| queue.take(Urgency::Fill));
+            let waiting = scope.spawn(|| queue.take());
             queue.close();
             assert_eq!(waiting.join().unwrap(), None);
         });

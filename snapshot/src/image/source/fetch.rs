@@ -1,0 +1,287 @@
+//! What a worker does: finds chunks in the index, reads their frames, several at once where they lie together,
+//! decodes and verifies them, and writes them to the page file.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use super::page_file::PageFile;
+use super::queue::{AskQueue, Run};
+use crate::blobs::{Blob, BlobError, BlobStore};
+use crate::decode::{ChunkDecoder, DecodeError};
+use crate::digest::BlobDigest;
+use crate::index::{Entry, IndexError, IndexReader, LayerNumber, StoredChunk};
+use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink};
+use crate::units::{ByteRange, ChunkIndex};
+use crate::volume::VolumeName;
+
+/// What may lie between two frames that are read at once: frames of zeros, which cost less than another request.
+const GAP_BYTES_MAX: u64 = 4 << 10;
+
+/// Why a chunk could not be delivered.
+#[derive(Debug, thiserror::Error)]
+enum FetchError {
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    #[error("the frame at {frame} of layer {layer} is damaged")]
+    Decode {
+        layer: BlobDigest,
+        frame: ByteRange,
+        source: Box<DecodeError>,
+    },
+    #[error("the page file cannot be written")]
+    PageFile(#[source] io::Error),
+    #[error("zstd cannot be set up")]
+    Decoder(#[source] io::Error),
+    #[error("the image has no such volume")]
+    NoVolume,
+}
+
+impl FetchError {
+    /// Whether asking again can help: not when the image's bytes are wrong.
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Index(IndexError::Blob { source, .. }) | Self::Blob(source) => source.is_transient(),
+            Self::Index(_) | Self::Decode { .. } | Self::NoVolume => false,
+            // Disk full, memory short: that passes.
+            Self::PageFile(_) | Self::Decoder(_) => true,
+        }
+    }
+
+    fn of_chunk(&self, chunk: ChunkIndex, volume: &dyn std::fmt::Display) -> ChunkFailure {
+        let mut reason = format!("{chunk} of {volume}: {self}");
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            reason = format!("{reason}: {cause}");
+            source = cause.source();
+        }
+        ChunkFailure {
+            reason,
+            transient: self.is_transient(),
+        }
+    }
+}
+
+/// A volume of the image while it is being delivered.
+pub(super) struct Volume {
+    pub(super) name: VolumeName,
+    pub(super) layers: Vec<Blob>,
+    pub(super) index: IndexReader,
+    pub(super) pages: PageFile,
+    /// One bit a chunk: its bytes are in the page file.
+    pub(super) present: Vec<AtomicU64>,
+    /// Entries that came ahead of the index, with the machine state.
+    pub(super) first: OnceLock<HashMap<ChunkIndex, StoredChunk>>,
+}
+
+/// What workers and askers share.
+pub(super) struct Shared {
+    pub(super) store: Arc<dyn BlobStore>,
+    pub(super) volumes: Vec<Volume>,
+    pub(super) queue: AskQueue,
+    /// Stored bytes that are read at once.
+    pub(super) read_bytes_max: u64,
+    pub(super) sink: OnceLock<Arc<dyn ChunkSink>>,
+}
+
+impl Shared {
+    /// A worker's life.
+    pub(super) fn work(&self) {
+        let mut hands = Hands::default();
+        while let Some(run) = self.queue.take() {
+            let stored_bytes = self.deliver(&run, &mut hands);
+            self.queue.finished(run.urgency, stored_bytes);
+        }
+    }
+
+    /// Answers every chunk of a run; returns how many stored bytes that took.
+    fn deliver(&self, run: &Run, hands: &mut Hands) -> u64 {
+        let mut stored_bytes = 0;
+        // Frames that lie together, waiting to be read at once.
+        let mut together: Vec<(ChunkId, StoredChunk)> = Vec::new();
+        for &id in &run.chunks {
+            match self.look_up(id, hands) {
+                Ok(Lookup::There(what)) => self.answer(id, Ok(what)),
+                Ok(Lookup::Stored(stored)) => {
+                    if !self.joins(&together, id, &stored) {
+                        stored_bytes += self.read_together(&mut together, hands);
+                    }
+                    together.push((id, stored));
+                }
+                Err(error) => self.answer(id, Err(&error)),
+            }
+        }
+        stored_bytes + self.read_together(&mut together, hands)
+    }
+
+    fn look_up(&self, id: ChunkId, hands: &mut Hands) -> Result<Lookup, FetchError> {
+        let volume = self.volume(id).ok_or(FetchError::NoVolume)?;
+        if volume.is_present(id) {
+            return Ok(Lookup::There(Arrived::Data));
+        }
+        let stored = match volume.first_entry(id.chunk) {
+            Some(stored) => stored,
+            None => match volume.index.entry(id.chunk)? {
+                Entry::Zero => return Ok(Lookup::There(Arrived::Zero)),
+                Entry::Data(stored) => stored,
+            },
+        };
+        if volume
+            .pages
+            .holds(volume.range_of(id.chunk), &stored.digest, &mut hands.plain)
+        {
+            volume.set_present(id);
+            return Ok(Lookup::There(Arrived::Data));
+        }
+        Ok(Lookup::Stored(stored))
+    }
+
+    /// Whether a frame follows on those that wait to be read, and they are not too many with it.
+    fn joins(&self, together: &[(ChunkId, StoredChunk)], id: ChunkId, stored: &StoredChunk) -> bool {
+        let (Some((first, first_stored)), Some((_, last))) = (together.first(), together.last()) else {
+            return true;
+        };
+        first.volume == id.volume
+            && last.layer == stored.layer
+            && last
+                .frame
+                .end()
+                .and_then(|end| stored.frame.start.checked_sub(end))
+                .is_some_and(|gap| gap <= GAP_BYTES_MAX)
+            && stored
+                .frame
+                .end()
+                .is_some_and(|end| end - first_stored.frame.start <= self.read_bytes_max)
+    }
+
+    /// Reads frames that lie together, and answers their chunks.
+    fn read_together(&self, together: &mut Vec<(ChunkId, StoredChunk)>, hands: &mut Hands) -> u64 {
+        let (Some((first, first_stored)), Some((_, last))) = (together.first(), together.last()) else {
+            return 0;
+        };
+        let start = first_stored.frame.start;
+        // Each length was capped as it was parsed, and so was their sum as they were joined.
+        let bytes = last.frame.start + last.frame.len - start;
+        let read = self
+            .volume(*first)
+            .ok_or(FetchError::NoVolume)
+            .and_then(|volume| Ok((volume, volume.layer(first_stored.layer)?)))
+            .and_then(|(volume, layer)| {
+                hands.frames.resize(bytes as usize, 0);
+                self.store.read_range(layer, start, &mut hands.frames)?;
+                Ok((volume, layer))
+            });
+        for (id, stored) in together.drain(..) {
+            match &read {
+                Ok((volume, layer)) => {
+                    let at = (stored.frame.start - start) as usize;
+                    let installed = hands.install(volume, layer, id, &stored, at);
+                    self.answer(id, installed.as_ref().map(|()| Arrived::Data));
+                }
+                Err(error) => self.answer(id, Err(error)),
+            }
+        }
+        bytes
+    }
+
+    fn answer(&self, id: ChunkId, answer: Result<Arrived, &FetchError>) {
+        // Before the sink hears of it: what is asked from then on is answered anew.
+        self.queue.done(id);
+        let Some(sink) = self.sink.get() else { return };
+        match answer {
+            Ok(what) => sink.arrived(id, what),
+            Err(error) => {
+                let failure = match self.volume(id) {
+                    Some(volume) => error.of_chunk(id.chunk, &volume.name),
+                    None => error.of_chunk(id.chunk, &"no volume"),
+                };
+                sink.failed(id, failure);
+            }
+        }
+    }
+
+    fn volume(&self, id: ChunkId) -> Option<&Volume> {
+        self.volumes.get(usize::from(id.volume.0))
+    }
+}
+
+enum Lookup {
+    There(Arrived),
+    Stored(StoredChunk),
+}
+
+impl Volume {
+    fn range_of(&self, chunk: ChunkIndex) -> ByteRange {
+        let root = self.index.root();
+        root.chunk_size().range_of(chunk, root.volume_bytes())
+    }
+
+    fn first_entry(&self, chunk: ChunkIndex) -> Option<StoredChunk> {
+        self.first.get()?.get(&chunk).copied()
+    }
+
+    fn layer(&self, number: LayerNumber) -> Result<&Blob, FetchError> {
+        self.layers.get(usize::from(number.0)).ok_or(FetchError::NoVolume)
+    }
+
+    fn present(&self, id: ChunkId) -> Option<(&AtomicU64, u64)> {
+        let word = self.present.get(usize::try_from(id.chunk.0 / 64).ok()?)?;
+        Some((word, 1 << (id.chunk.0 % 64)))
+    }
+
+    fn is_present(&self, id: ChunkId) -> bool {
+        // Pairs with the release below: who sees the bit sees the bytes.
+        self.present(id)
+            .is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
+    }
+
+    fn set_present(&self, id: ChunkId) {
+        if let Some((word, bit)) = self.present(id) {
+            word.fetch_or(bit, Ordering::Release);
+        }
+    }
+}
+
+/// What a worker keeps between chunks.
+#[derive(Default)]
+struct Hands {
+    decoder: Option<ChunkDecoder>,
+    frames: Vec<u8>,
+    plain: Vec<u8>,
+}
+
+impl Hands {
+    /// Decodes the frame at `at` of those that were read, and puts its chunk into the page file.
+    fn install(
+        &mut self,
+        volume: &Volume,
+        layer: &Blob,
+        id: ChunkId,
+        stored: &StoredChunk,
+        at: usize,
+    ) -> Result<(), FetchError> {
+        let range = volume.range_of(id.chunk);
+        self.plain.resize(range.len as usize, 0);
+        let decoder = match &mut self.decoder {
+            Some(decoder) => decoder,
+            none => none.insert(ChunkDecoder::new().map_err(FetchError::Decoder)?),
+        };
+        let frame = &self.frames[at..at + stored.frame.len as usize];
+        decoder
+            .decode(frame, &stored.digest, &mut self.plain)
+            .map_err(|source| FetchError::Decode {
+                layer: layer.digest,
+                frame: stored.frame,
+                source: Box::new(source),
+            })?;
+        volume
+            .pages
+            .write(&self.plain, range.start)
+            .map_err(FetchError::PageFile)?;
+        volume.set_present(id);
+        Ok(())
+    }
+}
