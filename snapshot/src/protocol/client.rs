@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::message::{
-    BadMessage, CHUNKS_MAX, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
+    AgentStatus, BadMessage, CHUNKS_MAX, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
 };
 use super::socket::PacketSocket;
 use crate::digest::BlobDigest;
@@ -260,7 +260,7 @@ impl Connection {
         match FromAgent::parse(&message)? {
             FromAgent::Opened(opened) => Self::from_answer(socket, opened, files),
             FromAgent::Refused(refused) => Err(ConnectError::Refused(refused.reason)),
-            FromAgent::Arrived(_) | FromAgent::Failed(..) => {
+            FromAgent::Arrived(_) | FromAgent::Failed(..) | FromAgent::Status(_) => {
                 Err(ConnectError::Answer("chunks before the image is open"))
             }
         }
@@ -433,7 +433,7 @@ impl Shared {
                 self.lock().outstanding.remove(&chunk);
                 sink.failed(chunk, failure);
             }
-            FromAgent::Opened(_) | FromAgent::Refused(_) => {
+            FromAgent::Opened(_) | FromAgent::Refused(_) | FromAgent::Status(_) => {
                 tracing::warn!("the agent answered a question that was not asked");
             }
         }
@@ -554,6 +554,27 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 #[must_use]
 pub fn is_answering(path: &Path) -> bool {
     PacketSocket::connect(path).is_ok()
+}
+
+/// Asks the agent at `path` what it has open.
+///
+/// # Errors
+/// When no agent answers there within `deadline`.
+pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectError> {
+    let socket = PacketSocket::connect(path).map_err(|source| ConnectError::Connect {
+        path: path.to_owned(),
+        source,
+    })?;
+    socket
+        .send(&FromMonitor::Status.to_bytes(), &[])
+        .map_err(ConnectError::HungUp)?;
+    wait_readable(&socket, deadline)?;
+    let mut message = Vec::new();
+    socket.receive(&mut message).map_err(ConnectError::HungUp)?;
+    match FromAgent::parse(&message)? {
+        FromAgent::Status(status) => Ok(status),
+        _ => Err(ConnectError::Answer("it is no status")),
+    }
 }
 
 #[cfg(test)]

@@ -5,10 +5,12 @@
 //! | 1 | `Hello` | JSON |
 //! | 2 | `Ask` | urgency `u8` (0 fill, 1 soon, 2 demand), then chunks: volume `u16`, chunk `u64` |
 //! | 3 | `Cancel` | chunks |
+//! | 4 | `Status` | nothing |
 //! | 17 | `Opened` | JSON, with descriptors |
 //! | 18 | `Refused` | JSON |
 //! | 19 | `Arrived` | each: volume `u16`, chunk `u64`, what `u8` (0 zero, 1 data) |
 //! | 20 | `Failed` | volume `u16`, chunk `u64`, transient `u8`, the reason in UTF-8 |
+//! | 21 | `Status` | JSON |
 
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +79,36 @@ pub struct Refused {
     pub transient: bool,
 }
 
+/// What an agent has open, and what it cost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// The agent's process.
+    pub process: u32,
+    /// Its images.
+    pub images: Vec<ImageStatus>,
+}
+
+/// One of an agent's images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStatus {
+    /// Where it comes from, as the machine wrote it that opened it first.
+    pub image: String,
+    /// The manifest's digest.
+    pub digest: BlobDigest,
+    /// Machines that are connected.
+    pub machines: u64,
+    /// Bytes that came over the network for it: manifest, state, index and chunks, with HTTP's heads and TLS's records.
+    pub bytes_received: u64,
+    /// Bytes that went out for it.
+    pub bytes_sent: u64,
+}
+
+/// The most images that a [`AgentStatus`] tells of: more do not fit into a message.
+const STATUS_IMAGES_MAX: usize = 100;
+
+/// The longest name of an image in it.
+const IMAGE_BYTES_MAX: usize = 256;
+
 /// What a monitor says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromMonitor {
@@ -86,6 +118,8 @@ pub enum FromMonitor {
     Ask(Urgency, Vec<ChunkId>),
     /// Wants them no more.
     Cancel(Vec<ChunkId>),
+    /// Opens nothing, and wants to know what is open.
+    Status,
 }
 
 /// What an agent says.
@@ -99,6 +133,8 @@ pub enum FromAgent {
     Arrived(Vec<(ChunkId, Arrived)>),
     /// A chunk could not be had this time.
     Failed(ChunkId, ChunkFailure),
+    /// Answers `Status`, and hangs up.
+    Status(AgentStatus),
 }
 
 /// Bytes that are no message.
@@ -140,10 +176,12 @@ pub enum BadMessage {
 const HELLO: u8 = 1;
 const ASK: u8 = 2;
 const CANCEL: u8 = 3;
+const ASK_STATUS: u8 = 4;
 const OPENED: u8 = 17;
 const REFUSED: u8 = 18;
 const ARRIVED: u8 = 19;
 const FAILED: u8 = 20;
+const STATUS: u8 = 21;
 
 const CHUNK_BYTES: usize = 10;
 
@@ -166,6 +204,7 @@ impl FromMonitor {
                 put_chunks(&mut bytes, chunks);
                 bytes
             }
+            Self::Status => vec![ASK_STATUS],
         }
     }
 
@@ -191,6 +230,7 @@ impl FromMonitor {
                 Ok(Self::Ask(urgency, take_chunks(kind, rest)?))
             }
             CANCEL => take_chunks(kind, rest).map(Self::Cancel),
+            ASK_STATUS if rest.is_empty() => Ok(Self::Status),
             kind => Err(BadMessage::Kind(kind)),
         }
     }
@@ -235,6 +275,16 @@ impl FromAgent {
                 bytes.extend_from_slice(cut(&failure.reason).as_bytes());
                 bytes
             }
+            Self::Status(status) => {
+                let mut status = status.clone();
+                status.images.truncate(STATUS_IMAGES_MAX);
+                for image in &mut status.images {
+                    image
+                        .image
+                        .truncate(image.image.floor_char_boundary(IMAGE_BYTES_MAX));
+                }
+                json(STATUS, &status)
+            }
         }
     }
 
@@ -251,6 +301,7 @@ impl FromAgent {
         match kind {
             OPENED => parse_json(kind, rest).map(Self::Opened),
             REFUSED => parse_json(kind, rest).map(Self::Refused),
+            STATUS => parse_json(kind, rest).map(Self::Status),
             ARRIVED => {
                 let (chunks, []) = rest.as_chunks::<{ CHUNK_BYTES + 1 }>() else {
                     return Err(bad_length());

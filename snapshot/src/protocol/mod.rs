@@ -11,6 +11,9 @@
 //!      │ ◄────────────── Arrived {chunk, what}… │   each chunk asked for is answered once
 //!      │ ◄─── Failed {chunk, reason, transient} │
 //!      │                                        │
+//!      │ Status ──────────────────────────────► │   instead of Hello, by whoever is curious
+//!      │ ◄──── Status {images, bytes moved} ─── │   and hangs up
+//!      │                                        │
 //!      ╳ hangs up: the agent forgets what it was asked
 //!      ╳ the agent dies: the monitor connects again, says Hello with the digest it was told, and asks again
 //! ```
@@ -31,9 +34,9 @@ mod client;
 mod message;
 mod socket;
 
-pub use client::{AgentSource, ConnectError, Opening, is_answering};
+pub use client::{AgentSource, ConnectError, Opening, is_answering, status};
 pub use message::{
-    BadMessage, CHUNKS_MAX, FromAgent, FromMonitor, Hello, MESSAGE_BYTES_MAX, Opened, OpenedVolume,
-    PROTOCOL_VERSION, Refused, VOLUMES_MAX,
+    AgentStatus, BadMessage, CHUNKS_MAX, FromAgent, FromMonitor, Hello, ImageStatus, MESSAGE_BYTES_MAX,
+    Opened, OpenedVolume, PROTOCOL_VERSION, Refused, VOLUMES_MAX,
 };
 pub use socket::{PacketListener, PacketSocket};
