@@ -5,6 +5,7 @@
 //! guest. A peer, a server and an image are all untrusted: no length is believed before it was held against a cap,
 //! and no byte reaches a page file before it matched its digest.
 
+pub mod agent;
 pub mod remote;
 pub mod serve;
 pub mod tls;

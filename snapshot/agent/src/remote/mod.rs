@@ -25,6 +25,8 @@ pub use credentials::{Credentials, CredentialsError};
 pub use error::RemoteError;
 pub use url::{BadUrl, Origin};
 
+pub(crate) use error::with_causes;
+
 use std::sync::Arc;
 
 use runnel_snapshot::blobs::BlobStore;

@@ -1,0 +1,265 @@
+//! One image, open, for all machines of the host that run from it.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use runnel_snapshot::blobs::{Blob, BlobError, read_verified};
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
+use runnel_snapshot::image::reference::{ImageReference, Wanted};
+use runnel_snapshot::image::source::{ImageSource, SourceError};
+use runnel_snapshot::image::{Image, ImageError};
+use runnel_snapshot::protocol::{ImageStatus, Opened, OpenedVolume, VOLUMES_MAX};
+use runnel_snapshot::source::{ChunkId, PageSource, Urgency, VolumeId};
+use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::fan_out::{FanOut, MachineNumber};
+use super::line::Line;
+use super::pages::PageFolders;
+use super::settings::AgentSettings;
+use crate::remote::{RemoteError, RemoteImage};
+use crate::traffic::Traffic;
+
+/// Who asks for an image's first chunks before any machine does.
+const NOBODY: MachineNumber = MachineNumber(0);
+
+/// Why an image cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenError {
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("the machine state cannot be read")]
+    State(#[source] BlobError),
+    #[error(transparent)]
+    BadState(#[from] StateError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("the image has {0} volumes, and {VOLUMES_MAX} can be handed on")]
+    TooManyVolumes(usize),
+    #[error("the image's documents cannot be handed on")]
+    Document(#[source] std::io::Error),
+}
+
+impl OpenError {
+    pub(super) fn is_transient(&self) -> bool {
+        match self {
+            Self::Remote(error) => error.is_transient(),
+            Self::State(error) | Self::Image(ImageError::Blob(error)) => error.is_transient(),
+            Self::Document(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// An image that was found: its manifest was read, nothing else.
+pub(super) struct FoundImage {
+    reference: ImageReference,
+    image: Image,
+    manifest: Vec<u8>,
+    traffic: Option<Arc<Traffic>>,
+}
+
+impl FoundImage {
+    /// Reads the manifest that `reference` leads to.
+    pub(super) fn find(reference: &ImageReference, settings: &AgentSettings) -> Result<Self, OpenError> {
+        let (image, manifest, traffic) = match reference {
+            ImageReference::Remote { base, name, wanted } => {
+                let found = RemoteImage::open(base, name, wanted, settings.remote.clone())?;
+                let traffic = Arc::clone(found.blobs.traffic());
+                (found.image, found.manifest, Some(traffic))
+            }
+            ImageReference::Directory { path, wanted } => {
+                let layout = Layout::open(path)?;
+                let blob = layout.choose(wanted)?;
+                let manifest = layout.read(&blob, MANIFEST_BYTES_MAX)?;
+                // By its digest: another may have been published under the name by now.
+                let image = Image::open_directory(path, &Wanted::Pinned(blob.digest))?;
+                (image, manifest, None)
+            }
+        };
+        Ok(Self {
+            reference: reference.clone(),
+            image,
+            manifest,
+            traffic,
+        })
+    }
+
+    pub(super) fn digest(&self) -> BlobDigest {
+        self.image.digest()
+    }
+}
+
+/// An open image.
+pub(super) struct OpenImage {
+    reference: ImageReference,
+    digest: BlobDigest,
+    source: ImageSource,
+    waiting: Arc<FanOut>,
+    /// Held while chunks are asked for or let go, with the table of who waits for them: so that nobody lets go of
+    /// what another has just asked for.
+    asking: Mutex<()>,
+    state: File,
+    manifest: File,
+    traffic: Option<Arc<Traffic>>,
+}
+
+impl OpenImage {
+    /// Reads the machine state, and asks for the chunks that a resumed machine touches first: no machine has to.
+    pub(super) fn open(
+        found: FoundImage,
+        folders: &PageFolders,
+        settings: &AgentSettings,
+    ) -> Result<Arc<Self>, OpenError> {
+        let FoundImage {
+            reference,
+            image,
+            manifest,
+            traffic,
+        } = found;
+        let volumes = image.manifest.volumes.len();
+        if volumes > VOLUMES_MAX {
+            return Err(OpenError::TooManyVolumes(volumes));
+        }
+        let digest = image.digest();
+        let state = read_state(&image)?;
+        let first_chunks = MachineState::decode(&state)?.first_chunks;
+        let make_page_file = |volume: &_, bytes| folders.page_file(&digest, volume, bytes);
+        let source = ImageSource::with_page_files(&image, &settings.source(&reference), &make_page_file)?;
+        source.learn(&first_chunks);
+        let waiting = Arc::new(FanOut::default());
+        source.deliver_to(Arc::clone(&waiting) as _);
+        let open = Arc::new(Self {
+            reference,
+            digest,
+            waiting,
+            asking: Mutex::new(()),
+            state: document("state", &state).map_err(OpenError::Document)?,
+            manifest: document("manifest", &manifest).map_err(OpenError::Document)?,
+            traffic,
+            source,
+        });
+        let first = first_chunks.iter().filter_map(|first| {
+            let mut volumes = image.manifest.volumes.iter();
+            let position = volumes.position(|volume| volume.name == first.volume)?;
+            Some(ChunkId {
+                volume: VolumeId(u16::try_from(position).ok()?),
+                chunk: first.chunk,
+            })
+        });
+        open.go_ahead(first.collect());
+        Ok(open)
+    }
+
+    /// Fetches the first chunks, and then the parts of the index around them, which the next ones wait for.
+    fn go_ahead(self: &Arc<Self>, first: Vec<ChunkId>) {
+        if first.is_empty() {
+            return;
+        }
+        self.ask(NOBODY, &first, Urgency::Demand);
+        let image = Arc::clone(self);
+        let spawned = thread::Builder::new().name("ahead".to_owned()).spawn(move || {
+            // Not at once: a machine starts with the chunks alone, and the link is theirs until then.
+            image.waiting.wait_until_answered(NOBODY, &first);
+            for chunk in first {
+                if let Err(error) = image.source.read_index_at(chunk.volume, chunk.chunk) {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "an index cannot be read ahead"
+                    );
+                }
+            }
+        });
+        if let Err(error) = spawned {
+            tracing::debug!(%error, "nothing is read ahead");
+        }
+    }
+
+    /// What a monitor is told of the image.
+    pub(super) fn opened(&self) -> Opened {
+        let volumes = self.source.volumes().iter().map(|volume| OpenedVolume {
+            name: volume.name.clone(),
+            bytes: volume.bytes,
+            chunk_size: volume.chunk_size,
+        });
+        Opened {
+            digest: self.digest,
+            volumes: volumes.collect(),
+        }
+    }
+
+    /// Calls `send` with the descriptors that go with it: state, manifest, a page file a volume.
+    pub(super) fn with_files<T>(&self, send: impl FnOnce(&[BorrowedFd<'_>]) -> T) -> T {
+        let volumes = 0..self.source.volumes().len();
+        let pages: Vec<Arc<File>> = volumes
+            .map(|number| self.source.page_file(VolumeId(number as u16)))
+            .collect();
+        let mut files = vec![self.state.as_fd(), self.manifest.as_fd()];
+        files.extend(pages.iter().map(|file| file.as_fd()));
+        send(&files)
+    }
+
+    /// A machine comes.
+    pub(super) fn join(&self, machine: MachineNumber, line: Arc<Line>) {
+        self.waiting.join(machine, line);
+    }
+
+    /// A machine is gone.
+    pub(super) fn leave(&self, machine: MachineNumber) {
+        let _asking = self.lock();
+        self.source.cancel(&self.waiting.leave(machine));
+    }
+
+    /// A machine wants chunks.
+    pub(super) fn ask(&self, machine: MachineNumber, chunks: &[ChunkId], urgency: Urgency) {
+        let _asking = self.lock();
+        self.waiting.expect(machine, chunks);
+        self.source.ask(chunks, urgency);
+    }
+
+    /// A machine wants chunks no more.
+    pub(super) fn cancel(&self, machine: MachineNumber, chunks: &[ChunkId]) {
+        let _asking = self.lock();
+        self.source.cancel(&self.waiting.forget(machine, chunks));
+    }
+
+    /// What there is to say of it.
+    pub(super) fn status(&self) -> ImageStatus {
+        let count = |of: fn(&Traffic) -> u64| self.traffic.as_deref().map_or(0, of);
+        ImageStatus {
+            image: self.reference.to_string(),
+            digest: self.digest,
+            machines: self.waiting.machines() as u64,
+            bytes_received: count(Traffic::bytes_received),
+            bytes_sent: count(Traffic::bytes_sent),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn read_state(image: &Image) -> Result<Vec<u8>, OpenError> {
+    let blob: &Blob = &image.manifest.state;
+    read_verified(image.store.as_ref(), blob, STATE_BYTES_MAX).map_err(OpenError::State)
+}
+
+/// A file without a name that nobody can change, whoever it is handed to.
+fn document(name: &str, bytes: &[u8]) -> std::io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file: File = rustix::fs::memfd_create(format!("runnel-{name}"), flags)?.into();
+    file.write_all(bytes)?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
+    Ok(file)
+}

@@ -1,0 +1,233 @@
+//! The images that are open: each once, however many machines and names lead to it; dropped when none has for a while.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::reference::{ImageReference, Wanted};
+use runnel_snapshot::protocol::{AgentStatus, Hello, Refused};
+
+use super::image::{FoundImage, OpenError, OpenImage};
+use super::pages::PageFolders;
+use super::settings::AgentSettings;
+use crate::remote::with_causes;
+
+/// The table of open images.
+pub(super) struct Images {
+    settings: AgentSettings,
+    folders: PageFolders,
+    table: Mutex<Table>,
+    /// Told when the agent ends.
+    ends: Condvar,
+}
+
+struct Table {
+    slots: HashMap<BlobDigest, Slot>,
+    /// Since when page files without an open image may have been waiting for their machines to come back.
+    started: Instant,
+    ending: bool,
+}
+
+struct Slot {
+    /// Locked while it is being opened, so that it is opened once.
+    image: Arc<Mutex<Option<Arc<OpenImage>>>>,
+    /// Machines that use it, or are about to.
+    users: usize,
+    unused_since: Instant,
+}
+
+/// An image in use. As long as there is one of these, it is kept.
+pub(super) struct Lease {
+    images: Arc<Images>,
+    pub(super) image: Arc<OpenImage>,
+    digest: BlobDigest,
+}
+
+impl Images {
+    pub(super) fn new(settings: AgentSettings, folders: PageFolders) -> Self {
+        Self {
+            settings,
+            folders,
+            table: Mutex::new(Table {
+                slots: HashMap::new(),
+                started: Instant::now(),
+                ending: false,
+            }),
+            ends: Condvar::new(),
+        }
+    }
+
+    /// Opens what a monitor wants.
+    pub(super) fn open(self: &Arc<Self>, hello: &Hello) -> Result<Lease, Refused> {
+        let refuse = |reason: String, transient| Refused { reason, transient };
+        let mut reference: ImageReference =
+            hello
+                .image
+                .parse()
+                .map_err(|error: runnel_snapshot::image::reference::BadReference| {
+                    refuse(error.to_string(), false)
+                })?;
+        if let Some(digest) = hello.digest {
+            let (ImageReference::Directory { wanted, .. } | ImageReference::Remote { wanted, .. }) =
+                &mut reference;
+            // A machine that runs from it already: whatever the name leads to by now.
+            *wanted = Wanted::Pinned(digest);
+        }
+        self.lease(&reference)
+            .map_err(|error| refuse(with_causes(&error), error.is_transient()))
+    }
+
+    fn lease(self: &Arc<Self>, reference: &ImageReference) -> Result<Lease, OpenError> {
+        let (ImageReference::Directory { wanted, .. } | ImageReference::Remote { wanted, .. }) = reference;
+        // What is pinned and open needs no server: it may be away.
+        if let Wanted::Pinned(digest) = wanted
+            && let Some(lease) = self.lease_open(digest)
+        {
+            return Ok(lease);
+        }
+        let found = FoundImage::find(reference, &self.settings)?;
+        let digest = found.digest();
+        let slot = self.use_slot(digest);
+        // Only those wait here who want the same image.
+        let mut image = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let opened = match &*image {
+            Some(open) => Ok(Arc::clone(open)),
+            None => OpenImage::open(found, &self.folders, &self.settings),
+        };
+        match opened {
+            Ok(open) => {
+                *image = Some(Arc::clone(&open));
+                drop(image);
+                Ok(self.lease_of(open, digest))
+            }
+            Err(error) => {
+                drop(image);
+                self.leave_slot(&digest);
+                Err(error)
+            }
+        }
+    }
+
+    fn lease_open(self: &Arc<Self>, digest: &BlobDigest) -> Option<Lease> {
+        if !self.lock().slots.contains_key(digest) {
+            return None;
+        }
+        let slot = self.use_slot(*digest);
+        let image = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(open) = image else {
+            self.leave_slot(digest);
+            return None;
+        };
+        Some(self.lease_of(open, *digest))
+    }
+
+    /// The lease of a user that has its place in the slot.
+    fn lease_of(self: &Arc<Self>, image: Arc<OpenImage>, digest: BlobDigest) -> Lease {
+        Lease {
+            images: Arc::clone(self),
+            image,
+            digest,
+        }
+    }
+
+    fn use_slot(&self, digest: BlobDigest) -> Arc<Mutex<Option<Arc<OpenImage>>>> {
+        let mut table = self.lock();
+        let slot = table.slots.entry(digest).or_insert_with(|| Slot {
+            image: Arc::default(),
+            users: 0,
+            unused_since: Instant::now(),
+        });
+        slot.users += 1;
+        Arc::clone(&slot.image)
+    }
+
+    fn leave_slot(&self, digest: &BlobDigest) {
+        if let Some(slot) = self.lock().slots.get_mut(digest) {
+            slot.users -= 1;
+            slot.unused_since = Instant::now();
+        }
+    }
+
+    /// Drops what is unused for too long, until the agent ends.
+    pub(super) fn keep_tidy(&self) {
+        let unused_after = self.settings.unused_after;
+        let pause = (unused_after / 4).max(Duration::from_millis(10));
+        let mut table = self.lock();
+        while !table.ending {
+            let waited = self.ends.wait_timeout_while(table, pause, |table| !table.ending);
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let dropped = self.drop_unused(&mut table, unused_after);
+            // Not under the lock: its workers may have to finish a read.
+            drop(table);
+            drop(dropped);
+            table = self.lock();
+        }
+    }
+
+    /// Takes images out of the table, and their page files away.
+    fn drop_unused(&self, table: &mut Table, unused_after: Duration) -> Vec<Slot> {
+        let is_unused = |slot: &Slot| slot.users == 0 && slot.unused_since.elapsed() >= unused_after;
+        let unused = table.slots.iter().filter(|(_, slot)| is_unused(slot));
+        let unused: Vec<BlobDigest> = unused.map(|(digest, _)| *digest).collect();
+        for digest in &unused {
+            tracing::info!(%digest, "dropping an image that no machine uses");
+            self.folders.remove(digest);
+        }
+        let dropped = unused
+            .iter()
+            .filter_map(|digest| table.slots.remove(digest))
+            .collect();
+        // What an earlier agent left, and no machine came back for.
+        if table.started.elapsed() >= unused_after {
+            let left = self.folders.images().into_iter();
+            for digest in left.filter(|digest| !table.slots.contains_key(digest)) {
+                tracing::info!(%digest, "removing page files of an earlier agent");
+                self.folders.remove(&digest);
+            }
+        }
+        dropped
+    }
+
+    /// The agent ends: what no machine uses goes with it, what one does stays for the next agent.
+    pub(super) fn end(&self) {
+        let dropped = {
+            let mut table = self.lock();
+            if std::mem::replace(&mut table.ending, true) {
+                return;
+            }
+            table.started = Instant::now();
+            self.drop_unused(&mut table, Duration::ZERO)
+        };
+        drop(dropped);
+        self.ends.notify_all();
+    }
+
+    /// What there is to say of all images.
+    pub(super) fn status(&self) -> AgentStatus {
+        let slots: Vec<_> = self
+            .lock()
+            .slots
+            .values()
+            .map(|slot| Arc::clone(&slot.image))
+            .collect();
+        // One that is being opened has nothing to say yet, and is not waited for.
+        let images = slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone());
+        let mut images: Vec<_> = images.map(|image| image.status()).collect();
+        images.sort_by(|a, b| a.image.cmp(&b.image));
+        AgentStatus {
+            process: std::process::id(),
+            images,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.images.leave_slot(&self.digest);
+    }
+}

@@ -1,0 +1,273 @@
+//! `runnel-agent`: fetches, verifies and keeps chunks for the machines of a host.
+//!
+//! It listens on a unix socket and speaks the [chunk protocol](runnel_snapshot::protocol). Each image is open once,
+//! whatever number of machines run from it: a chunk is fetched once, and told to all who asked. Page files have names,
+//! in directories that outlive the agent: one that is killed is followed by one that goes on with the same files,
+//! holding each chunk against its digest before it counts.
+//!
+//! ```text
+//!   monitor ── Line ──┐  one thread a monitor listens
+//!   monitor ── Line ──┼── FanOut ◄── ImageSource ◄── RemoteBlobs ◄── server
+//!   monitor ── Line ──┘     │           │ workers: read, decode, verify, write, tell
+//!                    who waits for what └── page files, handed out for reading alone
+//! ```
+
+mod fan_out;
+mod image;
+mod images;
+mod line;
+mod pages;
+mod settings;
+
+pub use pages::PagesError;
+pub use settings::{AgentSettings, UNUSED_AFTER};
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use runnel_snapshot::protocol::{
+    AgentStatus, FromAgent, FromMonitor, Hello, PROTOCOL_VERSION, PacketListener, PacketSocket, Refused,
+};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use fan_out::MachineNumber;
+use images::{Images, Lease};
+use line::{Ended, Line};
+use pages::PageFolders;
+
+/// Monitors at a time.
+const MONITORS_MAX: usize = 1024;
+
+/// Why an agent cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Its directories cannot be used.
+    #[error(transparent)]
+    Pages(#[from] PagesError),
+    /// Its socket cannot be had.
+    #[error("cannot listen at {path}")]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no thread or descriptor to be had.
+    #[error("the agent cannot be started")]
+    Start(#[source] io::Error),
+}
+
+/// An agent at work, until it is stopped or dropped.
+pub struct Agent {
+    host: Arc<Host>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What the agent's threads share.
+struct Host {
+    images: Arc<Images>,
+    monitors: Mutex<Vec<Monitor>>,
+    next_machine: AtomicU64,
+    /// Wakes the listening thread for the end.
+    wake: OwnedFd,
+}
+
+struct Monitor {
+    line: Arc<Line>,
+    thread: JoinHandle<()>,
+}
+
+impl Agent {
+    /// Takes the directories and the socket, and starts to listen.
+    ///
+    /// # Errors
+    /// When another agent has one of them, or they cannot be made.
+    pub fn start(settings: AgentSettings) -> Result<Self, AgentError> {
+        let folders = PageFolders::take(&settings.memory_folder, &settings.drive_folder)?;
+        let path = settings.socket.clone();
+        let listener = PacketListener::bind(&path).map_err(|source| AgentError::Listen { path, source })?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let host = Arc::new(Host {
+            images: Arc::new(Images::new(settings, folders)),
+            monitors: Mutex::default(),
+            // 0 is nobody's.
+            next_machine: AtomicU64::new(1),
+            wake: wake.map_err(|error| AgentError::Start(error.into()))?,
+        });
+        let mut agent = Self {
+            host,
+            threads: Vec::new(),
+        };
+        let images = Arc::clone(&agent.host.images);
+        agent.spawn("tidy", move || images.keep_tidy())?;
+        let host = Arc::clone(&agent.host);
+        agent.spawn("listen", move || host.listen(&listener))?;
+        Ok(agent)
+    }
+
+    fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), AgentError> {
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(work);
+        self.threads.push(thread.map_err(AgentError::Start)?);
+        Ok(())
+    }
+
+    /// What it has open, and what went over the wire for it.
+    #[must_use]
+    pub fn status(&self) -> AgentStatus {
+        self.host.images.status()
+    }
+
+    /// Hangs up on all monitors and ends. Page files of images in use stay, for the next agent.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.host.images.end();
+        // Fails only when the counter is full, and then the thread is being woken already.
+        let _ = rustix::io::write(&self.host.wake, &1u64.to_ne_bytes());
+        for thread in self.threads.drain(..) {
+            // A thread that panicked said so already; as below.
+            let _ = thread.join();
+        }
+        let monitors = std::mem::take(&mut *self.host.monitors());
+        for monitor in &monitors {
+            monitor.line.hang_up();
+        }
+        for monitor in monitors {
+            let _ = monitor.thread.join();
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Host {
+    fn monitors(&self) -> MutexGuard<'_, Vec<Monitor>> {
+        self.monitors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Accepts monitors until the agent ends.
+    fn listen(self: &Arc<Self>, listener: &PacketListener) {
+        loop {
+            let mut fds = [
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::new(&self.wake, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => return tracing::error!(%error, "the agent cannot listen any more"),
+            }
+            if !fds[1].revents().is_empty() {
+                return;
+            }
+            match listener.accept().and_then(|socket| self.attend(socket)) {
+                Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "a monitor cannot be attended to");
+                    // Out of descriptors or threads: that passes, and is not hurried by asking again at once.
+                    thread::sleep(std::time::Duration::from_millis(10));
+                }
+            }
+        }
+    }
+
+    fn attend(self: &Arc<Self>, socket: PacketSocket) -> io::Result<()> {
+        let mut monitors = self.monitors();
+        monitors.retain(|monitor| !monitor.thread.is_finished());
+        if monitors.len() >= MONITORS_MAX {
+            return Err(io::Error::other("there are too many already")); // which hangs up
+        }
+        let line = Arc::new(Line::new(socket)?);
+        let (host, its_line) = (Arc::clone(self), Arc::clone(&line));
+        let thread = thread::Builder::new().name("monitor".to_owned()).spawn(move || {
+            match host.converse(&its_line) {
+                Err(Ended::HungUp) | Ok(()) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "a monitor is hung up on"
+                    );
+                }
+            }
+        })?;
+        monitors.push(Monitor { line, thread });
+        Ok(())
+    }
+
+    /// A conversation with one monitor.
+    fn converse(&self, line: &Arc<Line>) -> Result<(), Ended> {
+        let mut message = Vec::new();
+        let hello = match line.receive(&mut message)? {
+            FromMonitor::Hello(hello) => hello,
+            FromMonitor::Status => {
+                line.socket()
+                    .send(&FromAgent::Status(self.images.status()).to_bytes(), &[])?;
+                return Ok(());
+            }
+            FromMonitor::Ask(..) | FromMonitor::Cancel(_) => return Ok(()),
+        };
+        let lease = match self.open(&hello) {
+            Ok(lease) => lease,
+            Err(refused) => {
+                tracing::warn!(
+                    machine = hello.machine,
+                    image = hello.image,
+                    reason = refused.reason,
+                    "refused"
+                );
+                line.socket().send(&FromAgent::Refused(refused).to_bytes(), &[])?;
+                return Ok(());
+            }
+        };
+        let image = &lease.image;
+        tracing::info!(
+            machine = hello.machine,
+            image = hello.image,
+            "a machine runs from an image"
+        );
+        let opened = FromAgent::Opened(image.opened()).to_bytes();
+        image.with_files(|files| line.socket().send(&opened, files))?;
+        let machine = MachineNumber(self.next_machine.fetch_add(1, Ordering::Relaxed));
+        image.join(machine, Arc::clone(line));
+        let ended = loop {
+            match line.receive(&mut message) {
+                Ok(FromMonitor::Ask(urgency, chunks)) => image.ask(machine, &chunks, urgency),
+                Ok(FromMonitor::Cancel(chunks)) => image.cancel(machine, &chunks),
+                Ok(FromMonitor::Hello(_) | FromMonitor::Status) => {}
+                Err(ended) => break ended,
+            }
+        };
+        image.leave(machine);
+        tracing::info!(
+            machine = hello.machine,
+            image = hello.image,
+            "a machine needs its image no more"
+        );
+        Err(ended)
+    }
+
+    fn open(&self, hello: &Hello) -> Result<Lease, Refused> {
+        if hello.protocol != PROTOCOL_VERSION {
+            let reason = format!(
+                "this agent speaks version {PROTOCOL_VERSION} of the protocol, and the monitor version {}: restart the older of the two",
+                hello.protocol
+            );
+            return Err(Refused {
+                reason,
+                transient: false,
+            });
+        }
+        self.images.open(hello)
+    }
+}

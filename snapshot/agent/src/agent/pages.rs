@@ -1,0 +1,215 @@
+//! The agent's directories: page files by image, which outlive the agent, so that a new one goes on with them.
+//!
+//! ```text
+//!   <memory folder>/lock                    locked as long as an agent uses the folder
+//!   <memory folder>/<manifest hex>/memory   on tmpfs: what machines map
+//!   <drive folder>/lock
+//!   <drive folder>/<manifest hex>/drive-<id>
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::source::{PageFile, SourceError};
+use runnel_snapshot::volume::VolumeName;
+use rustix::fs::FlockOperation;
+
+/// Why the agent's directories cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PagesError {
+    /// A directory cannot be made or read.
+    #[error("{what} {path} failed")]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Another agent has it.
+    #[error("another agent uses {0}: use that one, or give this one directories of its own")]
+    InUse(PathBuf),
+    /// Somebody else could read guests' memory there.
+    #[error("other users can enter {0}: guests' memory lies there, so chmod 700 it")]
+    Open(PathBuf),
+}
+
+/// The directories, this agent's alone as long as this lives.
+#[derive(Debug)]
+pub(super) struct PageFolders {
+    memory: Folder,
+    drives: Option<Folder>,
+}
+
+#[derive(Debug)]
+struct Folder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl PageFolders {
+    /// Takes the directories, and makes them where they are missing. Both may be one.
+    pub(super) fn take(memory: &Path, drives: &Path) -> Result<Self, PagesError> {
+        let memory = Folder::take(memory)?;
+        let same = fs::canonicalize(drives).is_ok_and(|drives| drives == memory.path);
+        let drives = if same { None } else { Some(Folder::take(drives)?) };
+        Ok(Self { memory, drives })
+    }
+
+    fn drives(&self) -> &Folder {
+        self.drives.as_ref().unwrap_or(&self.memory)
+    }
+
+    fn both(&self) -> impl Iterator<Item = &Folder> {
+        std::iter::once(&self.memory).chain(&self.drives)
+    }
+
+    /// The page file of a volume of an image, with what an earlier agent left in it.
+    pub(super) fn page_file(
+        &self,
+        image: &BlobDigest,
+        volume: &VolumeName,
+        bytes: u64,
+    ) -> Result<PageFile, SourceError> {
+        let (folder, name) = match volume {
+            VolumeName::Memory => (&self.memory, "memory".to_owned()),
+            // An identifier of a drive is letters, digits, '-' and '_'.
+            VolumeName::Drive(id) => (self.drives(), format!("drive-{id}")),
+        };
+        let folder = folder.path.join(image.hex());
+        make_private(&folder)
+            .and_then(|()| PageFile::named(&folder.join(name), bytes))
+            .map_err(|source| SourceError::PageFile {
+                volume: volume.clone(),
+                bytes,
+                place: folder.display().to_string(),
+                source,
+            })
+    }
+
+    /// Removes an image's page files. Machines that map them go on with what they have.
+    pub(super) fn remove(&self, image: &BlobDigest) {
+        for folder in self.both() {
+            let path = folder.path.join(image.hex());
+            match fs::remove_dir_all(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "page files cannot be removed");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The images that have page files.
+    pub(super) fn images(&self) -> Vec<BlobDigest> {
+        let mut found: Vec<BlobDigest> = self
+            .both()
+            .filter_map(|folder| fs::read_dir(&folder.path).ok())
+            .flat_map(|entries| entries.flatten())
+            .filter_map(|entry| format!("sha256:{}", entry.file_name().to_str()?).parse().ok())
+            .collect();
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+}
+
+impl Folder {
+    fn take(path: &Path) -> Result<Self, PagesError> {
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| PagesError::Io { what, path, source }
+        };
+        make_private(path).map_err(failed("creating", path))?;
+        let path = &fs::canonicalize(path).map_err(failed("finding", path))?;
+        let mode = fs::metadata(path)
+            .map_err(failed("reading", path))?
+            .permissions()
+            .mode();
+        if mode & 0o077 != 0 {
+            return Err(PagesError::Open(path.clone()));
+        }
+        let file = path.join("lock");
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&file)
+            .map_err(failed("opening", &file))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(PagesError::InUse(path.clone())),
+            Err(error) => return Err(failed("locking", &file)(error.into())),
+        }
+        Ok(Self {
+            path: path.clone(),
+            _lock: lock,
+        })
+    }
+}
+
+/// Makes a directory for its owner alone, unless there is one.
+fn make_private(path: &Path) -> io::Result<()> {
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700).recursive(true);
+    builder.create(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn two_agents_do_not_share_and_a_later_one_finds_the_same_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let (memory, drives) = (folder.path().join("m"), folder.path().join("d"));
+        let image = BlobDigest::of(b"image");
+        let first = PageFolders::take(&memory, &drives).unwrap();
+        for (memory, drives) in [
+            (&memory, &folder.path().join("e")),
+            (&folder.path().join("n"), &drives),
+        ] {
+            assert!(matches!(
+                PageFolders::take(memory, drives),
+                Err(PagesError::InUse(_))
+            ));
+        }
+        let inode = |folders: &PageFolders| {
+            folders.page_file(&image, &VolumeName::Memory, 4096).unwrap();
+            fs::metadata(memory.join(image.hex()).join("memory"))
+                .unwrap()
+                .ino()
+        };
+        let before = inode(&first);
+        first
+            .page_file(&image, &VolumeName::Drive("root".into()), 512)
+            .unwrap();
+        assert!(drives.join(image.hex()).join("drive-root").is_file());
+        drop(first);
+        let second = PageFolders::take(&memory, &drives).unwrap();
+        assert_eq!(inode(&second), before);
+        assert_eq!(second.images(), [image]);
+        second.remove(&image);
+        assert_eq!(second.images(), []);
+    }
+
+    #[test]
+    fn one_directory_serves_for_both_and_an_open_one_for_neither() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("both");
+        PageFolders::take(&path, &path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(
+            PageFolders::take(&path, &path),
+            Err(PagesError::Open(_))
+        ));
+    }
+}
