@@ -20,6 +20,7 @@ pub mod logger;
 pub mod memory;
 pub mod microvm;
 pub mod msrs;
+pub mod page_walk;
 pub mod pager;
 pub mod power;
 pub mod state;

@@ -122,7 +122,14 @@ fn monitor(cli: &Cli) -> Result<ExitCode, MonitorError> {
     })?;
 
     let set_logger = Box::new(move |body| Ok(logger.update(&body)?));
-    let mut control = Control::new(KvmEngine, status, config, set_logger);
+    let mut control = Control::new(
+        KvmEngine {
+            machine: cli.id.to_string(),
+        },
+        status,
+        config,
+        set_logger,
+    );
     if must_start {
         control
             .handle(Request::InstanceStart)

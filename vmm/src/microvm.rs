@@ -19,6 +19,7 @@ use runnel_devices::virtio::block::FileStore;
 use runnel_snapshot::block_store::{BlockStore, GuestRam};
 use runnel_snapshot::machine::Paused;
 use runnel_snapshot::section::{SavedSection, Section};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::acpi::{self, AcpiError};
 use crate::board::{Board, BoardError, BoardSaveError, Builder, Parts, StoreError, Stores};
@@ -30,6 +31,7 @@ use crate::kvm::{DirtyLog, Kvm, KvmError, Vm, failed};
 use crate::layout::{BadRamSize, RamLayout};
 use crate::memory::{self, MemoryError};
 use crate::msrs;
+use crate::page_walk::{self, Bearings};
 use crate::state::{self, Clock, Host, Interrupts, Resumption, StateError, Timer};
 use crate::vcpu::{self, Stuck, VcpuError, Vcpus};
 use crate::vmgenid::VmGenIdError;
@@ -374,6 +376,27 @@ impl Microvm {
     #[must_use]
     pub fn paused(&self) -> Option<Paused<'_>> {
         self.standing.as_ref().map(|_| Paused::until(|| {}))
+    }
+
+    /// The pages of RAM, by their first address, that the vCPUs need first when they run again; the first vCPU's
+    /// first. The machine must stand.
+    #[must_use]
+    pub fn first_pages(&self) -> Vec<GuestAddress> {
+        let mut pages = Vec::new();
+        for fd in self.vcpus.fds() {
+            let (Ok(regs), Ok(sregs)) = (fd.get_regs(), fd.get_sregs()) else {
+                continue;
+            };
+            let read = |at: GuestAddress| self.ram.read_obj(at).ok();
+            pages.extend(page_walk::first_pages(
+                Bearings {
+                    regs: &regs,
+                    sregs: &sregs,
+                },
+                read,
+            ));
+        }
+        pages
     }
 
     /// Guest RAM.

@@ -111,21 +111,37 @@ mod tests {
 
         fn pages(&self, sregs: &kvm_sregs, regs: &kvm_regs) -> Vec<u64> {
             let read = |at: GuestAddress| (at.0 < 1 << 30).then(|| self.0.get(&at.0).copied().unwrap_or(0));
-            first_pages(Bearings { regs, sregs }, read).into_iter().map(|page| page.0).collect()
+            first_pages(Bearings { regs, sregs }, read)
+                .into_iter()
+                .map(|page| page.0)
+                .collect()
         }
     }
 
     fn long_mode(cr3: u64) -> kvm_sregs {
-        kvm_sregs { cr0: CR0_PAGING, cr3, efer: EFER_LONG_MODE_ACTIVE, ..Default::default() }
+        kvm_sregs {
+            cr0: CR0_PAGING,
+            cr3,
+            efer: EFER_LONG_MODE_ACTIVE,
+            ..Default::default()
+        }
     }
 
     #[test]
     fn small_and_large_pages_are_found_with_the_tables_on_the_way() {
         let mut tables = Tables::default();
         // Linear 0x40_3008 through four levels; linear 0 (descriptor tables) in a page of 2 MiB at 0x80_0000.
-        tables.put(0x1000, 0, 0x2003).put(0x2000, 0, 0x3003).put(0x3000, 2, 0x4003).put(0x4000, 3, 0x9003);
+        tables
+            .put(0x1000, 0, 0x2003)
+            .put(0x2000, 0, 0x3003)
+            .put(0x3000, 2, 0x4003)
+            .put(0x4000, 3, 0x9003);
         tables.put(0x3000, 0, 0x80_0083);
-        let regs = kvm_regs { rip: 0x40_3000, rsp: 0x40_3ff0, ..Default::default() };
+        let regs = kvm_regs {
+            rip: 0x40_3000,
+            rsp: 0x40_3ff0,
+            ..Default::default()
+        };
         let pages = tables.pages(&long_mode(0x1000), &regs);
         assert_eq!(pages, [0x1000, 0x2000, 0x3000, 0x4000, 0x9000, 0x80_0000]);
     }
@@ -133,9 +149,19 @@ mod tests {
     #[test]
     fn an_instruction_at_the_end_of_a_page_brings_the_next_one() {
         let mut tables = Tables::default();
-        tables.put(0x1000, 0, 0x2003).put(0x2000, 0, 0x3003).put(0x3000, 0, 0x4003);
-        tables.put(0x4000, 0, 0xa003).put(0x4000, 1, 0x9003).put(0x4000, 2, 0x8003);
-        let regs = kvm_regs { rip: 0x1ffe, rsp: 0x1800, ..Default::default() };
+        tables
+            .put(0x1000, 0, 0x2003)
+            .put(0x2000, 0, 0x3003)
+            .put(0x3000, 0, 0x4003);
+        tables
+            .put(0x4000, 0, 0xa003)
+            .put(0x4000, 1, 0x9003)
+            .put(0x4000, 2, 0x8003);
+        let regs = kvm_regs {
+            rip: 0x1ffe,
+            rsp: 0x1800,
+            ..Default::default()
+        };
         let pages = tables.pages(&long_mode(0x1000), &regs);
         assert_eq!(pages, [0x1000, 0x2000, 0x3000, 0x4000, 0x8000, 0x9000, 0xa000]);
     }
@@ -153,7 +179,11 @@ mod tests {
 
     #[test]
     fn without_paging_the_linear_address_is_the_page() {
-        let regs = kvm_regs { rip: 0x7c00, rsp: 0x7000, ..Default::default() };
+        let regs = kvm_regs {
+            rip: 0x7c00,
+            rsp: 0x7000,
+            ..Default::default()
+        };
         let pages = Tables::default().pages(&kvm_sregs::default(), &regs);
         assert_eq!(pages, [0, 0x6000, 0x7000]);
     }

@@ -234,6 +234,12 @@ impl MemoryPager {
         self.lock().discarded.clone()
     }
 
+    /// Which of the source's volumes is the memory.
+    #[must_use]
+    pub fn volume(&self) -> VolumeId {
+        self.volume
+    }
+
     /// The fetcher behind this pager.
     #[must_use]
     pub fn fetcher(&self) -> &Arc<Fetcher> {

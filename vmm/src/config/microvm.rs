@@ -1,8 +1,11 @@
 //! All that a machine is to be made of, gathered request by request or from one file.
 
+use std::path::Path;
+
 use super::boot_source::{BootSource, BootSourceBody, BootSourceError};
 use super::drive::{Drive, DriveBody, DriveError};
 use super::entropy::{EntropyBody, EntropyError};
+use super::identifier::ResourceId;
 use super::network::{Interface, InterfaceBody, InterfaceError};
 use super::serial::{Serial, SerialBody, SerialError};
 use super::{Machine, MachineBody, MachineError, MachineUpdate};
@@ -52,6 +55,32 @@ pub struct MicrovmConfig {
 }
 
 impl MicrovmConfig {
+    /// The parts of a machine that was saved, whose files need not be on this host; their names are distinct.
+    #[must_use]
+    pub fn of_saved(machine: Machine, drives: Vec<Drive>, interfaces: Vec<Interface>, entropy: bool) -> Self {
+        Self {
+            machine,
+            drives,
+            interfaces,
+            entropy,
+            ..Self::default()
+        }
+    }
+
+    /// Gives the interface `id` another tap; `false` if there is none of that name.
+    pub fn override_tap(&mut self, id: &ResourceId, tap: &str) -> bool {
+        let interface = self.interfaces.iter_mut().find(|interface| interface.id == *id);
+        interface
+            .map(|interface| tap.clone_into(&mut interface.tap))
+            .is_some()
+    }
+
+    /// Gives the drive `id` another file; `false` if there is none of that name.
+    pub fn override_drive(&mut self, id: &ResourceId, path: &Path) -> bool {
+        let drive = self.drives.iter_mut().find(|drive| drive.id == *id);
+        drive.map(|drive| path.clone_into(&mut drive.path)).is_some()
+    }
+
     /// The drives in the order in which the guest sees them; the root, if there is one, first.
     #[must_use]
     pub fn drives(&self) -> &[Drive] {

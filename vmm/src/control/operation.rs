@@ -63,7 +63,7 @@ type Gauge = Box<dyn Fn() -> (u64, u64) + Send>;
 pub struct Operation {
     kind: OperationKind,
     started: Instant,
-    is_cancelled: AtomicBool,
+    is_cancelled: Arc<AtomicBool>,
     bytes_done: AtomicU64,
     bytes_total: AtomicU64,
     /// Held for a few assignments at a time.
@@ -83,7 +83,7 @@ impl Operation {
         Arc::new(Self {
             kind,
             started: Instant::now(),
-            is_cancelled: AtomicBool::new(false),
+            is_cancelled: Arc::default(),
             bytes_done: AtomicU64::new(0),
             bytes_total: AtomicU64::new(0),
             detail: Mutex::new(Detail {
@@ -124,6 +124,13 @@ impl Operation {
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.is_cancelled.load(Ordering::Acquire)
+    }
+
+    /// [`is_cancelled`](Self::is_cancelled), for threads that outlive this borrow.
+    #[must_use]
+    pub fn cancel_flag(&self) -> Arc<dyn Fn() -> bool + Send + Sync> {
+        let flag = Arc::clone(&self.is_cancelled);
+        Arc::new(move || flag.load(Ordering::Acquire))
     }
 
     /// For work that is not asked but told: `hook` is called once when the operation is cancelled, at once if it has

@@ -1,16 +1,29 @@
 //! Machines on KVM, as the control thread asks for them.
 
+mod description;
+mod drives;
+mod load;
+mod memory;
 mod paging;
+mod save;
 mod watch;
 
+pub use load::LoadError;
+pub use save::SaveError;
 pub use watch::watch;
 
 use std::sync::Arc;
 
-use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig};
+use runnel_devices::virtio::block::FileStore;
+use runnel_snapshot::digest::BlobDigest;
+
+use crate::board::StoreError;
+use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId};
 use crate::control::{Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
+use crate::pager::Pager;
+use drives::{Backing, KnownVolumes};
 
 /// Why a machine on KVM could not do something.
 #[derive(Debug, thiserror::Error)]
@@ -21,48 +34,137 @@ pub enum EngineError {
     /// Something that a later version of Runnel does.
     #[error("{0} is not supported by this version of Runnel")]
     Unsupported(&'static str),
+    /// A machine that waits for bytes that do not come.
+    #[error(
+        "the machine is stalled: {chunk} of {volume} is missing ({reason}); try again when GET / no longer says so"
+    )]
+    Stalled {
+        /// Of which volume.
+        volume: String,
+        /// Which chunk.
+        chunk: String,
+        /// Why it is missing.
+        reason: String,
+    },
 }
 
 /// Makes machines on KVM.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct KvmEngine;
+#[derive(Clone, Debug, Default)]
+pub struct KvmEngine {
+    /// The machine's identifier, for the agent's log.
+    pub machine: String,
+}
 
 impl Engine for KvmEngine {
     fn boot(&mut self, config: &MicrovmConfig) -> Result<Box<dyn Guest>, GuestError> {
         let end = EndSignal::new().map_err(EngineError::Event)?;
-        let machine = Microvm::build(config, &end)?;
+        let mut drives = Vec::new();
+        let machine = Microvm::build_over(config, &end, &mut |drive| {
+            let store = Arc::new(FileStore::open(&drive.path, drive.is_read_only)?);
+            let backing = Backing::File {
+                store,
+                path: drive.path.clone(),
+                read_only: drive.is_read_only,
+            };
+            let store = backing.store();
+            drives.push((drive.id.clone(), backing));
+            Ok::<_, StoreError>(store)
+        })?;
         Ok(Box::new(KvmGuest {
             machine,
             config: config.clone(),
             end,
+            is_running: false,
+            drives,
+            known: KnownVolumes::default(),
+            memory_is_private: false,
+            parent: None,
+            fill_is_due: false,
+            pager: None,
         }))
     }
 
     fn load(
         &mut self,
-        _: &LoadSnapshot,
-        _: &MicrovmConfig,
-        _: &Operation,
+        load: &LoadSnapshot,
+        config: &MicrovmConfig,
+        operation: &Operation,
     ) -> Result<Box<dyn Guest>, GuestError> {
-        Err(EngineError::Unsupported("loading a snapshot").into())
+        Ok(Box::new(load::load(load, config, &self.machine, operation)?))
     }
 }
 
 /// A machine on KVM.
 struct KvmGuest {
+    // Fields drop in this order: the pager ends when nothing touches guest memory any more.
     machine: Microvm,
     config: MicrovmConfig,
     end: EndSignal,
+    is_running: bool,
+    /// What stands behind the drives, in the configuration's order.
+    drives: Vec<(ResourceId, Backing)>,
+    known: KnownVolumes,
+    /// Whether memory is a private mapping of a file that holds something else.
+    memory_is_private: bool,
+    /// The image that the machine was resumed from.
+    parent: Option<BlobDigest>,
+    /// Whether the background fill is still to be started, once the vCPUs run.
+    fill_is_due: bool,
+    pager: Option<Pager>,
+}
+
+impl KvmGuest {
+    /// Stops vCPUs and devices.
+    fn stand_still(&mut self) -> Result<(), GuestError> {
+        if let Some(stall) = self.pager.as_ref().and_then(|pager| pager.logic().stall()) {
+            return Err(stalled(stall).into());
+        }
+        let pager = &self.pager;
+        let is_stalled = || {
+            pager
+                .as_ref()
+                .is_some_and(|pager| pager.logic().stall().is_some())
+        };
+        match self.machine.pause(&is_stalled) {
+            Ok(()) => {
+                self.is_running = false;
+                Ok(())
+            }
+            Err(error) => Err(
+                match self.pager.as_ref().and_then(|pager| pager.logic().stall()) {
+                    Some(stall) => stalled(stall).into(),
+                    None => error.into(),
+                },
+            ),
+        }
+    }
+
+    fn run(&mut self) {
+        self.machine.unpause();
+        self.is_running = true;
+        if std::mem::take(&mut self.fill_is_due)
+            && let Some(pager) = &self.pager
+        {
+            pager.logic().fetcher().start_fill();
+        }
+    }
+}
+
+fn stalled(stall: runnel_snapshot::pager::Stall) -> EngineError {
+    EngineError::Stalled {
+        volume: stall.volume.to_string(),
+        chunk: stall.chunk.to_string(),
+        reason: stall.reason,
+    }
 }
 
 impl Guest for KvmGuest {
     fn pause(&mut self) -> Result<(), GuestError> {
-        // All of a booted machine's pages are there, so no vCPU can be stuck.
-        Ok(self.machine.pause(&|| false)?)
+        self.stand_still()
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.machine.unpause();
+        self.run();
         Ok(())
     }
 
@@ -70,8 +172,8 @@ impl Guest for KvmGuest {
         Err(EngineError::Unsupported("a keyboard").into())
     }
 
-    fn save(&mut self, _: &CreateSnapshot, _: &Operation) -> Result<(), GuestError> {
-        Err(EngineError::Unsupported("making a snapshot").into())
+    fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
+        save::save(self, create, operation)
     }
 
     fn config(&self) -> &MicrovmConfig {
@@ -83,6 +185,6 @@ impl Guest for KvmGuest {
     }
 
     fn paging(&self) -> Option<Arc<dyn Paging>> {
-        None
+        Some(self.pager.as_ref()?.logic().clone())
     }
 }

@@ -1,0 +1,188 @@
+//! What stands behind a machine's drives, and their content for a snapshot.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use runnel_devices::virtio::block::FileStore;
+use runnel_snapshot::block_store::BlockStore;
+use runnel_snapshot::capture::VolumeSource;
+use runnel_snapshot::capture::content::FileContent;
+use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::image::manifest::ImageVolume;
+use runnel_snapshot::overlay::{IsCancelled, Overlay};
+use rustix::fs::{Mode, OFlags};
+
+use crate::config::ResourceId;
+
+/// What stands behind a drive.
+#[derive(Clone)]
+pub(super) enum Backing {
+    /// A file of this host.
+    File {
+        store: Arc<FileStore>,
+        path: PathBuf,
+        read_only: bool,
+    },
+    /// An overlay over the image's volume of this name.
+    Overlay(Arc<Overlay>),
+}
+
+impl Backing {
+    pub(super) fn store(&self) -> Arc<dyn BlockStore> {
+        match self {
+            Self::File { store, .. } => store.clone(),
+            Self::Overlay(overlay) => overlay.clone(),
+        }
+    }
+}
+
+/// A drive's content as it is at a pause.
+pub(super) struct DriveContent {
+    pub(super) source: VolumeSource,
+    /// Whether the machine must stand still until it has been read.
+    pub(super) needs_pause: bool,
+}
+
+/// A file that was captured, so that it need not be captured again while it stays the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct FileIdentity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl FileIdentity {
+    fn of(file: &File) -> io::Result<Self> {
+        let about = file.metadata()?;
+        Ok(Self {
+            device: about.dev(),
+            inode: about.ino(),
+            bytes: about.size(),
+            modified: (about.mtime(), about.mtime_nsec()),
+            changed: (about.ctime(), about.ctime_nsec()),
+        })
+    }
+}
+
+/// Volumes of images on this host that equal a drive of this machine, byte for byte.
+#[derive(Default)]
+pub(super) struct KnownVolumes {
+    files: BTreeMap<ResourceId, (FileIdentity, Arc<Layout>, ImageVolume)>,
+    images: BTreeMap<ResourceId, (Arc<Layout>, ImageVolume)>,
+}
+
+impl KnownVolumes {
+    /// Notes that the drive `id`, a read-only file, was captured as `volume`.
+    pub(super) fn captured(
+        &mut self,
+        id: &ResourceId,
+        backing: &Backing,
+        layout: &Arc<Layout>,
+        volume: &ImageVolume,
+    ) {
+        if let Backing::File {
+            store,
+            read_only: true,
+            ..
+        } = backing
+            && let Ok(identity) = FileIdentity::of(store.file())
+        {
+            self.files
+                .insert(id.clone(), (identity, layout.clone(), volume.clone()));
+        }
+    }
+
+    /// Notes that the overlay of drive `id` lies over `volume`.
+    pub(super) fn resumed(&mut self, id: ResourceId, layout: Arc<Layout>, volume: ImageVolume) {
+        self.images.insert(id, (layout, volume));
+    }
+
+    fn of_file(&self, id: &ResourceId, file: &File) -> Option<VolumeSource> {
+        let (identity, layout, volume) = self.files.get(id)?;
+        (FileIdentity::of(file).ok()? == *identity && is_there(layout, volume))
+            .then(|| unchanged(layout, volume))
+    }
+
+    fn of_overlay(&self, id: &ResourceId) -> Option<VolumeSource> {
+        let (layout, volume) = self.images.get(id)?;
+        is_there(layout, volume).then(|| unchanged(layout, volume))
+    }
+}
+
+fn unchanged(layout: &Arc<Layout>, volume: &ImageVolume) -> VolumeSource {
+    VolumeSource::Unchanged {
+        layout: layout.clone(),
+        volume: volume.clone(),
+    }
+}
+
+/// Whether the image has not been removed since.
+fn is_there(layout: &Layout, volume: &ImageVolume) -> bool {
+    let blobs = volume.layers.iter().chain([&volume.index]);
+    blobs.into_iter().all(|blob| layout.open_blob(blob).is_ok())
+}
+
+/// The content of drive `id` as it is now, while the machine stands still.
+pub(super) fn content_of(
+    id: &ResourceId,
+    backing: &Backing,
+    known: &KnownVolumes,
+    is_cancelled: IsCancelled,
+) -> io::Result<DriveContent> {
+    match backing {
+        Backing::Overlay(overlay) => {
+            if overlay.is_unchanged()
+                && let Some(source) = known.of_overlay(id)
+            {
+                return Ok(DriveContent {
+                    source,
+                    needs_pause: false,
+                });
+            }
+            let source = VolumeSource::Content(Arc::new(overlay.content(is_cancelled)?));
+            Ok(DriveContent {
+                source,
+                needs_pause: !overlay.is_read_only(),
+            })
+        }
+        Backing::File {
+            store,
+            path,
+            read_only,
+        } => {
+            if let Some(source) = known.of_file(id, store.file()) {
+                return Ok(DriveContent {
+                    source,
+                    needs_pause: false,
+                });
+            }
+            let aside = if *read_only {
+                None
+            } else {
+                put_aside(store.file(), path)
+            };
+            let needs_pause = !*read_only && aside.is_none();
+            let file = aside.map_or_else(|| store.file().try_clone(), Ok)?;
+            let source = VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?));
+            Ok(DriveContent { source, needs_pause })
+        }
+    }
+}
+
+/// A reflink of `file`, without a name, if its file system can: it costs nothing and never changes.
+fn put_aside(file: &File, path: &Path) -> Option<File> {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let aside = File::from(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR).ok()?);
+    rustix::fs::ioctl_ficlone(&aside, file).ok()?;
+    Some(aside)
+}

@@ -1,0 +1,449 @@
+//! Loading a machine: from an image, at hand or behind an agent, or from Firecracker's two files.
+//!
+//! Nothing of memory is read before the vCPUs run but what they are known to need first; everything else comes by fault
+//! and in the background.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use runnel_devices::virtio::block::FileStore;
+use runnel_devices::virtio::block::FileStoreError;
+use runnel_snapshot::block_store::BlockStore as _;
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::image::reference::{BadReference, ImageReference};
+use runnel_snapshot::image::source::{ImageSource, SourceError, SourceSettings};
+use runnel_snapshot::image::{Image, ImageError};
+use runnel_snapshot::overlay::{Overlay, OverlayError};
+use runnel_snapshot::pager::{Fetcher, FetcherSettings};
+use runnel_snapshot::protocol::{AgentSource, ConnectError, Opening};
+use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
+use runnel_snapshot::source::{ChunkId, PageSource};
+use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
+use runnel_snapshot::volume::VolumeName;
+
+use super::description::{Description, DescriptionError, DriveRecord};
+use super::drives::{Backing, KnownVolumes};
+use super::memory::mappings;
+use super::{EngineError, KvmGuest};
+use crate::config::{self, LoadFrom, LoadSnapshot, MicrovmConfig, ResourceId};
+use crate::control::{GuestError, Operation};
+use crate::exit::EndSignal;
+use crate::layout::{BadRamSize, RamLayout};
+use crate::memory::{self, MemoryError};
+use crate::microvm::{Microvm, RestoreError, Saved};
+use crate::pager::{Pager, PagerError};
+use crate::state::Resumption;
+
+/// How long an agent may take to open an image: it may have to connect, and to fetch manifest and state over a slow link.
+const OPEN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Threads that decode the chunks of an image at hand.
+const WORKERS_MAX: usize = 4;
+
+/// Why a machine cannot be loaded. Nothing is left of it.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// What was given names no image.
+    #[error(transparent)]
+    Reference(#[from] BadReference),
+    /// The image.
+    #[error("the image cannot be opened")]
+    Image(#[from] ImageError),
+    /// The image's directory.
+    #[error("the image cannot be opened")]
+    Layout(#[from] LayoutError),
+    /// The image, as a source of chunks.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] ConnectError),
+    /// The state.
+    #[error("the machine state cannot be read")]
+    State(#[from] StateError),
+    /// A file.
+    #[error("cannot read {path}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A section.
+    #[error(transparent)]
+    Section(#[from] SectionError),
+    /// What the machine is made of.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// No description.
+    #[error(
+        "the machine state has no section {:?}: it is not Runnel's",
+        Description::KIND
+    )]
+    NoDescription,
+    /// A thread.
+    #[error("cannot start the thread that fetches chunks")]
+    Fetcher(#[source] io::Error),
+    /// The pager.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// RAM.
+    #[error(transparent)]
+    RamSize(#[from] BadRamSize),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// RAM whose length is not the image's.
+    #[error("the machine has {ram} bytes of RAM, and its image's memory volume {volume}")]
+    MemoryVolume {
+        /// By the description.
+        ram: u64,
+        /// By the image.
+        volume: u64,
+    },
+    /// RAM cannot be paged.
+    #[error("guest memory is not mapped as it should be")]
+    Mapping(#[source] io::Error),
+    /// An override for something that is not there.
+    #[error("`{field}` names {id}, and the machine has none of that name; it has {has}")]
+    Stranger {
+        /// The field.
+        field: &'static str,
+        /// The name.
+        id: ResourceId,
+        /// What there is.
+        has: String,
+    },
+    /// A drive that is not in the image.
+    #[error("drive {0} is not in the image: supply it with `drive_overrides`")]
+    NotInImage(ResourceId),
+    /// A drive's file.
+    #[error("drive {id}: give another file with `drive_overrides`")]
+    DriveFile {
+        /// Which drive.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: FileStoreError,
+    },
+    /// A drive's file that is another one.
+    #[error("drive {id} had {expected} bytes when the machine was saved, and {} has {found}", path.display())]
+    DriveSize {
+        /// Which drive.
+        id: ResourceId,
+        /// Its file.
+        path: PathBuf,
+        /// The length at the pause.
+        expected: u64,
+        /// Its length now.
+        found: u64,
+    },
+    /// A drive's overlay.
+    #[error("drive {id}")]
+    Overlay {
+        /// Which drive.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: OverlayError,
+    },
+    /// The machine.
+    #[error("the machine cannot be restored on this host")]
+    Restore(#[from] RestoreError),
+}
+
+/// What a machine is loaded from, opened.
+struct Opened {
+    state: MachineState,
+    /// What delivers chunks, if the machine's volumes are an image's.
+    fetcher: Option<Arc<Fetcher>>,
+    /// The raw memory file, if they are not.
+    memory: Option<Arc<File>>,
+    digest: Option<BlobDigest>,
+    /// The image's directory, if it is at hand.
+    at_hand: Option<(Arc<Layout>, Image)>,
+}
+
+pub(super) fn load(
+    load: &LoadSnapshot,
+    config: &MicrovmConfig,
+    machine: &str,
+    operation: &Operation,
+) -> Result<KvmGuest, GuestError> {
+    operation.enter("opening");
+    let mut opened = open(load, machine)?;
+    let description = take_description(&mut opened.state.sections)?;
+    let described = with_overrides(&description, load, config)?;
+    ask_for_first_chunks(&opened);
+
+    operation.enter("restoring");
+    let layout = RamLayout::new(described.machine.memory.bytes()).map_err(LoadError::from)?;
+    let (ram, pager) = map_memory(&opened, layout)?;
+    let end = EndSignal::new().map_err(EngineError::Event)?;
+    let mut known = KnownVolumes::default();
+    let drives = open_drives(&described, &description.drives, load, &opened, &mut known)?;
+    let mut stores = |drive: &config::Drive| match drives.iter().find(|(id, _)| *id == drive.id) {
+        Some((_, backing)) => Ok(backing.store()),
+        None => Err("the drive was not opened".into()),
+    };
+    let saved = Saved {
+        config: &described,
+        ram,
+        layout,
+        sections: std::mem::take(&mut opened.state.sections),
+        stores: &mut stores,
+        clock: if load.clock_realtime {
+            Resumption::Forward
+        } else {
+            Resumption::WhereItWas
+        },
+    };
+    let machine = Microvm::restore(saved, &end).map_err(LoadError::from)?;
+    Ok(KvmGuest {
+        machine,
+        config: described,
+        end,
+        is_running: false,
+        drives,
+        known,
+        memory_is_private: true,
+        parent: opened.digest,
+        fill_is_due: opened.fetcher.is_some(),
+        pager,
+    })
+}
+
+fn open(load: &LoadSnapshot, machine: &str) -> Result<Opened, LoadError> {
+    match &load.from {
+        LoadFrom::TwoFiles { state, memory } => open_two_files(state, memory),
+        LoadFrom::Image(config::Image::Directory(path)) => open_directory(path, load),
+        LoadFrom::Image(config::Image::Agent { reference, socket }) => {
+            let opening = Opening {
+                agent: socket.clone(),
+                image: reference.clone(),
+                machine: machine.to_owned(),
+                deadline: OPEN_DEADLINE,
+            };
+            let source = AgentSource::open(opening)?;
+            let state = MachineState::decode(source.state())?;
+            let digest = Some(source.digest());
+            Ok(Opened {
+                state,
+                fetcher: Some(fetcher(Arc::new(source), load)?),
+                memory: None,
+                digest,
+                at_hand: None,
+            })
+        }
+    }
+}
+
+fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError> {
+    let reference: ImageReference = path.to_string_lossy().parse()?;
+    let ImageReference::Directory { path, wanted } = reference else {
+        return Err(LoadError::File {
+            path: path.to_owned(),
+            source: io::ErrorKind::NotFound.into(),
+        });
+    };
+    let image = Image::open_directory(&path, &wanted)?;
+    let state = image.state()?;
+    let workers = std::thread::available_parallelism()
+        .map_or(1, std::num::NonZero::get)
+        .min(WORKERS_MAX);
+    let source = ImageSource::new(&image, &SourceSettings::local(workers), &std::env::temp_dir())?;
+    source.learn(&state.first_chunks);
+    let layout = Arc::new(Layout::open(&path)?);
+    let digest = Some(image.digest());
+    Ok(Opened {
+        state,
+        fetcher: Some(fetcher(Arc::new(source), load)?),
+        memory: None,
+        digest,
+        at_hand: Some((layout, image)),
+    })
+}
+
+fn open_two_files(state: &Path, memory: &Path) -> Result<Opened, LoadError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| LoadError::File { path, source }
+    };
+    let mut bytes = Vec::new();
+    let file = File::open(state).map_err(failed(state))?;
+    file.take(STATE_BYTES_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed(state))?;
+    if bytes.len() as u64 > STATE_BYTES_MAX {
+        let source = io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "it is no machine state: more than 16 MiB",
+        );
+        return Err(failed(state)(source));
+    }
+    let memory = Arc::new(File::open(memory).map_err(failed(memory))?);
+    Ok(Opened {
+        state: MachineState::decode(&bytes)?,
+        fetcher: None,
+        memory: Some(memory),
+        digest: None,
+        at_hand: None,
+    })
+}
+
+fn fetcher(source: Arc<dyn PageSource>, load: &LoadSnapshot) -> Result<Arc<Fetcher>, LoadError> {
+    let mut settings = FetcherSettings::default();
+    if let Some(stall_after) = load.stall_after {
+        settings.stall_after = stall_after;
+    }
+    Fetcher::start(source, settings).map_err(LoadError::Fetcher)
+}
+
+fn take_description(sections: &mut Vec<SavedSection>) -> Result<Description, LoadError> {
+    let position = sections
+        .iter()
+        .position(|section| section.kind == Description::KIND);
+    let section = sections.swap_remove(position.ok_or(LoadError::NoDescription)?);
+    Ok(Description::restore((), section.state_of::<Description>()?)?)
+}
+
+/// The machine as it is to be here: other taps and files, and the console of this monitor.
+fn with_overrides(
+    description: &Description,
+    load: &LoadSnapshot,
+    config: &MicrovmConfig,
+) -> Result<MicrovmConfig, LoadError> {
+    let mut described = description.config.clone();
+    for (id, tap) in &load.taps {
+        if !described.override_tap(id, tap) {
+            let has = names(described.interfaces().iter().map(|interface| &interface.id));
+            return Err(LoadError::Stranger {
+                field: "network_overrides",
+                id: id.clone(),
+                has,
+            });
+        }
+    }
+    for (id, path) in &load.drives {
+        if !described.override_drive(id, path) {
+            let has = names(described.drives().iter().map(|drive| &drive.id));
+            return Err(LoadError::Stranger {
+                field: "drive_overrides",
+                id: id.clone(),
+                has,
+            });
+        }
+    }
+    described.machine.track_dirty_pages = load.track_dirty_pages;
+    described.serial = config.serial.clone();
+    Ok(described)
+}
+
+fn names<'i>(ids: impl Iterator<Item = &'i ResourceId>) -> String {
+    let all: Vec<_> = ids.map(ResourceId::as_str).collect();
+    if all.is_empty() {
+        "none".to_owned()
+    } else {
+        all.join(", ")
+    }
+}
+
+fn ask_for_first_chunks(opened: &Opened) {
+    let Some(fetcher) = &opened.fetcher else { return };
+    for first in &opened.state.first_chunks {
+        if let Some((volume, _)) = fetcher.volume_named(&first.volume) {
+            fetcher.prefetch(&[ChunkId {
+                volume,
+                chunk: first.chunk,
+            }]);
+        }
+    }
+}
+
+type Memory = (Arc<runnel_snapshot::block_store::GuestRam>, Option<Pager>);
+
+fn map_memory(opened: &Opened, layout: RamLayout) -> Result<Memory, LoadError> {
+    let Some(fetcher) = &opened.fetcher else {
+        let file = opened.memory.as_ref().ok_or(LoadError::NoDescription)?;
+        return Ok((Arc::new(memory::resumed(layout, file)?), None));
+    };
+    let (id, volume) = fetcher
+        .volume_named(&VolumeName::Memory)
+        .ok_or(PagerError::from(runnel_snapshot::pager::NoMemory))?;
+    if volume.bytes != layout.bytes() {
+        return Err(LoadError::MemoryVolume {
+            ram: layout.bytes(),
+            volume: volume.bytes,
+        });
+    }
+    let ram = Arc::new(memory::resumed(layout, &fetcher.source().page_file(id))?);
+    let pager = Pager::start(fetcher, mappings(&ram, layout).map_err(LoadError::Mapping)?)?;
+    Ok((ram, Some(pager)))
+}
+
+fn open_drives(
+    config: &MicrovmConfig,
+    records: &[DriveRecord],
+    load: &LoadSnapshot,
+    opened: &Opened,
+    known: &mut KnownVolumes,
+) -> Result<Vec<(ResourceId, Backing)>, LoadError> {
+    let mut drives = Vec::new();
+    for (drive, record) in config.drives().iter().zip(records) {
+        let is_overridden = load.drives.iter().any(|(id, _)| *id == drive.id);
+        let backing = match &opened.fetcher {
+            Some(fetcher) if record.in_image && !is_overridden => {
+                let name = VolumeName::Drive(drive.id.to_string());
+                let overlay = Overlay::new(fetcher, &name, &std::env::temp_dir(), drive.is_read_only)
+                    .map_err(|source| LoadError::Overlay {
+                        id: drive.id.clone(),
+                        source,
+                    })?;
+                if let Some((layout, image)) = &opened.at_hand
+                    && let Some(volume) = image.volume(&name)
+                {
+                    known.resumed(drive.id.clone(), layout.clone(), volume.clone());
+                }
+                Backing::Overlay(Arc::new(overlay))
+            }
+            Some(_) if !is_overridden => return Err(LoadError::NotInImage(drive.id.clone())),
+            _ => open_file(drive, record, is_overridden)?,
+        };
+        drives.push((drive.id.clone(), backing));
+    }
+    Ok(drives)
+}
+
+fn open_file(drive: &config::Drive, record: &DriveRecord, is_overridden: bool) -> Result<Backing, LoadError> {
+    let store = FileStore::open(&drive.path, drive.is_read_only).map_err(|source| LoadError::DriveFile {
+        id: drive.id.clone(),
+        source,
+    })?;
+    if store.bytes() != record.bytes {
+        return Err(LoadError::DriveSize {
+            id: drive.id.clone(),
+            path: drive.path.clone(),
+            expected: record.bytes,
+            found: store.bytes(),
+        });
+    }
+    let now = DriveRecord::of_file(store.file(), store.bytes())
+        .ok()
+        .and_then(|record| record.modified_ns);
+    if !is_overridden && record.modified_ns < now {
+        tracing::warn!(
+            drive = %drive.id, path = %drive.path.display(),
+            "the drive was written after the machine was saved: its memory may not fit its file system"
+        );
+    }
+    Ok(Backing::File {
+        store: Arc::new(store),
+        path: drive.path.clone(),
+        read_only: drive.is_read_only,
+    })
+}

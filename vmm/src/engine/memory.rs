@@ -1,0 +1,126 @@
+//! Guest memory as a snapshot reads it.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use runnel_snapshot::block_store::GuestRam;
+use runnel_snapshot::capture::Content;
+use runnel_snapshot::capture::content::FileContent;
+use runnel_snapshot::overlay::{IsCancelled, OverImage, OwnPages};
+use runnel_snapshot::units::PAGE_SIZE;
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::KvmGuest;
+use crate::layout::RamLayout;
+use crate::pager::{HostAddress, HostMapping, own_pages};
+
+/// The memory of a machine that stands still.
+pub(super) fn memory_content(guest: &KvmGuest, is_cancelled: IsCancelled) -> io::Result<Arc<dyn Content>> {
+    let layout = guest.machine.layout();
+    let ram = guest.machine.ram();
+    if let Some(pager) = &guest.pager {
+        let logic = pager.logic();
+        let own = own_pages(&mappings(ram, layout)?, layout.bytes() / PAGE_SIZE)?;
+        let pages = Box::new(MappedPages {
+            ram: ram.clone(),
+            layout,
+        });
+        let volume = logic.volume();
+        return Ok(Arc::new(OverImage::new(
+            logic.fetcher(),
+            volume,
+            own,
+            pages,
+            logic.discarded(),
+            is_cancelled,
+        )));
+    }
+    if guest.memory_is_private {
+        // A private mapping of a raw file: what the guest wrote is in the mapping alone.
+        return Ok(Arc::new(MappedContent(MappedPages {
+            ram: ram.clone(),
+            layout,
+        })));
+    }
+    Ok(Arc::new(FileContent::new(memory_file(ram)?, layout.bytes())?))
+}
+
+/// How guest RAM is mapped in this process.
+pub(super) fn mappings(ram: &GuestRam, layout: RamLayout) -> io::Result<Vec<HostMapping>> {
+    let mapping = |span: crate::layout::RamSpan| {
+        let start = vm_memory::GuestAddress(span.start);
+        let host = ram.get_host_address(start).map_err(io::Error::other)?;
+        Ok(HostMapping {
+            start: HostAddress(host as u64),
+            bytes: span.volume.len,
+            first_page: runnel_snapshot::units::PageIndex::holding(span.volume.start),
+        })
+    };
+    layout.spans().map(mapping).collect()
+}
+
+/// The memory file of a machine that was booted, which holds the volume in its own order.
+fn memory_file(ram: &GuestRam) -> io::Result<File> {
+    let file = ram
+        .iter()
+        .find_map(|region| Some(region.file_offset()?.file().try_clone()));
+    file.ok_or_else(|| io::Error::other("guest memory has no file"))?
+}
+
+/// Pages read through this process's mapping.
+struct MappedPages {
+    ram: Arc<GuestRam>,
+    layout: RamLayout,
+}
+
+impl OwnPages for MappedPages {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset + done as u64;
+            let (address, left) = self.locate(at)?;
+            let part = (into.len() - done).min(usize::try_from(left).unwrap_or(usize::MAX));
+            self.ram
+                .read_slice(&mut into[done..done + part], address)
+                .map_err(io::Error::other)?;
+            done += part;
+        }
+        Ok(())
+    }
+}
+
+impl MappedPages {
+    /// Where the byte at `offset` of the volume is, and how many bytes follow it in one piece.
+    fn locate(&self, offset: u64) -> io::Result<(vm_memory::GuestAddress, u64)> {
+        let span = self
+            .layout
+            .spans()
+            .find(|span| (span.volume.start..span.volume.start + span.volume.len).contains(&offset));
+        let span = span.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        let inside = offset - span.volume.start;
+        Ok((
+            vm_memory::GuestAddress(span.start + inside),
+            span.volume.len - inside,
+        ))
+    }
+}
+
+/// All of memory, read through the mapping.
+struct MappedContent(MappedPages);
+
+impl Content for MappedContent {
+    fn bytes(&self) -> u64 {
+        self.0.layout.bytes()
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<runnel_snapshot::units::ByteRange>> {
+        let len = self.bytes().saturating_sub(from);
+        Ok((len > 0).then_some(runnel_snapshot::units::ByteRange { start: from, len }))
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<runnel_snapshot::capture::content::Found> {
+        self.0.read(offset, into)?;
+        Ok(runnel_snapshot::capture::content::Found::Data)
+    }
+}

@@ -1,0 +1,244 @@
+//! Saving a machine: what it is at a pause becomes an image, or Firecracker's two files.
+//!
+//! ```text
+//!   pause ─► state, first chunks, drives put aside ─► capture: memory, then drives ─► publish
+//!                                                        └─► resume, as soon as nothing more is read of the machine
+//! ```
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use runnel_snapshot::capture::{
+    CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
+};
+use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
+use runnel_snapshot::state::{MachineState, StateError};
+use runnel_snapshot::units::{ChunkIndex, ChunkSize};
+use runnel_snapshot::volume::VolumeName;
+
+use super::KvmGuest;
+use super::description::{Description, DescriptionError, DriveRecord};
+use super::drives::{Backing, content_of};
+use super::memory::memory_content;
+use super::watch::watch;
+use crate::config::{CreateSnapshot, ResourceId, SaveAs};
+use crate::control::{GuestError, Operation};
+use crate::microvm::SaveError as MachineSaveError;
+
+/// How often it is looked whether the machine may run on.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Why a machine cannot be saved. It runs on, or stays paused, as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// Its state.
+    #[error("the machine's state cannot be saved")]
+    State(#[from] MachineSaveError),
+    /// Its description.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// A section.
+    #[error(transparent)]
+    Section(#[from] SectionError),
+    /// Its memory.
+    #[error("guest memory cannot be read")]
+    Memory(#[source] io::Error),
+    /// A drive.
+    #[error("drive {id} cannot be read")]
+    Drive {
+        /// Which drive.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A drive that is to be left out is not there.
+    #[error("`excluded_drives` names {0}, and the machine has no such drive")]
+    NoDrive(ResourceId),
+    /// The image.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// The image was made, and cannot be opened.
+    #[error("the image was made, but cannot be read back")]
+    ReadBack(#[from] LayoutError),
+    /// The raw memory file.
+    #[error(transparent)]
+    Raw(#[from] raw::RawError),
+    /// The state's form.
+    #[error(transparent)]
+    Encode(#[from] StateError),
+}
+
+pub(super) fn save(
+    guest: &mut KvmGuest,
+    create: &CreateSnapshot,
+    operation: &Operation,
+) -> Result<(), GuestError> {
+    let was_running = guest.is_running;
+    if was_running {
+        operation.enter("pausing");
+        guest.stand_still()?;
+    }
+    let saved = match &create.save_as {
+        SaveAs::Image {
+            directory,
+            excluded_drives,
+        } => {
+            let excluded: Vec<_> = excluded_drives.iter().cloned().collect();
+            save_image(guest, directory, &excluded, was_running, operation)
+        }
+        SaveAs::TwoFiles { state, memory } => save_two_files(guest, state, memory, operation),
+    };
+    if was_running && !guest.is_running {
+        guest.run();
+    }
+    Ok(saved?)
+}
+
+fn save_image(
+    guest: &mut KvmGuest,
+    directory: &Path,
+    excluded: &[ResourceId],
+    was_running: bool,
+    operation: &Operation,
+) -> Result<(), SaveError> {
+    operation.enter("saving state");
+    if let Some(stranger) = excluded
+        .iter()
+        .find(|id| !guest.drives.iter().any(|drive| drive.0 == **id))
+    {
+        return Err(SaveError::NoDrive(stranger.clone()));
+    }
+    let in_image = |id: &ResourceId| !excluded.contains(id);
+    let state = machine_state(guest, &in_image)?;
+    let cancelled = operation.cancel_flag();
+    let memory = memory_content(guest, cancelled.clone()).map_err(SaveError::Memory)?;
+    let mut volumes = vec![(VolumeName::Memory, VolumeSource::Content(memory))];
+    let mut needs_pause = false;
+    for (id, backing) in guest.drives.iter().filter(|(id, _)| in_image(id)) {
+        let content =
+            content_of(id, backing, &guest.known, cancelled.clone()).map_err(|source| SaveError::Drive {
+                id: id.clone(),
+                source,
+            })?;
+        needs_pause |= content.needs_pause;
+        volumes.push((VolumeName::Drive(id.to_string()), content.source));
+    }
+    let settings = CaptureSettings::default();
+    let first_chunks = first_chunks(guest, settings.chunk_size);
+    let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
+    if let Some(parent) = guest.parent {
+        job = job.with_parent(parent);
+    }
+    let progress = job.progress();
+    operation.enter("copying");
+    watch(operation, &progress);
+    let captured = std::thread::scope(|scope| {
+        let work = scope.spawn(|| job.run(directory, state));
+        while !work.is_finished() {
+            if was_running && !guest.is_running && may_run_on(&progress, needs_pause) {
+                guest.run();
+            }
+            std::thread::sleep(LOOK);
+        }
+        work.join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    remember(guest, directory, &captured)
+}
+
+/// Whether nothing more is read of a machine whose drives that must stand still, if there are any, come last.
+fn may_run_on(progress: &Progress, drives_need_pause: bool) -> bool {
+    let volumes = progress.volumes();
+    let wanted = if drives_need_pause { volumes.len() } else { 1 };
+    volumes
+        .iter()
+        .take(wanted)
+        .all(|volume| volume.bytes_done == volume.bytes_total)
+}
+
+/// Notes which read-only drives need not be captured again.
+fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured) -> Result<(), SaveError> {
+    let layout = Arc::new(Layout::open(directory)?);
+    for (id, backing) in &guest.drives {
+        let name = VolumeName::Drive(id.to_string());
+        if let Some(volume) = captured.volumes.iter().find(|volume| volume.name == name) {
+            guest.known.captured(id, backing, &layout, volume);
+        }
+    }
+    Ok(())
+}
+
+fn save_two_files(
+    guest: &mut KvmGuest,
+    state_path: &Path,
+    memory_path: &Path,
+    operation: &Operation,
+) -> Result<(), SaveError> {
+    let state = machine_state(guest, &|_| false)?.encode()?;
+    let memory = memory_content(guest, operation.cancel_flag()).map_err(SaveError::Memory)?;
+    let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.bytes())]));
+    operation.enter("copying");
+    watch(operation, &progress);
+    raw::write_raw(&*memory, memory_path, &CaptureSettings::default(), &progress)?;
+    let written = Progress::new([(VolumeName::Memory, state.bytes())]);
+    Ok(raw::write_raw(
+        &state,
+        state_path,
+        &CaptureSettings::default(),
+        &written,
+    )?)
+}
+
+fn machine_state(
+    guest: &KvmGuest,
+    in_image: &dyn Fn(&ResourceId) -> bool,
+) -> Result<MachineState, SaveError> {
+    let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut sections = guest.machine.save()?;
+    let records = guest.drives.iter().map(|(id, backing)| {
+        record(backing, in_image(id)).map_err(|source| SaveError::Drive {
+            id: id.clone(),
+            source,
+        })
+    });
+    let description = Description {
+        config: guest.config.clone(),
+        drives: records.collect::<Result<_, _>>()?,
+    };
+    if let Some(paused) = guest.machine.paused() {
+        sections.push(SavedSection::of::<Description>("", &description.save(&paused)?)?);
+    }
+    let saved_at_ms = u64::try_from(saved_at.as_millis()).unwrap_or(u64::MAX);
+    Ok(MachineState::new(saved_at_ms, sections))
+}
+
+fn record(backing: &Backing, in_image: bool) -> io::Result<DriveRecord> {
+    let bytes = backing.store().bytes();
+    match backing {
+        Backing::File { store, .. } if !in_image => DriveRecord::of_file(store.file(), bytes),
+        _ => Ok(DriveRecord {
+            in_image,
+            bytes,
+            modified_ns: None,
+        }),
+    }
+}
+
+/// The chunks that the vCPUs need first, the first vCPU's first.
+fn first_chunks(guest: &KvmGuest, chunk_size: ChunkSize) -> Vec<(VolumeName, ChunkIndex)> {
+    let layout = guest.machine.layout();
+    let mut chunks = Vec::new();
+    for page in guest.machine.first_pages() {
+        if let Some(offset) = layout.volume_offset(page) {
+            let chunk = (VolumeName::Memory, chunk_size.chunk_holding(offset));
+            if !chunks.contains(&chunk) {
+                chunks.push(chunk);
+            }
+        }
+    }
+    chunks
+}
