@@ -1,0 +1,332 @@
+//! `runnel agent`: the process that fetches chunks of images of other hosts; and how `resume` comes by one.
+
+use std::io;
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use runnel_agent::agent::{Agent, AgentSettings, UNUSED_AFTER};
+use runnel_agent::remote::RemoteSettings;
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
+use rustix::process::Signal;
+
+use super::Failure;
+use crate::credentials::credentials;
+use crate::exit::Exit;
+use crate::monitor::FAREWELL;
+use crate::output::{OutputArgs, print, print_json};
+use crate::process::ProcessId;
+use crate::program::{self, last_lines};
+use crate::signals::Signals;
+use crate::size::{self, parse_bytes, parse_duration};
+use crate::state::{StateFolder, private_folder};
+use crate::table::{Table, one_line};
+
+/// How long an agent may take until it listens.
+const START: Duration = Duration::from_secs(10);
+
+/// How often it is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// How long an agent may take to say how it is.
+const STATUS: Duration = Duration::from_secs(5);
+
+const HELP: &str = "\
+Fetches, verifies and keeps chunks of images of other hosts for this user's machines. `runnel resume` starts one if none
+runs; this starts it by hand, with other settings, in the foreground. One that is killed is followed by one that goes on
+with the same files.
+
+Passwords and tokens are read from --auth-file, else $REGISTRY_AUTH_FILE, else ~/.docker/config.json, as `docker login`
+and `skopeo login` write them. The token of `runnel serve` is any user's password there.
+
+Examples:
+    runnel agent --fill-rate 50M
+    runnel agent --status
+    runnel agent --stop";
+
+/// Why there is no agent.
+#[derive(Debug, thiserror::Error)]
+enum AgentCommandError {
+    /// The one that was named does not answer.
+    #[error("no agent answers at {0}: start one with `runnel agent --socket {0}`, or leave --agent out")]
+    NotThere(PathBuf),
+    /// None runs.
+    #[error("no agent runs: `runnel resume` starts one when it needs one")]
+    NoneRuns,
+    /// One runs already.
+    #[error("an agent runs already at {0}: `runnel agent --stop` ends it")]
+    RunsAlready(PathBuf),
+    /// There is no place for drives.
+    #[error("there is no folder for the drives of resumed machines: give one with --drives")]
+    NoPlace,
+    /// A folder cannot be made.
+    #[error("creating {path} failed")]
+    Folder {
+        /// Which one.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It ended at once.
+    #[error("the agent ended at once ({status}):\n{log}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// What it said.
+        log: String,
+    },
+    /// It does not answer.
+    #[error("the agent that was started does not answer; its log is {0}")]
+    Silent(PathBuf),
+    /// It was asked to end, and has not.
+    #[error("the agent (process {0}) was asked to end and has not")]
+    StillRuns(u32),
+}
+
+/// Fetch chunks for this user's machines
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct AgentArgs {
+    /// Where to listen; where `resume` looks for it unless given
+    #[arg(long, value_name = "SOCKET")]
+    socket: Option<PathBuf>,
+
+    /// Folder for the memory of resumed machines, on a tmpfs
+    #[arg(long, value_name = "DIR")]
+    memory: Option<PathBuf>,
+
+    /// Folder for the content of drives, on a disk
+    #[arg(long, value_name = "DIR")]
+    drives: Option<PathBuf>,
+
+    /// Bytes a second that an image arrives at in the background, before compression: 50M
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    fill_rate: Option<NonZeroU64>,
+
+    /// How long an image is kept that no machine uses
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    unused_after: Option<Duration>,
+
+    /// How long a server may be silent before it counts as away
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    server_deadline: Option<Duration>,
+
+    /// Certificates of the authorities to trust for https, in place of the system's, in PEM
+    #[arg(long, value_name = "FILE")]
+    authorities: Option<PathBuf>,
+
+    /// Passwords and tokens of registries
+    #[arg(long, value_name = "FILE")]
+    auth_file: Option<PathBuf>,
+
+    /// Show what the agent that runs has open, and what that cost
+    #[arg(long, conflicts_with = "stop")]
+    status: bool,
+
+    /// End the agent that runs. Machines that still wait for chunks stall until there is another
+    #[arg(long)]
+    stop: bool,
+
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    let bytes = parse_bytes(text).map_err(|error| error.to_string())?;
+    NonZeroU64::new(bytes)
+        .ok_or_else(|| "at a rate of 0 nothing arrives: leave it out for no limit".to_owned())
+}
+
+/// Which agent is used.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AgentFlags {
+    /// Socket of the agent; this user's own, which is started if need be, unless given
+    #[arg(long, value_name = "SOCKET")]
+    agent: Option<PathBuf>,
+
+    /// Passwords and tokens of registries, for an agent that is started now
+    #[arg(long, value_name = "FILE")]
+    auth_file: Option<PathBuf>,
+}
+
+/// Where this user's agent listens.
+pub(crate) fn socket_of(state: &StateFolder) -> PathBuf {
+    state.agent().join("agent.sock")
+}
+
+pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
+    let signals = Signals::take()?;
+    let state = StateFolder::open()?;
+    let socket = args.socket.clone().unwrap_or_else(|| socket_of(&state));
+    if args.status {
+        return show_status(&socket, args.output);
+    }
+    if args.stop {
+        return stop(&socket);
+    }
+    if is_answering(&socket) {
+        return Err(AgentCommandError::RunsAlready(socket).into());
+    }
+    let agent = Agent::start(args.settings(&state, socket.clone())?)?;
+    match args.output.json {
+        true => print_json(&serde_json::json!({ "socket": socket }))?,
+        false => print(&format!(
+            "the agent listens at {}; Ctrl-C ends it\n",
+            socket.display()
+        ))?,
+    }
+    let signal = signals.wait()?;
+    agent.stop();
+    // To be ended is what it waits for, so that is no failure.
+    tracing::debug!(signal, "ended");
+    Ok(Exit::Done)
+}
+
+impl AgentArgs {
+    fn settings(&self, state: &StateFolder, socket: PathBuf) -> Result<AgentSettings, Failure> {
+        // Each folder of state has an agent of its own, and that one folders of its own.
+        let digest = BlobDigest::of(state.path().as_os_str().as_encoded_bytes()).hex();
+        let own = &digest[..8];
+        let memory = match &self.memory {
+            Some(path) => path.clone(),
+            None => memory_folder(own)?,
+        };
+        let drives = match &self.drives {
+            Some(path) => path.clone(),
+            None => cache_folder()?.join(own),
+        };
+        for path in [&memory, &drives] {
+            make(path)?;
+        }
+        let mut settings = AgentSettings::new(socket, memory, drives);
+        settings.fill_bytes_per_second = self.fill_rate;
+        settings.unused_after = self.unused_after.unwrap_or(UNUSED_AFTER);
+        let remote = RemoteSettings::default();
+        settings.remote = RemoteSettings {
+            idle_deadline: self.server_deadline.unwrap_or(remote.idle_deadline),
+            authorities: self.authorities.clone(),
+            credentials: credentials(self.auth_file.as_deref())?,
+            ..remote
+        };
+        Ok(settings)
+    }
+}
+
+/// The folder on the tmpfs that every host has. Others can make one of that name first, so it is looked at.
+fn memory_folder(own: &str) -> Result<PathBuf, Failure> {
+    let user = rustix::process::geteuid().as_raw();
+    let path = PathBuf::from(format!("/dev/shm/runnel-{user}"));
+    private_folder(&path)?;
+    Ok(path.join(own))
+}
+
+/// `$XDG_CACHE_HOME/runnel/drives`, else `/var/cache/runnel/drives` for root and `~/.cache/runnel/drives` for others.
+fn cache_folder() -> Result<PathBuf, AgentCommandError> {
+    let folder = |variable: &str| {
+        let path = std::env::var_os(variable).map(PathBuf::from);
+        path.filter(|path| path.is_absolute())
+    };
+    let cache = folder("XDG_CACHE_HOME").or_else(|| match rustix::process::geteuid().is_root() {
+        true => Some("/var/cache".into()),
+        false => Some(folder("HOME")?.join(".cache")),
+    });
+    let cache = cache.ok_or(AgentCommandError::NoPlace)?;
+    Ok(cache.join("runnel/drives"))
+}
+
+fn make(path: &Path) -> Result<(), AgentCommandError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path);
+    made.map_err(|source| AgentCommandError::Folder {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
+    let status = ask(socket)?;
+    if output.json {
+        print_json(&status)?;
+        return Ok(Exit::Done);
+    }
+    let mut table = Table::new(&["IMAGE", "DIGEST", "MACHINES", "RECEIVED", "SENT"]);
+    for image in &status.images {
+        table.push(vec![
+            one_line(&image.image, 60),
+            image.digest.to_string().chars().take(19).collect(),
+            image.machines.to_string(),
+            size::bytes(image.bytes_received),
+            size::bytes(image.bytes_sent),
+        ]);
+    }
+    print(&format!("the agent is process {}\n{table}", status.process))?;
+    Ok(Exit::Done)
+}
+
+fn ask(socket: &Path) -> Result<AgentStatus, Failure> {
+    if !is_answering(socket) {
+        return Err(AgentCommandError::NoneRuns.into());
+    }
+    Ok(status(socket, STATUS)?)
+}
+
+fn stop(socket: &Path) -> Result<Exit, Failure> {
+    let pid = ask(socket)?.process;
+    // Nothing, if it has just ended by itself.
+    if let Some(process) = ProcessId::of(pid).and_then(ProcessId::open) {
+        process.signal(Signal::TERM)?;
+        if !process.wait(FAREWELL)? {
+            return Err(AgentCommandError::StillRuns(pid).into());
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// The socket of an agent that runs; this user's own is started if it does not.
+pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<PathBuf, Failure> {
+    if let Some(socket) = &flags.agent {
+        return match is_answering(socket) {
+            true => Ok(std::path::absolute(socket)?),
+            false => Err(AgentCommandError::NotThere(socket.clone()).into()),
+        };
+    }
+    let socket = socket_of(state);
+    if !is_answering(&socket) {
+        start(state, flags, &socket)?;
+    }
+    Ok(socket)
+}
+
+fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), Failure> {
+    let log = state.agent().join("agent.log");
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("agent");
+    if let Some(file) = &flags.auth_file {
+        command.arg("--auth-file").arg(file);
+    }
+    program::detach(&mut command, &log)?;
+    let mut child = command.spawn()?;
+    let deadline = Instant::now() + START;
+    while !is_answering(socket) {
+        // If two commands start one each, the second agent finds the first in its place; that one serves both.
+        if let Some(status) = child.try_wait()?
+            && !is_answering(socket)
+        {
+            let log = last_lines(&log, 8);
+            return Err(AgentCommandError::Ended { status, log }.into());
+        }
+        if Instant::now() > deadline {
+            return Err(AgentCommandError::Silent(log).into());
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}

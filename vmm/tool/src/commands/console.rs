@@ -1,0 +1,47 @@
+//! `runnel console`: a machine's serial console on this terminal.
+
+use std::io::IsTerminal;
+
+use clap::Args;
+
+use super::Failure;
+use crate::console::{Console, Left};
+use crate::exit::Exit;
+use crate::signals::Signals;
+use crate::state::{MachineName, StateFolder};
+
+const HELP: &str = "\
+Every key goes to the guest, Ctrl-C too; Ctrl-] leaves, and the machine runs on. What the guest printed while nobody
+was there comes first. There is one place: who comes second waits until the first has left.
+
+Examples:
+    runnel console web
+    echo uptime | runnel console web        not from a terminal: every byte is typed, and output goes on until Ctrl-C";
+
+/// Join a machine's serial console
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct ConsoleArgs {
+    /// The machine
+    machine: MachineName,
+}
+
+pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
+    let signals = Signals::take()?;
+    let machine = StateFolder::open()?.machine(&args.machine)?;
+    let console = Console::connect(&machine.folder.console_socket())?;
+    if std::io::stdin().is_terminal() {
+        eprintln!("{}; Ctrl-] leaves its console.", args.machine);
+    }
+    Ok(match console.join(&signals)? {
+        Left::Key => {
+            eprintln!("\n{} runs on.", args.machine);
+            Exit::Done
+        }
+        Left::Ended => {
+            eprintln!("{} has ended.", args.machine);
+            Exit::Done
+        }
+        Left::Signal(signal) => Exit::Signal(signal),
+    })
+}

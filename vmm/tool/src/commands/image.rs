@@ -1,0 +1,233 @@
+//! `runnel image`: the local store.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use clap::{Args, Subcommand};
+use runnel_snapshot::image::folder::{self, ListedImage, Listing};
+use runnel_snapshot::image::reference::ImageReference;
+use serde_json::{Value, json};
+
+use super::Failure;
+use crate::exit::Exit;
+use crate::images::ImageStore;
+use crate::output::{OutputArgs, print, print_json, trace};
+use crate::size::{self, parse_duration};
+use crate::state::StateFolder;
+use crate::table::{Table, one_line};
+
+/// Why an image stays.
+#[derive(Debug, thiserror::Error)]
+enum InUse {
+    /// A machine came from it.
+    #[error(
+        "{image} is not removed: {machine} was resumed from it, and may still read it (--force removes it nevertheless)"
+    )]
+    By {
+        /// Its name.
+        image: String,
+        /// Which machine.
+        machine: String,
+    },
+}
+
+/// Look after the images of the local store
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The store is $RUNNEL_IMAGES, else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root and
+~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it.
+
+Examples:
+    runnel image ls
+    runnel image rm web-v1
+    runnel image prune --older-than 30d --dry-run")]
+pub(crate) struct ImageArgs {
+    #[command(subcommand)]
+    command: ImageCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// List images
+    Ls(LsArgs),
+    /// Remove images
+    Rm(RmArgs),
+    /// Remove what snapshots that were cut short left, and old images that no machine came from
+    Prune(PruneArgs),
+}
+
+#[derive(Debug, Args)]
+struct LsArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+struct RmArgs {
+    /// Names of images
+    #[arg(required = true)]
+    images: Vec<String>,
+
+    /// Remove images too that running machines came from; those go on with what they have open
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Args)]
+struct PruneArgs {
+    /// Images too that are older than this, unless a running machine came from them: 12h, 30d
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    older_than: Option<Duration>,
+
+    /// Say which images would go, and do nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
+    let store = ImageStore::of_this_user()?;
+    match &args.command {
+        ImageCommand::Ls(args) => list(&store, args),
+        ImageCommand::Rm(args) => remove(&store, args),
+        ImageCommand::Prune(args) => prune(&store, args),
+    }
+}
+
+/// What is in the store; nothing, if it was never made.
+fn listing(store: &ImageStore) -> Result<Listing, Failure> {
+    if !store.path().exists() {
+        return Ok(Listing::default());
+    }
+    Ok(folder::list(store.path())?)
+}
+
+fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
+    let listing = listing(store)?;
+    if args.output.json {
+        let images: Vec<Value> = listing.images.iter().map(describe).collect();
+        let broken = listing.broken.iter();
+        let broken: Vec<Value> = broken
+            .map(|(path, error)| json!({ "path": path, "reason": trace(error) }))
+            .collect();
+        print_json(&json!({ "store": store.path(), "images": images, "broken": broken }))?;
+        return Ok(Exit::Done);
+    }
+    let mut table = Table::new(&["NAME", "TAG", "DIGEST", "SIZE", "STORED", "VOLUMES", "AGE"]);
+    for image in &listing.images {
+        table.push(vec![
+            one_line(&name_of(&image.path), 60),
+            one_line(image.name.as_deref().unwrap_or("-"), 40),
+            image.manifest.digest.to_string().chars().take(19).collect(),
+            size::bytes(image.volume_bytes()),
+            size::bytes(image.stored_bytes()),
+            image.manifest.volumes.len().to_string(),
+            age_of(&image.path).map_or("-".to_owned(), size::duration),
+        ]);
+    }
+    print(&table.to_string())?;
+    for (path, error) in &listing.broken {
+        eprintln!("{} is no usable image: {}", path.display(), trace(error));
+    }
+    Ok(Exit::Done)
+}
+
+fn describe(image: &ListedImage) -> Value {
+    let volumes = image.manifest.volumes.iter();
+    json!({
+        "name": name_of(&image.path),
+        "path": image.path,
+        "tag": image.name,
+        "digest": image.manifest.digest.to_string(),
+        "volume_bytes": image.volume_bytes(),
+        "stored_bytes": image.stored_bytes(),
+        "volumes": volumes.map(|volume| volume.name.to_string()).collect::<Vec<_>>(),
+        "parent": image.manifest.parent.map(|parent| parent.to_string()),
+    })
+}
+
+fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
+    // All are looked at before one goes.
+    let paths = args.images.iter().map(|name| store.image(name));
+    let paths = paths.collect::<Result<Vec<_>, _>>()?;
+    if !args.force {
+        for machine in StateFolder::open()?.machines()? {
+            let from = machine.record.image.as_deref().and_then(directory_of);
+            if let Some(path) = paths.iter().find(|path| Some(path.as_path()) == from.as_deref()) {
+                return Err(InUse::By {
+                    image: name_of(path),
+                    machine: machine.folder.name.to_string(),
+                }
+                .into());
+            }
+        }
+    }
+    for path in &paths {
+        folder::remove(path)?;
+    }
+    Ok(Exit::Done)
+}
+
+fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
+    let mut removed: BTreeSet<PathBuf> = BTreeSet::new();
+    if store.path().exists() && !args.dry_run {
+        removed.extend(folder::prune(store.path())?);
+    }
+    if let Some(limit) = args.older_than {
+        let machines = StateFolder::open()?.machines()?;
+        let in_use = machines
+            .iter()
+            .filter_map(|machine| directory_of(machine.record.image.as_deref()?));
+        let in_use: BTreeSet<PathBuf> = in_use.collect();
+        let is_old = |path: &Path| age_of(path).is_some_and(|age| age > limit);
+        let images = listing(store)?.images;
+        // A layout of several images is one directory.
+        let old: BTreeSet<PathBuf> = images.into_iter().map(|image| image.path).collect();
+        for path in old
+            .into_iter()
+            .filter(|path| is_old(path) && !in_use.contains(path))
+        {
+            if !args.dry_run {
+                folder::remove(&path)?;
+            }
+            removed.insert(path);
+        }
+    }
+    match args.output.json {
+        true => print_json(&json!({ "dry_run": args.dry_run, "removed": removed }))?,
+        false => {
+            let verb = if args.dry_run { "would remove" } else { "removed" };
+            let lines: String = removed
+                .iter()
+                .map(|path| format!("{verb} {}\n", path.display()))
+                .collect();
+            print(&lines)?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// The directory of an image that a machine came from, if it is one of this host.
+fn directory_of(image: &str) -> Option<PathBuf> {
+    match image.parse().ok()? {
+        ImageReference::Directory { path, .. } => Some(path),
+        ImageReference::Remote { .. } => None,
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// How long ago the image appeared.
+fn age_of(path: &Path) -> Option<Duration> {
+    let changed = path.join("index.json").metadata().ok()?.modified().ok()?;
+    // One from the future is new.
+    Some(SystemTime::now().duration_since(changed).unwrap_or_default())
+}

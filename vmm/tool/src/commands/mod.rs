@@ -1,0 +1,19 @@
+//! The commands, a file each.
+
+pub(crate) mod agent;
+pub(crate) mod console;
+pub(crate) mod doctor;
+pub(crate) mod image;
+pub(crate) mod inspect;
+pub(crate) mod ps;
+pub(crate) mod resume;
+pub(crate) mod run;
+pub(crate) mod serve;
+pub(crate) mod shell;
+pub(crate) mod snapshot;
+pub(crate) mod stop;
+pub(crate) mod vcpus;
+pub(crate) mod verify;
+
+/// Why a command failed: an error of whatever it used. Its trace is printed.
+pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -1,0 +1,212 @@
+//! `runnel ps`: what runs.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::Failure;
+use crate::api::{Api, Residency, Stalled};
+use crate::exit::Exit;
+use crate::output::{OutputArgs, print, print_json};
+use crate::size;
+use crate::state::{Machine, StateFolder};
+use crate::table::{Table, one_line};
+
+const HELP: &str = "\
+ARRIVED is how much of memory and disks is here, of a machine resumed from an image. A stalled machine waits for a chunk
+that cannot be had, and goes on by itself when it can.
+
+Examples:
+    runnel ps
+    runnel ps --json | jq -r '.[] | select(.stalled) | .name'";
+
+/// List the machines that run
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct PsArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// A machine, as `--json` shows it.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    pid: i32,
+    /// `running`, `paused`, `not started`, or `unresponsive` where the monitor does not answer.
+    state: String,
+    vcpus: u64,
+    memory_mib: u64,
+    resident_bytes: Option<u64>,
+    volumes: Vec<Residency>,
+    stalled: Option<Stalled>,
+    image: Option<String>,
+    kernel: Option<String>,
+    uptime_ms: u64,
+    api_socket: PathBuf,
+    console_socket: PathBuf,
+}
+
+impl Row {
+    fn of(machine: &Machine) -> Self {
+        let api = Api::new(&machine.folder.api_socket());
+        let info = api.instance_info().ok();
+        let progress = info.as_ref().and_then(|_| api.progress().ok());
+        let (state, stalled) = match info {
+            Some(info) => (info.state.to_ascii_lowercase(), info.stalled),
+            None => ("unresponsive".to_owned(), None),
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let record = &machine.record;
+        Self {
+            name: machine.folder.name.to_string(),
+            pid: machine.id.pid(),
+            state,
+            vcpus: record.vcpus,
+            memory_mib: record.memory_mib,
+            resident_bytes: machine.id.resident_bytes(),
+            volumes: progress.map(|progress| progress.volumes).unwrap_or_default(),
+            stalled,
+            image: record.image.clone(),
+            kernel: record.kernel.clone(),
+            // The clock may have been set back meanwhile.
+            uptime_ms: now_ms.saturating_sub(record.started_at_unix_ms),
+            api_socket: machine.folder.api_socket(),
+            console_socket: machine.folder.console_socket(),
+        }
+    }
+
+    fn arrived(&self) -> String {
+        let sum = |bytes: fn(&Residency) -> u64| self.volumes.iter().map(bytes).fold(0, u64::saturating_add);
+        match sum(|volume| volume.bytes_total) {
+            0 => "-".to_owned(),
+            total => size::share(sum(|volume| volume.bytes_resident), total),
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        const FROM_CHARS_MAX: usize = 60;
+        let known = |number: u64, text: String| if number == 0 { "-".to_owned() } else { text };
+        let state = match &self.stalled {
+            Some(_) => "stalled".to_owned(),
+            None => self.state.clone(),
+        };
+        let from = self
+            .image
+            .as_ref()
+            .or(self.kernel.as_ref())
+            .map_or("-", String::as_str);
+        vec![
+            self.name.clone(),
+            self.pid.to_string(),
+            state,
+            known(self.vcpus, self.vcpus.to_string()),
+            known(
+                self.memory_mib,
+                size::bytes(self.memory_mib.saturating_mul(1 << 20)),
+            ),
+            self.resident_bytes.map_or("-".to_owned(), size::bytes),
+            self.arrived(),
+            size::duration(Duration::from_millis(self.uptime_ms)),
+            one_line(from, FROM_CHARS_MAX),
+        ]
+    }
+
+    /// Why it is stalled, in a line of its own.
+    fn remark(&self) -> Option<String> {
+        const REASON_CHARS_MAX: usize = 200;
+        let stalled = self.stalled.as_ref()?;
+        Some(format!(
+            "{} is stalled: it has waited {} for chunk {} of {}: {}\n",
+            self.name,
+            size::duration(Duration::from_millis(stalled.waiting_ms)),
+            stalled.chunk,
+            one_line(&stalled.volume, 80),
+            one_line(&stalled.reason, REASON_CHARS_MAX),
+        ))
+    }
+}
+
+pub(crate) fn run(args: &PsArgs) -> Result<Exit, Failure> {
+    let machines = StateFolder::open()?.machines()?;
+    let rows: Vec<Row> = machines.iter().map(Row::of).collect();
+    if args.output.json {
+        print_json(&rows)?;
+        return Ok(Exit::Done);
+    }
+    let mut table = Table::new(&[
+        "NAME", "PID", "STATE", "VCPUS", "MEMORY", "RESIDENT", "ARRIVED", "UPTIME", "FROM",
+    ]);
+    for row in &rows {
+        table.push(row.cells());
+    }
+    let remarks: String = rows.iter().filter_map(Row::remark).collect();
+    print(&format!("{table}{remarks}"))?;
+    Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> Row {
+        Row {
+            name: "web".into(),
+            pid: 7,
+            state: "running".into(),
+            vcpus: 2,
+            memory_mib: 512,
+            resident_bytes: Some(3 << 20),
+            volumes: Vec::new(),
+            stalled: None,
+            image: None,
+            kernel: Some("/boot/vmlinuz".into()),
+            uptime_ms: 61_000,
+            api_socket: "/run/api.sock".into(),
+            console_socket: "/run/console.sock".into(),
+        }
+    }
+
+    #[test]
+    fn a_booted_machine_has_nothing_to_wait_for() {
+        let expected = [
+            "web",
+            "7",
+            "running",
+            "2",
+            "512 MiB",
+            "3 MiB",
+            "-",
+            "1m 1s",
+            "/boot/vmlinuz",
+        ];
+        assert_eq!(row().cells(), expected);
+        assert_eq!(row().remark(), None);
+    }
+
+    #[test]
+    fn a_stalled_machine_says_what_it_waits_for_in_one_line() {
+        let volume = |volume: &str, bytes_resident| Residency {
+            volume: volume.into(),
+            bytes_resident,
+            bytes_total: 1000,
+        };
+        let row = Row {
+            volumes: vec![volume("memory", 500), volume("drive:root", 0)],
+            stalled: Some(Stalled {
+                volume: "memory".into(),
+                chunk: 12,
+                reason: "connection refused\x1b[2J".into(),
+                waiting_ms: 9000,
+            }),
+            ..row()
+        };
+        assert_eq!(row.cells()[2], "stalled");
+        assert_eq!(row.cells()[6], "25.0 %");
+        let remark = "web is stalled: it has waited 9s for chunk 12 of memory: connection refused [2J\n";
+        assert_eq!(row.remark().unwrap(), remark);
+    }
+}

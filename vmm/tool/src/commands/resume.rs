@@ -1,0 +1,203 @@
+//! `runnel resume`: runs a machine from its image, before the image has arrived.
+
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Args;
+use runnel_snapshot::image::reference::ImageReference;
+use serde_json::{Value, json};
+
+use super::Failure;
+use super::agent::{AgentFlags, ensure_running};
+use crate::api::Api;
+use crate::boot::Override;
+use crate::exit::Exit;
+use crate::foreground::{Afterwards, start_and_attend};
+use crate::images::ImageStore;
+use crate::monitor::Monitor;
+use crate::operation::{self, Outcome};
+use crate::progress::ProgressView;
+use crate::signals::Signals;
+use crate::size::parse_duration;
+use crate::state::{MachineName, Record, StateError, StateFolder};
+
+const HELP: &str = "\
+IMAGE is the name of an image of the local store, a directory (with a slash in it), or http(s)://host:port/name, each
+with @sha256:… to pin it. Images of other hosts come through the agent, which is started if none runs. The machine runs
+at once; its memory and disks arrive while it does, and `runnel ps` shows how much is there.
+
+Examples:
+    runnel resume web-v1
+    runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
+    runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
+
+/// Run a machine from its image, which need not have arrived
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct ResumeArgs {
+    /// The image
+    image: String,
+
+    /// What the machine is called; m1, m2, … unless given
+    #[arg(long)]
+    name: Option<MachineName>,
+
+    /// Put another tap behind an interface, again for each: ID=TAP
+    #[arg(long = "tap", value_name = "ID=TAP")]
+    taps: Vec<Override>,
+
+    /// Put a file behind a drive in place of the image's content, again for each: ID=PATH
+    #[arg(long = "drive", value_name = "ID=PATH")]
+    drives: Vec<Override>,
+
+    /// Set the guest's clock forward by the time that has passed
+    #[arg(long)]
+    clock_realtime: bool,
+
+    /// How long a missing chunk is waited for before the machine counts as stalled: 30s, 2m
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    stall_after: Option<Duration>,
+
+    /// Load the machine and let it stand still, until `runnel unpause`
+    #[arg(long)]
+    paused: bool,
+
+    /// Read a directory through the agent too: its clones then share memory
+    #[arg(long)]
+    through_agent: bool,
+
+    #[command(flatten)]
+    agent: AgentFlags,
+
+    /// Let the machine run by itself, and print its name
+    #[arg(long, short)]
+    detach: bool,
+
+    /// With --detach: print name and sockets as JSON
+    #[arg(long, requires = "detach")]
+    json: bool,
+}
+
+impl ResumeArgs {
+    /// The body of the request.
+    fn load(&self, image: &ImageReference, agent: Option<&Path>) -> Value {
+        let mut body = json!({
+            "image": image.to_string(),
+            "resume_vm": !self.paused,
+            "clock_realtime": self.clock_realtime,
+        });
+        if let Some(agent) = agent {
+            body["agent_path"] = json!(agent);
+        }
+        if let Some(time) = self.stall_after {
+            body["stall_after_ms"] = json!(time.as_millis());
+        }
+        let list = |overrides: &[Override], id: &str, value: &str| -> Value {
+            let entries = overrides.iter();
+            entries
+                .map(|entry| json!({ id: entry.id, value: entry.value }))
+                .collect()
+        };
+        if !self.taps.is_empty() {
+            body["network_overrides"] = list(&self.taps, "iface_id", "host_dev_name");
+        }
+        if !self.drives.is_empty() {
+            body["drive_overrides"] = list(&self.drives, "drive_id", "path_on_host");
+        }
+        body
+    }
+}
+
+pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
+    let signals = Signals::take()?;
+    let image = ImageStore::of_this_user()?.resolve(&args.image)?;
+    let state = StateFolder::open()?;
+    let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });
+    let agent = if wants_agent {
+        Some(ensure_running(&state, &args.agent)?)
+    } else {
+        None
+    };
+
+    let monitor = Monitor::start(&state, args.name.as_ref())?;
+    let record = Record {
+        image: Some(image.to_string()),
+        ..Record::now()
+    };
+    monitor.folder().record(&record)?;
+    let body = args.load(&image, agent.as_deref());
+    let start = |monitor: &Monitor<'_>| load(monitor, body, record, &signals);
+    start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
+}
+
+fn load(
+    monitor: &Monitor<'_>,
+    body: Value,
+    record: Record,
+    signals: &Signals,
+) -> Result<Option<Exit>, Failure> {
+    let api = monitor.api();
+    let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
+    match operation::run(&api, "/snapshot/load", body, &mut view, signals)? {
+        Outcome::Cancelled(signal) => Ok(Some(Exit::Signal(signal))),
+        Outcome::Done => {
+            record_size(monitor, &api, record)?;
+            Ok(None)
+        }
+    }
+}
+
+/// Notes what the image turned out to be. A machine that has ended already has none to tell.
+fn record_size(monitor: &Monitor<'_>, api: &Api, record: Record) -> Result<(), StateError> {
+    let Ok(config) = api.configuration() else {
+        return Ok(());
+    };
+    let number = |field: &str| config["machine-config"][field].as_u64().unwrap_or(0);
+    monitor.folder().record(&Record {
+        vcpus: number("vcpu_count"),
+        memory_mib: number("mem_size_mib"),
+        ..record
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ResumeArgs,
+    }
+
+    #[test]
+    fn overrides_become_those_of_the_api() {
+        let overrides = ["--tap", "eth0=tap7", "--drive", "scratch=/srv/s"];
+        let rest = ["--paused", "--stall-after", "30s"];
+        let args = Line::parse_from([&["x", "./web"][..], &overrides, &rest].concat()).args;
+        let image = "/images/web".parse().unwrap();
+        let body = args.load(&image, Some(Path::new("/run/agent.sock")));
+        let expected = json!({
+            "image": "/images/web",
+            "agent_path": "/run/agent.sock",
+            "resume_vm": false,
+            "clock_realtime": false,
+            "stall_after_ms": 30_000,
+            "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "tap7" }],
+            "drive_overrides": [{ "drive_id": "scratch", "path_on_host": "/srv/s" }],
+        });
+        assert_eq!(body, expected);
+    }
+
+    #[test]
+    fn what_is_not_asked_for_is_left_out() {
+        let args = Line::parse_from(["x", "./web"]).args;
+        let body = args.load(&"/images/web".parse().unwrap(), None);
+        assert_eq!(
+            body,
+            json!({ "image": "/images/web", "resume_vm": true, "clock_realtime": false })
+        );
+    }
+}

@@ -1,0 +1,127 @@
+//! `runnel run`: boots a machine.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use super::Failure;
+use crate::api::ApiError;
+use crate::boot::{Boot, DriveFlag, NetFlag};
+use crate::exit::Exit;
+use crate::foreground::{Afterwards, start_and_attend};
+use crate::monitor::Monitor;
+use crate::signals::Signals;
+use crate::size::parse_mebibytes;
+use crate::state::{MachineName, Record, StateFolder};
+
+/// What Linux needs to be told to speak on the serial console, and to end the monitor when it panics.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+const HELP: &str = "\
+The guest's serial console is joined to this terminal. Ctrl-] leaves it, and the machine runs on; a hang-up or a
+SIGTERM of this command ends the machine.
+
+Examples:
+    runnel run --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2
+    runnel run --kernel vmlinuz --initrd initrd.img --drive path=disk.img,root --net tap=tap0 --rng --name web --detach
+    runnel run --config machine.json
+A configuration file is Firecracker's; paths with commas, cache types and CPU options are given there.";
+
+/// Boot a machine
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct RunArgs {
+    /// ELF vmlinux or bzImage to boot
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    kernel: Option<PathBuf>,
+
+    /// Initial RAM file system
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", default_value = CMDLINE)]
+    cmdline: String,
+
+    /// Guest memory: a number of MiB, or with K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_mebibytes)]
+    memory: u64,
+
+    /// vCPUs, 1 to 32
+    #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=32))]
+    vcpus: u64,
+
+    /// A drive, again for each: [id=ID,]path=PATH[,ro][,root][,partuuid=UUID]
+    #[arg(long = "drive", value_name = "DRIVE")]
+    drives: Vec<DriveFlag>,
+
+    /// A network interface, again for each: [id=ID,]tap=TAP[,mac=MAC][,mtu=MTU]
+    #[arg(long = "net", value_name = "INTERFACE")]
+    interfaces: Vec<NetFlag>,
+
+    /// Give the guest an entropy device
+    #[arg(long)]
+    rng: bool,
+
+    /// Take all of that from Firecracker's configuration file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng"])]
+    config: Option<PathBuf>,
+
+    /// What the machine is called; m1, m2, … unless given
+    #[arg(long)]
+    name: Option<MachineName>,
+
+    /// Let the machine run by itself, and print its name
+    #[arg(long, short)]
+    detach: bool,
+
+    /// With --detach: print name and sockets as JSON
+    #[arg(long, requires = "detach")]
+    json: bool,
+}
+
+impl RunArgs {
+    fn boot(&self) -> Result<Boot, Failure> {
+        if let Some(path) = &self.config {
+            return Ok(Boot::from_file(path)?);
+        }
+        let mut source = json!({ "kernel_image_path": self.kernel, "boot_args": self.cmdline });
+        if let Some(initrd) = &self.initrd {
+            source["initrd_path"] = json!(initrd);
+        }
+        let mut boot = Boot::new(source, self.vcpus, self.memory);
+        for (number, drive) in self.drives.iter().enumerate() {
+            boot.add_drive(number, drive);
+        }
+        for (number, interface) in self.interfaces.iter().enumerate() {
+            boot.add_interface(number, interface);
+        }
+        if self.rng {
+            boot.add_entropy();
+        }
+        Ok(boot)
+    }
+}
+
+pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
+    let signals = Signals::take()?;
+    let boot = args.boot()?;
+    let state = StateFolder::open()?;
+    let monitor = Monitor::start(&state, args.name.as_ref())?;
+    monitor.folder().record(&Record {
+        kernel: Some(boot.kernel.clone()),
+        vcpus: boot.vcpus,
+        memory_mib: boot.memory_mib,
+        ..Record::now()
+    })?;
+    for put in &boot.requests {
+        monitor.api().put(&put.path, &put.body)?;
+    }
+    let start = |monitor: &Monitor<'_>| {
+        let instance_start = json!({ "action_type": "InstanceStart" });
+        monitor.api().put("/actions", &instance_start)?;
+        Ok::<_, ApiError>(None)
+    };
+    start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
+}

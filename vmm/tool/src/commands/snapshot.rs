@@ -1,0 +1,94 @@
+//! `runnel snapshot`: saves a machine as an image, while it runs.
+
+use std::time::Instant;
+
+use clap::Args;
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::reference::Wanted;
+use serde_json::json;
+
+use super::Failure;
+use crate::api::Api;
+use crate::exit::Exit;
+use crate::images::ImageStore;
+use crate::operation::{self, Outcome};
+use crate::output::{OutputArgs, print, print_json};
+use crate::progress::ProgressView;
+use crate::signals::Signals;
+use crate::size;
+use crate::state::{MachineName, StateFolder};
+
+const HELP: &str = "\
+IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it. Memory, disks
+and devices are saved as of one moment; the machine goes on as it was. Ctrl-C calls it off, and leaves nothing.
+
+Examples:
+    runnel snapshot web web-v1
+    runnel snapshot web /srv/images/web-v1 --exclude scratch";
+
+/// Save a machine as an image, while it runs
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub(crate) struct SnapshotArgs {
+    /// The machine
+    machine: MachineName,
+
+    /// The image to make
+    image: String,
+
+    /// Leave a drive out, again for each; it must be supplied when the image is resumed
+    #[arg(long = "exclude", value_name = "DRIVE")]
+    excluded: Vec<String>,
+
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
+    let signals = Signals::take()?;
+    let machine = StateFolder::open()?.machine(&args.machine)?;
+    let target = ImageStore::of_this_user()?.destination(&args.image)?;
+    let mut body = json!({ "image_path": target });
+    if !args.excluded.is_empty() {
+        body["excluded_drives"] = json!(args.excluded);
+    }
+    let api = Api::new(&machine.folder.api_socket());
+    let started = Instant::now();
+    let mut view = ProgressView::new(format!("snapshot {}", args.machine));
+    let outcome = operation::run(&api, "/snapshot/create", body, &mut view, &signals)?;
+    drop(view);
+    if let Outcome::Cancelled(signal) = outcome {
+        eprintln!(
+            "called off: nothing is left of the image, and {} goes on as it was.",
+            args.machine
+        );
+        return Ok(Exit::Signal(signal));
+    }
+    let elapsed = started.elapsed();
+    let manifest = Image::open_directory(&target, &Wanted::Only)?.manifest;
+    let volume_bytes: u64 = manifest
+        .volumes
+        .iter()
+        .map(|volume| volume.root.volume_bytes())
+        .sum();
+    let stored_bytes: u64 = manifest.blobs().iter().map(|blob| blob.bytes).sum();
+    if args.output.json {
+        print_json(&json!({
+            "image": target,
+            "digest": manifest.digest.to_string(),
+            "volume_bytes": volume_bytes,
+            "stored_bytes": stored_bytes,
+            "elapsed_ms": u64::try_from(elapsed.as_millis())?,
+        }))?;
+        return Ok(Exit::Done);
+    }
+    print(&format!(
+        "{}\n{}: {} of memory and disks in {}, after {:.1} s\n",
+        manifest.digest,
+        target.display(),
+        size::bytes(volume_bytes),
+        size::bytes(stored_bytes),
+        elapsed.as_secs_f64(),
+    ))?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,125 @@
+//! `runnel stop`, which asks the guest, and `runnel kill`, which asks nobody.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use rustix::process::Signal;
+use serde_json::json;
+
+use super::Failure;
+use crate::api::Api;
+use crate::exit::Exit;
+use crate::monitor::FAREWELL;
+use crate::signals::Signals;
+use crate::size::{duration, parse_duration};
+use crate::state::{Machine, MachineName, StateError, StateFolder};
+
+/// How often signals are looked for while the guest shuts down.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Why a machine did not end.
+#[derive(Debug, thiserror::Error)]
+enum StopError {
+    /// The guest takes its time.
+    #[error(
+        "{name} did not end within {}: wait longer with --timeout, or end it with `runnel kill {name}`",
+        duration(*.patience)
+    )]
+    StillRuns {
+        /// The machine.
+        name: MachineName,
+        /// How long it was waited for.
+        patience: Duration,
+    },
+    /// Not even the kernel can end it now.
+    #[error("{0} was killed and has not ended: its process waits for the kernel, for instance for a disk")]
+    Unkillable(MachineName),
+}
+
+/// Ask guests to shut down, as Ctrl-Alt-Del does, and wait until they have
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Whether a guest shuts down is its own decision. One that stands still or is stalled cannot.
+
+Examples:
+    runnel stop web
+    runnel stop web db --timeout 2m")]
+pub(crate) struct StopArgs {
+    /// The machines
+    #[arg(required = true)]
+    machines: Vec<MachineName>,
+
+    /// How long each may take
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    timeout: Duration,
+}
+
+/// End machines at once, whatever their guests do
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The monitor ends in order if it can. What the guest had not written to its disks is lost.
+
+Examples:
+    runnel kill web
+    runnel kill --all")]
+pub(crate) struct KillArgs {
+    /// The machines
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    machines: Vec<MachineName>,
+
+    /// All that run
+    #[arg(long)]
+    all: bool,
+}
+
+pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
+    let signals = Signals::take()?;
+    let state = StateFolder::open()?;
+    let machines = find(&state, &args.machines)?;
+    for machine in &machines {
+        let press = json!({ "action_type": "SendCtrlAltDel" });
+        Api::new(&machine.folder.api_socket()).put("/actions", &press)?;
+    }
+    // All were asked at once, so all share the time.
+    let deadline = Instant::now() + args.timeout;
+    for machine in &machines {
+        while !machine.process.wait(LOOK)? {
+            if let Some(signal) = signals.next() {
+                return Ok(Exit::Signal(signal));
+            }
+            if Instant::now() >= deadline {
+                let (name, patience) = (machine.folder.name.clone(), args.timeout);
+                return Err(StopError::StillRuns { name, patience }.into());
+            }
+        }
+        state.forget(&machine.folder)?;
+    }
+    Ok(Exit::Done)
+}
+
+pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {
+    let state = StateFolder::open()?;
+    let machines = if args.all {
+        state.machines()?
+    } else {
+        find(&state, &args.machines)?
+    };
+    for machine in &machines {
+        machine.process.signal(Signal::TERM)?;
+    }
+    for machine in &machines {
+        if !machine.process.wait(FAREWELL)? {
+            machine.process.signal(Signal::KILL)?;
+            if !machine.process.wait(FAREWELL)? {
+                return Err(StopError::Unkillable(machine.folder.name.clone()).into());
+            }
+        }
+        state.forget(&machine.folder)?;
+    }
+    Ok(Exit::Done)
+}
+
+/// All of them, before anything is done to one.
+fn find(state: &StateFolder, names: &[MachineName]) -> Result<Vec<Machine>, StateError> {
+    names.iter().map(|name| state.machine(name)).collect()
+}

@@ -1,0 +1,43 @@
+//! `runnel pause` and `runnel unpause`.
+
+use clap::Args;
+use serde_json::json;
+
+use super::Failure;
+use crate::api::Api;
+use crate::exit::Exit;
+use crate::state::{MachineName, StateFolder};
+
+/// Let a machine stand still
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Its memory stays where it is; its clock stands still, too.
+
+Examples:
+    runnel pause web")]
+pub(crate) struct PauseArgs {
+    /// The machine
+    machine: MachineName,
+}
+
+/// Let a paused machine run on
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n    runnel unpause web")]
+pub(crate) struct UnpauseArgs {
+    /// The machine
+    machine: MachineName,
+}
+
+pub(crate) fn pause(args: &PauseArgs) -> Result<Exit, Failure> {
+    set(&args.machine, "Paused")
+}
+
+pub(crate) fn unpause(args: &UnpauseArgs) -> Result<Exit, Failure> {
+    set(&args.machine, "Resumed")
+}
+
+fn set(machine: &MachineName, state: &str) -> Result<Exit, Failure> {
+    let machine = StateFolder::open()?.machine(machine)?;
+    Api::new(&machine.folder.api_socket()).patch("/vm", &json!({ "state": state }))?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,55 @@
+//! `runnel`: the operator's tool.
+//!
+//! It starts monitors and talks to them over their API sockets, serves and reads images through the agent's and the
+//! image format's libraries, and keeps what runs in a folder of its own. It holds no state between commands but that
+//! folder, needs no daemon, and never touches guest memory.
+
+mod api;
+mod boot;
+mod cli;
+mod commands;
+mod console;
+mod credentials;
+mod exit;
+mod foreground;
+mod images;
+mod monitor;
+mod operation;
+mod output;
+mod process;
+mod program;
+mod progress;
+mod signals;
+mod size;
+mod state;
+mod table;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::filter::LevelFilter;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let level = if cli.verbose {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::WARN
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    match cli.command.run() {
+        Ok(exit) => exit.into(),
+        // Whoever reads the output has seen enough, as with `runnel ps | head -1`.
+        Err(error) if output::is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("runnel: {}", output::trace(error.as_ref()));
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! A monitor that this command started: `runnel-vmm` in a session of its own, its console at a socket.
+//!
+//! Until it is [kept](Monitor::keep), dropping it ends the process and forgets the machine: a command that fails half
+//! way leaves nothing.
+
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::api::{Api, ApiError};
+use crate::exit::Exit;
+use crate::process::{Process, ProcessId};
+use crate::program::{self, ProgramError, last_lines};
+use crate::signals::Signals;
+use crate::state::{MachineFolder, MachineName, StateError, StateFolder};
+
+/// How long a monitor may take until it answers; it does so before it looks at its machine.
+const START: Duration = Duration::from_secs(10);
+
+/// How often it is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// How often signals are looked for while it is waited for.
+const LOOK_FOR_SIGNALS: Duration = Duration::from_millis(100);
+
+/// How long a monitor that was asked to end may take, before it is killed.
+pub(crate) const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Why there is no monitor.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MonitorError {
+    /// There is no such program.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// The machine cannot be entered.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// It could not be started.
+    #[error("{program} cannot be started")]
+    Spawn {
+        /// Which program.
+        program: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// It ended at once.
+    #[error("the monitor ended at once ({status}):\n{log}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// What it said.
+        log: String,
+    },
+    /// It does not answer.
+    #[error("the monitor does not answer; its log is {0}")]
+    Silent(PathBuf),
+    /// It refused to put its console there.
+    #[error("the console's socket was refused")]
+    Console(#[source] ApiError),
+}
+
+/// A monitor that this command started.
+#[derive(Debug)]
+pub(crate) struct Monitor<'s> {
+    state: &'s StateFolder,
+    folder: MachineFolder,
+    child: Child,
+    process: Process,
+    is_kept: bool,
+}
+
+impl<'s> Monitor<'s> {
+    /// Starts one for a machine of that name, and waits until it answers.
+    ///
+    /// # Errors
+    /// When the name is taken, or there is no monitor to be had. Nothing is left then.
+    pub(crate) fn start(state: &'s StateFolder, name: Option<&MachineName>) -> Result<Self, MonitorError> {
+        let program = program::monitor()?;
+        let claim = state.claim(name)?;
+        let folder = claim.folder().clone();
+        let failed = |source| MonitorError::Spawn {
+            program: program.clone(),
+            source,
+        };
+        let mut command = Command::new(&program);
+        command.arg("--api-sock").arg(folder.api_socket());
+        command.arg("--id").arg(folder.name.to_string());
+        command.arg("--log-path").arg(folder.log());
+        command.args(["--level", "Info", "--show-level"]);
+        program::detach(&mut command, &folder.log()).map_err(failed)?;
+        let mut child = command.spawn().map_err(failed)?;
+        // It cannot be another one of the same number before the child is waited for.
+        let id = ProcessId::of(child.id());
+        let Some((id, process)) = id.and_then(|id| Some((id, id.open()?))) else {
+            return Err(ended(&mut child, &folder));
+        };
+        let mut monitor = Self {
+            state,
+            folder,
+            child,
+            process,
+            is_kept: false,
+        };
+        claim.enter(id)?;
+        monitor.wait_for_api()?;
+        let socket = json!({ "serial_socket_path": monitor.folder.console_socket() });
+        monitor
+            .api()
+            .put("/serial", &socket)
+            .map_err(MonitorError::Console)?;
+        Ok(monitor)
+    }
+
+    fn wait_for_api(&mut self) -> Result<(), MonitorError> {
+        let deadline = Instant::now() + START;
+        while !self.api().is_listening() {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return Err(ended(&mut self.child, &self.folder));
+            }
+            if Instant::now() > deadline {
+                return Err(MonitorError::Silent(self.folder.log()));
+            }
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Its API.
+    pub(crate) fn api(&self) -> Api {
+        Api::new(&self.folder.api_socket())
+    }
+
+    /// The machine's folder.
+    pub(crate) fn folder(&self) -> &MachineFolder {
+        &self.folder
+    }
+
+    /// Lets it go on when this command has ended.
+    pub(crate) fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    /// Where its log is once it has ended.
+    pub(crate) fn ended_log(&self) -> PathBuf {
+        self.state.ended_log(&self.folder.name)
+    }
+
+    /// Waits for its end; what was left of the machine is removed. A signal that comes first ends the monitor.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub(crate) fn wait(mut self, signals: &Signals) -> io::Result<Exit> {
+        while !self.process.wait(LOOK_FOR_SIGNALS)? {
+            if let Some(signal) = signals.next() {
+                return Ok(Exit::Signal(signal));
+            }
+        }
+        let status = self.child.wait()?;
+        self.is_kept = true;
+        // What cannot be removed now is stale, and the next command tries again.
+        let _ = self.state.forget(&self.folder);
+        Ok(Exit::Monitor(code_of(status)))
+    }
+
+    /// Ends it, in order if it can.
+    fn end(&mut self) {
+        for (signal, patience) in [(Signal::TERM, FAREWELL), (Signal::KILL, FAREWELL)] {
+            // It is a child of ours: the signal is allowed, and a wait that fails is tried again with the next one.
+            let _ = self.process.signal(signal);
+            if self.process.wait(patience).unwrap_or(false) {
+                break;
+            }
+        }
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Monitor<'_> {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.end();
+            let _ = self.state.forget(&self.folder);
+        }
+    }
+}
+
+fn ended(child: &mut Child, folder: &MachineFolder) -> MonitorError {
+    const LINES: usize = 8;
+    match child.wait() {
+        Ok(status) => MonitorError::Ended {
+            status,
+            log: last_lines(&folder.log(), LINES),
+        },
+        Err(_) => MonitorError::Silent(folder.log()),
+    }
+}
+
+fn code_of(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| Some(128 + status.signal()?));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(crate::exit::FAILED)
+}

@@ -1,0 +1,73 @@
+//! What commands print: text for people, JSON for scripts.
+
+use std::error::Error;
+use std::io::{self, Write};
+
+use clap::Args;
+use serde::Serialize;
+
+/// How a command's result is printed.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// Print JSON, for scripts.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Prints text, which ends its own lines.
+///
+/// # Errors
+/// When standard output takes no more.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// Prints JSON.
+///
+/// # Errors
+/// When standard output takes no more.
+pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// An error and its causes in one line, none of them said twice.
+pub(crate) fn trace(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Whether standard output was closed by whoever reads it.
+pub(crate) fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("reading /x failed")]
+    struct Outer(#[source] io::Error);
+
+    #[test]
+    fn a_trace_names_every_cause_once() {
+        let error = Outer(io::Error::other("no such thing"));
+        assert_eq!(trace(&error), "reading /x failed: no such thing");
+        assert!(is_broken_pipe(&io::Error::from(io::ErrorKind::BrokenPipe)));
+        assert!(!is_broken_pipe(&error));
+    }
+}

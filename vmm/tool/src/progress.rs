@@ -1,0 +1,99 @@
+//! How far something is, on standard error: a bar on a terminal, else a line every few seconds.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::size;
+
+/// How often a line is written where there is no terminal.
+const LINES_APART: Duration = Duration::from_secs(5);
+
+/// What is shown of something that takes a while. Dropping it clears the bar.
+#[derive(Debug)]
+pub(crate) struct ProgressView {
+    what: String,
+    shown: Shown,
+}
+
+#[derive(Debug)]
+enum Shown {
+    Bar(ProgressBar),
+    Lines { last: Instant },
+}
+
+impl ProgressView {
+    /// Of what is called `what`, as in `snapshot web`.
+    pub(crate) fn new(what: String) -> Self {
+        let shown = if std::io::stderr().is_terminal() {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template(
+                "{prefix}  {wide_bar}  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {msg}",
+            );
+            // The template is a constant, and wrong ones are found by the test below.
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_prefix(what.clone());
+            Shown::Bar(bar)
+        } else {
+            Shown::Lines { last: Instant::now() }
+        };
+        Self { what, shown }
+    }
+
+    /// So much is done, of so much; 0 in all while that is not known.
+    pub(crate) fn show(&mut self, phase: &str, done: u64, total: u64) {
+        match &mut self.shown {
+            Shown::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done.min(total));
+                bar.set_message(phase.to_owned());
+            }
+            Shown::Lines { last } if last.elapsed() >= LINES_APART => {
+                *last = Instant::now();
+                eprintln!("{}", line(&self.what, phase, done, total));
+            }
+            Shown::Lines { .. } => {}
+        }
+    }
+}
+
+impl Drop for ProgressView {
+    fn drop(&mut self) {
+        if let Shown::Bar(bar) = &self.shown {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn line(what: &str, phase: &str, done: u64, total: u64) -> String {
+    let phase = if phase.is_empty() {
+        String::new()
+    } else {
+        format!(", {phase}")
+    };
+    match total {
+        0 => format!("{what}{phase}"),
+        _ => format!(
+            "{what}: {} ({} of {}){phase}",
+            size::share(done.min(total), total),
+            size::bytes(done.min(total)),
+            size::bytes(total)
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_say_what_is_known() {
+        assert_eq!(
+            line("snapshot web", "copying", 512, 1024),
+            "snapshot web: 50.0 % (512 B of 1 KiB), copying"
+        );
+        assert_eq!(line("resume web", "opening", 0, 0), "resume web, opening");
+        assert_eq!(line("verify", "", 9, 4), "verify: 100 % (4 B of 4 B)");
+    }
+}

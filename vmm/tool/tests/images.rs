@@ -1,0 +1,376 @@
+//! The commands about images, as a process: what they print, and what they end with.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+
+use runnel_snapshot::capture::{CaptureSettings, Captured, Job, VolumeSource};
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::section::SavedSection;
+use runnel_snapshot::state::MachineState;
+use runnel_snapshot::volume::VolumeName;
+use serde_json::Value;
+use tempfile::TempDir;
+
+const CHUNK: usize = 64 << 10;
+
+/// A user with a store and a runtime directory of his own.
+struct User {
+    folder: TempDir,
+}
+
+impl User {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("run")).unwrap();
+        fs::create_dir(folder.path().join("images")).unwrap();
+        Self { folder }
+    }
+
+    fn store(&self) -> PathBuf {
+        self.folder.path().join("images")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_runnel"));
+        command
+            .args(arguments)
+            .current_dir(self.folder.path())
+            .env("XDG_RUNTIME_DIR", self.folder.path().join("run"))
+            .env("RUNNEL_IMAGES", self.store())
+            .env("HOME", self.folder.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// What a command that must succeed prints.
+    fn output(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.output(arguments)).unwrap()
+    }
+
+    /// Saves a machine of two volumes into the store: memory of data, zeros, zeros and data, and a drive of zeros.
+    fn capture(&self, name: &str, parent: Option<BlobDigest>) -> Captured {
+        let mut memory = vec![0; 4 * CHUNK];
+        for (number, at) in [0, 3 * CHUNK].into_iter().enumerate() {
+            for (offset, byte) in memory[at..at + CHUNK].iter_mut().enumerate() {
+                *byte = (offset % 251) as u8 ^ number as u8;
+            }
+        }
+        let volumes = vec![
+            (VolumeName::Memory, VolumeSource::Content(Arc::new(memory))),
+            (
+                VolumeName::Drive("root".into()),
+                VolumeSource::Content(Arc::new(vec![0_u8; 2 * CHUNK])),
+            ),
+        ];
+        let section = |id: &str| SavedSection {
+            kind: "vcpu".into(),
+            id: id.into(),
+            version: 1,
+            state: Value::Null,
+        };
+        let state = MachineState::new(1_700_000_000_000, vec![section("0"), section("1")]);
+        let mut job = Job::new(CaptureSettings::default(), volumes).unwrap();
+        if let Some(parent) = parent {
+            job = job.with_parent(parent);
+        }
+        job.run(&self.store().join(name), state).unwrap()
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Changes a byte in the middle of a blob.
+fn damage(image: &Path, digest: &BlobDigest) {
+    let path = image.join("blobs/sha256").join(digest.hex());
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 40).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 40).unwrap();
+}
+
+#[test]
+fn inspect_shows_volumes_zeros_sections_and_lineage() {
+    let user = User::new();
+    let parent = user.capture("web-v1", None);
+    user.capture("web-v2", Some(parent.manifest.digest));
+
+    let shown = user.json(&["inspect", "web-v2", "--json"]);
+    assert_eq!(shown["saved_at_unix_ms"], 1_700_000_000_000_u64);
+    assert_eq!(shown["volume_bytes"], 6 * CHUNK);
+    assert_eq!(shown["sections"]["vcpu"]["count"], 2);
+    let memory = &shown["volumes"][0];
+    assert_eq!(memory["name"], "memory");
+    assert_eq!(memory["zero_bytes"], 2 * CHUNK);
+    assert_eq!(
+        (&memory["chunks"], &memory["data_chunks"]),
+        (&4.into(), &2.into())
+    );
+    assert_eq!(shown["volumes"][1]["zero_bytes"], 2 * CHUNK);
+    assert_eq!(shown["lineage"][0]["digest"], parent.manifest.digest.to_string());
+    assert_eq!(
+        shown["lineage"][0]["image"],
+        user.store().join("web-v1").to_str().unwrap()
+    );
+
+    let text = user.output(&["inspect", "web-v2"]);
+    for expected in [
+        "2023-11-14 22:13:20 UTC",
+        "memory",
+        "drive:root",
+        "vcpu v1 ×2",
+        "50.0 %",
+        "parent",
+    ] {
+        assert!(text.contains(expected), "{expected} is not in\n{text}");
+    }
+}
+
+#[test]
+fn verify_finds_an_image_sound_or_names_the_damaged_blob() {
+    let user = User::new();
+    let image = user.capture("web", None);
+    let sound = user.json(&["verify", "web", "--json"]);
+    assert_eq!((&sound["sound"], &sound["chunks"]), (&true.into(), &2.into()));
+
+    let layer = image.volumes[0].layers[0].digest;
+    damage(&user.store().join("web"), &layer);
+    let output = user.run(&["verify", "web"]);
+    assert_eq!(output.status.code(), Some(3));
+    let told = text(&output.stdout);
+    assert!(
+        told.contains(&layer.to_string()) && told.contains("chunk 0"),
+        "{told}"
+    );
+    let json = user.run(&["verify", "web", "--json"]);
+    assert_eq!(json.status.code(), Some(3));
+    assert_eq!(
+        serde_json::from_slice::<Value>(&json.stdout).unwrap()["sound"],
+        false
+    );
+}
+
+#[test]
+fn images_are_listed_removed_and_nothing_else_is() {
+    let user = User::new();
+    let captured = user.capture("web", None);
+    fs::create_dir(user.store().join("precious")).unwrap();
+    let listed = user.json(&["image", "ls", "--json"]);
+    assert_eq!(listed["images"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        listed["images"][0]["digest"],
+        captured.manifest.digest.to_string()
+    );
+    assert!(user.output(&["image", "ls"]).contains("web"));
+
+    for name in ["precious", "..", "no-such"] {
+        let refused = user.run(&["image", "rm", "web", name]);
+        assert_eq!(refused.status.code(), Some(1), "{name}");
+    }
+    assert!(
+        user.store().join("web").is_dir(),
+        "all are looked at before one goes"
+    );
+    user.output(&["image", "rm", "web"]);
+    assert!(!user.store().join("web").exists());
+    assert!(user.store().join("precious").is_dir());
+    assert_eq!(
+        user.json(&["image", "ls", "--json"])["images"],
+        Value::Array(Vec::new())
+    );
+}
+
+#[test]
+fn prune_takes_old_images_only_when_told_and_says_what_it_would_do() {
+    let user = User::new();
+    user.capture("web", None);
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    let index = fs::File::options()
+        .write(true)
+        .open(user.store().join("web/index.json"))
+        .unwrap();
+    index.set_modified(long_ago).unwrap();
+
+    assert_eq!(user.output(&["image", "prune"]), "");
+    let would = user.output(&["image", "prune", "--older-than", "30d", "--dry-run"]);
+    assert!(
+        would.starts_with("would remove") && would.contains("web"),
+        "{would}"
+    );
+    assert!(user.store().join("web").is_dir());
+    user.output(&["image", "prune", "--older-than", "30d"]);
+    assert!(!user.store().join("web").exists());
+}
+
+#[test]
+fn an_image_of_a_server_is_inspected_without_fetching_it() {
+    let user = User::new();
+    let captured = user.capture("web", None);
+    let mut server = user
+        .command(&["serve", "--listen", "127.0.0.1:0", "--json"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+    let first: Vec<String> = (0..4).map(|_| lines.next().unwrap().unwrap()).collect();
+    let url = serde_json::from_str::<Value>(&first.concat()).unwrap()["url"].clone();
+    let image = format!("{}/web", url.as_str().unwrap());
+    let shown = user.json(&["inspect", &image, "--json"]);
+    let terminated = Command::new("kill")
+        .arg(server.id().to_string())
+        .status()
+        .unwrap();
+    assert!(terminated.success());
+
+    assert_eq!(shown["digest"], captured.manifest.digest.to_string());
+    assert_eq!(
+        server.wait().unwrap().code(),
+        Some(0),
+        "to be ended is no failure"
+    );
+}
+
+#[test]
+fn serving_beyond_loopback_is_refused_with_what_is_missing() {
+    let user = User::new();
+    let output = user.run(&["serve", "--listen", "0.0.0.0:0"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("--insecure"),
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn errors_name_the_next_step() {
+    let user = User::new();
+    for (arguments, expected) in [
+        (&["inspect", "web"][..], "runnel image ls"),
+        (
+            &["verify", "http://127.0.0.1:1/web"],
+            "give a directory or a name",
+        ),
+        (&["console", "web"], "runnel ps"),
+        (&["kill", "web"], "runnel ps"),
+        (&["agent", "--status"], "runnel resume"),
+        (
+            &["resume", "http://127.0.0.1:1/web", "--agent", "/nonexistent"],
+            "runnel agent",
+        ),
+    ] {
+        let output = user.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let told = text(&output.stderr);
+        assert!(told.contains(expected), "{arguments:?}: {told}");
+        assert_eq!(told.lines().count(), 1, "{arguments:?}: {told}");
+    }
+}
+
+#[test]
+fn what_cannot_be_understood_ends_with_2() {
+    let user = User::new();
+    for arguments in [
+        &[][..],
+        &["run"],
+        &["run", "--kernel", "k", "--memory", "lots"],
+        &["run", "--kernel", "k", "--name", "a/b"],
+        &["run", "--kernel", "k", "--config", "c"],
+        &["resume"],
+        &["resume", "web", "--json"],
+        &["ps", "--strange"],
+    ] {
+        assert_eq!(user.run(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn nothing_runs_for_a_new_user() {
+    let user = User::new();
+    assert_eq!(user.json(&["ps", "--json"]), Value::Array(Vec::new()));
+    assert!(user.output(&["ps"]).starts_with("NAME"));
+}
+
+#[test]
+fn doctor_reports_every_check_with_a_verdict() {
+    let user = User::new();
+    let output = user.run(&["doctor", "--json"]);
+    let findings: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let is_missing = |finding: &Value| finding["verdict"] == "missing";
+    let expected = if findings.iter().any(is_missing) { 3 } else { 0 };
+    assert_eq!(output.status.code(), Some(expected));
+    for check in [
+        "kernel",
+        "kvm",
+        "userfaultfd",
+        "tap",
+        "monitor",
+        "state",
+        "agent",
+        "memory",
+        "tmpfs",
+        "open files",
+    ] {
+        assert!(
+            findings.iter().any(|finding| finding["check"] == check),
+            "{check}"
+        );
+    }
+}
+
+#[test]
+fn shells_and_man_know_the_commands() {
+    let user = User::new();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(
+            user.output(&["completions", shell]).contains("snapshot"),
+            "{shell}"
+        );
+    }
+    let pages = user.folder.path().join("man");
+    fs::create_dir(&pages).unwrap();
+    user.output(&["man", pages.to_str().unwrap()]);
+    for page in ["runnel.1", "runnel-resume.1", "runnel-image-prune.1"] {
+        assert!(
+            fs::read_to_string(pages.join(page)).unwrap().contains(".SH"),
+            "{page}"
+        );
+    }
+}
+
+#[test]
+fn an_agent_is_shown_and_ended_and_gives_way_to_none() {
+    let user = User::new();
+    let folder = |name: &str| user.folder.path().join(name).to_str().unwrap().to_owned();
+    let (memory, drives) = (folder("memory"), folder("drives"));
+    let arguments = ["agent", "--memory", &memory, "--drives", &drives];
+    let mut agent = user.command(&arguments).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(agent.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().contains("agent.sock"));
+
+    let status = user.json(&["agent", "--status", "--json"]);
+    assert_eq!(status["process"], agent.id());
+    let second = user.run(&arguments);
+    assert!(
+        text(&second.stderr).contains("runs already"),
+        "{}",
+        text(&second.stderr)
+    );
+    user.output(&["agent", "--stop"]);
+    assert_eq!(agent.wait().unwrap().code(), Some(0));
+}
