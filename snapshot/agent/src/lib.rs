@@ -6,6 +6,7 @@
 //! and no byte reaches a page file before it matched its digest.
 
 pub mod agent;
+pub mod cli;
 pub mod remote;
 pub mod serve;
 pub mod tls;

@@ -7,6 +7,7 @@ mod wire;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier, Mutex};
@@ -307,6 +308,68 @@ fn a_new_agent_goes_on_with_the_same_files_and_is_asked_again() {
     machine.ask(&[0]);
     assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
     assert_eq!(asked.load(Ordering::SeqCst), fetched);
+}
+
+/// The agent as a program.
+struct Program(Child);
+
+impl Program {
+    fn start(home: &Home) -> Self {
+        let folder = |name: &str| home.0.path().join(name);
+        let child = Command::new(env!("CARGO_BIN_EXE_runnel-agent"))
+            .arg("--socket")
+            .arg(home.socket())
+            .arg("--memory-pages")
+            .arg(folder("memory"))
+            .arg("--drive-pages")
+            .arg(folder("drives"))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let program = Self(child);
+        while !protocol::is_answering(&home.socket()) {
+            std::thread::yield_now();
+        }
+        program
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+#[test]
+fn what_was_asked_of_a_killed_agent_comes_from_the_next_one() {
+    let stored = Stored::new();
+    let answers = Arc::new(AtomicBool::new(false));
+    let answering = Arc::clone(&answers);
+    let (sender, asked) = channel();
+    let sender = Mutex::new(sender);
+    let server = registry(&stored, move |request, bytes| {
+        let _ = sender.lock().unwrap().send(()); // the test may have ended
+        match answering.load(Ordering::SeqCst) {
+            true => Reply::part(request, bytes),
+            false => Reply::Hang(Vec::new()),
+        }
+    });
+    let home = Home::new();
+    let killed = Program::start(&home);
+    let machine = home.machine(&format!("{}/web", server.base())).unwrap();
+    machine.ask(&[3]);
+    asked.recv_timeout(LONG).unwrap();
+    drop(killed);
+    let (chunk, failure) = machine.answer();
+    assert_eq!(chunk, 3);
+    assert!(failure.unwrap_err().transient);
+
+    answers.store(true, Ordering::SeqCst);
+    let _next = Program::start(&home);
+    // It may be reported as away again before it comes, but nobody has to ask for it again.
+    while machine.answer() != (3, Ok(Arrived::Data)) {}
+    assert!(machine.has(3, 2));
 }
 
 #[test]

@@ -9,7 +9,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::digest::BlobDigest;
@@ -35,8 +35,17 @@ pub enum PagesError {
     #[error("another agent uses {0}: use that one, or give this one directories of its own")]
     InUse(PathBuf),
     /// Somebody else could read guests' memory there.
-    #[error("other users can enter {0}: guests' memory lies there, so chmod 700 it")]
-    Open(PathBuf),
+    #[error(
+        "guests' memory lies in {path}, which must be this user's alone, and is of user {owner} with mode {mode:o}: chown and chmod 700 it, or name another"
+    )]
+    Exposed {
+        /// Which directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Its permissions.
+        mode: u32,
+    },
 }
 
 /// The directories, this agent's alone as long as this lives.
@@ -127,12 +136,12 @@ impl Folder {
         };
         make_private(path).map_err(failed("creating", path))?;
         let path = &fs::canonicalize(path).map_err(failed("finding", path))?;
-        let mode = fs::metadata(path)
-            .map_err(failed("reading", path))?
-            .permissions()
-            .mode();
-        if mode & 0o077 != 0 {
-            return Err(PagesError::Open(path.clone()));
+        let metadata = fs::metadata(path).map_err(failed("reading", path))?;
+        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+        // In /dev/shm anybody could have made it first.
+        if owner != rustix::process::geteuid().as_raw() || mode & 0o077 != 0 {
+            let path = path.clone();
+            return Err(PagesError::Exposed { path, owner, mode });
         }
         let file = path.join("lock");
         let lock = OpenOptions::new()
@@ -163,7 +172,7 @@ fn make_private(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
@@ -209,7 +218,7 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         assert!(matches!(
             PageFolders::take(&path, &path),
-            Err(PagesError::Open(_))
+            Err(PagesError::Exposed { .. })
         ));
     }
 }

@@ -1,0 +1,83 @@
+//! `runnel-agent`: the network side of a host's machines, as a process of its own. See [`runnel_agent::agent`].
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use clap::Parser;
+use runnel_agent::agent::Agent;
+use runnel_agent::cli::AgentArguments;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+
+/// How long the end may take.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Fetches, verifies and keeps chunks of images for the machines of this host
+#[derive(Parser)]
+#[command(name = "runnel-agent", version)]
+struct Arguments {
+    #[command(flatten)]
+    agent: AgentArguments,
+
+    /// What to log: error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: LevelFilter,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    tracing_subscriber::fmt()
+        .with_max_level(arguments.log_level)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut cause = error.source();
+            eprint!("runnel-agent: {error}");
+            while let Some(error) = cause {
+                eprint!(": {error}");
+                cause = error.source();
+            }
+            eprintln!();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let settings = arguments.agent.settings()?;
+    if let Some(folder) = settings.socket.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let (mut terminate, mut interrupt) = {
+        let _entered = runtime.enter();
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
+    };
+    let socket = settings.socket.clone();
+    let agent = Agent::start(settings)?;
+    tracing::info!(socket = %socket.display(), "listening");
+    runtime.block_on(async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    });
+    tracing::info!("ending");
+    let (sender, ended) = mpsc::sync_channel(1);
+    thread::Builder::new().spawn(move || {
+        agent.stop();
+        let _ = sender.send(()); // nobody may wait any more
+    })?;
+    // A read from a server that is silent is not waited for: nothing of it would be kept.
+    let _ = ended.recv_timeout(FAREWELL);
+    Ok(())
+}
