@@ -21,6 +21,7 @@ pub struct LinuxGuest {
     kernel: String,
     image: &'static str,
     steps: String,
+    argument: &'static str,
     vcpus: u8,
     memory_mib: u32,
     drives: Vec<Value>,
@@ -36,6 +37,7 @@ impl LinuxGuest {
             kernel: kernel.to_owned(),
             image: "vmlinuz",
             steps: steps.to_owned(),
+            argument: "",
             vcpus: 1,
             memory_mib: 256,
             drives: Vec::new(),
@@ -51,6 +53,12 @@ impl LinuxGuest {
             image: "vmlinux",
             ..self
         }
+    }
+
+    /// With something more on the kernel's command line.
+    #[must_use]
+    pub fn argument(self, argument: &'static str) -> Self {
+        Self { argument, ..self }
     }
 
     /// With so many vCPUs.
@@ -98,7 +106,7 @@ impl LinuxGuest {
             "boot-source": {
                 "kernel_image_path": thing(&format!("kernel/{}", self.kernel)).join(self.image),
                 "initrd_path": thing(&format!("guest/{}", self.kernel)),
-                "boot_args": format!("console=ttyS0 panic=-1 lab={}", self.steps),
+                "boot_args": format!("console=ttyS0 quiet panic=-1 {} lab={}", self.argument, self.steps),
             },
             "machine-config": { "vcpu_count": self.vcpus, "mem_size_mib": self.memory_mib },
             "drives": self.drives,
