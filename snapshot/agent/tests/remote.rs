@@ -141,6 +141,20 @@ fn requests_use_a_connection_again_and_one_that_was_closed_meanwhile_is_replaced
 }
 
 #[test]
+fn the_next_image_of_a_server_finds_its_connections_open_and_counts_its_own_bytes() {
+    let stored = Stored::new();
+    let server = registry(&stored, Reply::part);
+    let settings = client();
+    let first = open(&server.base(), settings.clone()).unwrap();
+    read(&first, &stored.layer().0).unwrap();
+    let before = first.blobs.traffic().bytes_received();
+    let second = open(&server.base(), settings).unwrap();
+    assert!(server.requests().iter().all(|request| request.connection == 0));
+    assert_eq!(first.blobs.traffic().bytes_received(), before);
+    assert!(second.blobs.traffic().bytes_received() > 0);
+}
+
+#[test]
 fn a_plain_server_with_an_image_layout_is_found_out_by_asking() {
     let stored = Stored::new();
     let root = stored.folder().to_owned();

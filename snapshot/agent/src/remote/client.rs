@@ -1,6 +1,5 @@
 //! Requests to one store: redirects followed, challenges answered, stale connections replaced, deadlines kept.
 
-use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,19 +9,16 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::answer::Answer;
-use super::connection::{Connection, Dial};
+use super::connection::Connection;
 use super::credentials::{Challenge, Credentials, escape, is_printable};
 use super::error::RemoteError;
+use super::kept::KeptConnections;
 use super::pool::Pool;
 use super::url::{Origin, Url};
-use crate::tls;
 use crate::traffic::Traffic;
 
 /// The most redirects from a request to its answer.
 const REDIRECTS_MAX: usize = 5;
-
-/// The most servers that one store may lead to.
-const ORIGINS_MAX: usize = 16;
 
 /// The longest answer of a server that gives out tokens.
 const TOKEN_BYTES_MAX: u64 = 64 << 10;
@@ -54,6 +50,8 @@ pub struct RemoteSettings {
     pub authorities: Option<PathBuf>,
     /// Who to be.
     pub credentials: Credentials,
+    /// Connections that are open already. Clones share them, as they share everything that these are made with.
+    pub kept: KeptConnections,
 }
 
 impl Default for RemoteSettings {
@@ -65,6 +63,7 @@ impl Default for RemoteSettings {
             idle_deadline: Duration::from_secs(10),
             authorities: None,
             credentials: Credentials::default(),
+            kept: KeptConnections::default(),
         }
     }
 }
@@ -73,8 +72,6 @@ impl Default for RemoteSettings {
 pub(super) struct Client {
     base: Origin,
     settings: RemoteSettings,
-    tls: Mutex<Option<Arc<rustls::ClientConfig>>>,
-    pools: Mutex<HashMap<Origin, Arc<Pool>>>,
     /// What the base is sent, once it is known what it wants.
     authorization: Mutex<Option<String>>,
     /// Until when the store wants to be left alone, and with which status it said so.
@@ -102,8 +99,6 @@ impl Client {
         Self {
             base,
             settings,
-            tls: Mutex::default(),
-            pools: Mutex::default(),
             authorization: Mutex::new(authorization),
             busy: Mutex::default(),
             traffic: Arc::default(),
@@ -120,7 +115,8 @@ impl Client {
 
     /// Opens connections to the base in advance.
     pub(super) fn warm_up(&self) -> Result<(), RemoteError> {
-        self.pool(&self.base)?.warm_up(self.settings.connections_ahead);
+        self.pool(&self.base)?
+            .warm_up(self.settings.connections_ahead, &self.traffic);
         Ok(())
     }
 
@@ -190,13 +186,13 @@ impl Client {
     fn ask(&self, url: &Url, asked: Asked<'_>, authorization: Option<&str>) -> Result<Answer, RemoteError> {
         let head = request_head(url, asked, authorization);
         let pool = self.pool(&url.origin)?;
-        let connection = pool.borrow()?;
+        let connection = pool.borrow(&self.traffic)?;
         let used = connection.used;
         let (doing, source) = match exchange(connection, &head) {
             Ok(answer) => return Ok(answer),
             Err((_, source)) if used && was_closed(&source) => {
                 pool.forget(); // the others were closed with it, most likely
-                match exchange(pool.open()?, &head) {
+                match exchange(pool.open(&self.traffic)?, &head) {
                     Ok(answer) => return Ok(answer),
                     Err(failed) => failed,
                 }
@@ -394,33 +390,7 @@ impl Client {
     }
 
     fn pool(&self, origin: &Origin) -> Result<Arc<Pool>, RemoteError> {
-        let mut pools = lock(&self.pools);
-        if let Some(pool) = pools.get(origin) {
-            return Ok(Arc::clone(pool));
-        }
-        if pools.len() >= ORIGINS_MAX {
-            // Each redirect elsewhere: what is used comes back.
-            pools.retain(|origin, _| *origin == self.base);
-        }
-        let dial = Dial {
-            origin: origin.clone(),
-            tls: if origin.tls { Some(self.tls()?) } else { None },
-            connect_deadline: self.settings.connect_deadline,
-            idle_deadline: self.settings.idle_deadline,
-            traffic: Arc::clone(&self.traffic),
-        };
-        let pool = Arc::new(Pool::new(dial, self.settings.connections.max(1)));
-        pools.insert(origin.clone(), Arc::clone(&pool));
-        Ok(pool)
-    }
-
-    fn tls(&self) -> Result<Arc<rustls::ClientConfig>, RemoteError> {
-        let mut tls = lock(&self.tls);
-        if let Some(config) = &*tls {
-            return Ok(Arc::clone(config));
-        }
-        let config = tls::client_config(self.settings.authorities.as_deref())?;
-        Ok(Arc::clone(tls.insert(config)))
+        self.settings.kept.to(origin, &self.settings)
     }
 }
 

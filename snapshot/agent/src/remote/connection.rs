@@ -28,7 +28,6 @@ pub(super) struct Dial {
     pub(super) connect_deadline: Duration,
     /// How long the server may be silent.
     pub(super) idle_deadline: Duration,
-    pub(super) traffic: Arc<Traffic>,
 }
 
 /// A connection between two requests, or in one.
@@ -52,8 +51,8 @@ struct Counted {
 }
 
 impl Dial {
-    /// Opens a connection.
-    pub(super) fn connect(&self) -> Result<Connection, RemoteError> {
+    /// Opens a connection; `traffic` counts what that takes.
+    pub(super) fn connect(&self, traffic: &Arc<Traffic>) -> Result<Connection, RemoteError> {
         let failed = |source| RemoteError::Connect {
             origin: self.origin.clone(),
             source,
@@ -63,7 +62,7 @@ impl Dial {
         socket
             .set_write_timeout(Some(self.idle_deadline))
             .map_err(failed)?;
-        let traffic = Arc::clone(&self.traffic);
+        let traffic = Arc::clone(traffic);
         let counted = Counted { socket, traffic };
         let stream = match &self.tls {
             None => Stream::Plain(counted),
@@ -164,6 +163,15 @@ impl Dial {
 }
 
 impl Connection {
+    /// Counts what goes over it from now on for somebody else.
+    pub(super) fn count_in(&mut self, traffic: &Arc<Traffic>) {
+        let counted = match &mut self.stream {
+            Stream::Plain(counted) => counted,
+            Stream::Tls(stream) => &mut stream.sock,
+        };
+        counted.traffic = Arc::clone(traffic);
+    }
+
     /// Sends a request's head in one piece.
     pub(super) fn send(&mut self, head: &[u8]) -> io::Result<()> {
         self.stream.write_all(head)?;

@@ -16,6 +16,7 @@ mod client;
 mod connection;
 mod credentials;
 mod error;
+mod kept;
 mod pool;
 mod url;
 
@@ -23,6 +24,7 @@ pub use blobs::RemoteBlobs;
 pub use client::RemoteSettings;
 pub use credentials::{Credentials, CredentialsError};
 pub use error::RemoteError;
+pub use kept::KeptConnections;
 pub use url::{BadUrl, Origin};
 
 pub(crate) use error::with_causes;

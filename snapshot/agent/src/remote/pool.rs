@@ -8,6 +8,7 @@ use std::thread;
 
 use super::connection::{Connection, Dial};
 use super::error::RemoteError;
+use crate::traffic::Traffic;
 
 /// Connections to one server.
 pub(super) struct Pool {
@@ -39,14 +40,14 @@ impl Pool {
     }
 
     /// Has `count` connections opened by threads of their own; returns at once. Failures show when a request fails.
-    pub(super) fn warm_up(self: &Arc<Self>, count: usize) {
+    pub(super) fn warm_up(self: &Arc<Self>, count: usize, traffic: &Arc<Traffic>) {
         let mut state = self.lock();
         let there = state.idle.len() + state.opening;
         for _ in there..count.min(self.kept_max) {
-            let pool = Arc::clone(self);
+            let (pool, traffic) = (Arc::clone(self), Arc::clone(traffic));
             let thread = thread::Builder::new().name("connect".to_owned());
             let spawned = thread.spawn(move || {
-                let opened = pool.dial.connect();
+                let opened = pool.dial.connect(&traffic);
                 let mut state = pool.lock();
                 state.opening -= 1;
                 match opened {
@@ -65,11 +66,12 @@ impl Pool {
         }
     }
 
-    /// A connection that is there, or that is about to be.
-    pub(super) fn borrow(&self) -> Result<Connection, RemoteError> {
+    /// A connection that is there, or that is about to be. What goes over it from now on is counted in `traffic`.
+    pub(super) fn borrow(&self, traffic: &Arc<Traffic>) -> Result<Connection, RemoteError> {
         let mut state = self.lock();
         loop {
-            if let Some(connection) = state.idle.pop() {
+            if let Some(mut connection) = state.idle.pop() {
+                connection.count_in(traffic);
                 return Ok(connection);
             }
             // One that is being opened for somebody else does not count.
@@ -81,12 +83,12 @@ impl Pool {
             state.waiting -= 1;
         }
         drop(state);
-        self.dial.connect()
+        self.dial.connect(traffic)
     }
 
     /// A new connection, whatever is there.
-    pub(super) fn open(&self) -> Result<Connection, RemoteError> {
-        self.dial.connect()
+    pub(super) fn open(&self, traffic: &Arc<Traffic>) -> Result<Connection, RemoteError> {
+        self.dial.connect(traffic)
     }
 
     /// Gives a connection back between two requests.
