@@ -83,6 +83,7 @@ pub(super) struct Answer {
     pub(super) head: Head,
     connection: Connection,
     framing: Framing,
+    body_bytes: u64,
 }
 
 impl Answer {
@@ -98,6 +99,7 @@ impl Answer {
                 head,
                 connection,
                 framing,
+                body_bytes: 0,
             });
         }
         Err(malformed("too many interim answers"))
@@ -132,6 +134,7 @@ impl Answer {
             return Ok(0);
         }
         let count = self.connection.read(&mut into[..bytes])?;
+        self.body_bytes += count as u64;
         match &mut self.framing {
             Framing::Close if count == 0 => self.framing = Framing::Done,
             _ if count == 0 => return Err(cut_off()),
@@ -201,6 +204,7 @@ impl Answer {
                 0 if !self.connection.ahead.is_empty() => return None,
                 0 => {
                     self.connection.used = true;
+                    self.connection.widen(self.body_bytes);
                     return Some(self.connection);
                 }
                 count => through += count as u64,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
 use runnel_snapshot::digest::BlobDigest;
@@ -15,6 +16,12 @@ use crate::traffic::Traffic;
 /// The most that is skipped of a blob whose server ignores ranges. Beyond, reading all before each chunk would take
 /// longer than copying the image.
 const SKIP_BYTES_MAX: u64 = 64 << 20;
+
+/// The most parts that a read is cut into.
+const PARTS_MAX: u64 = 6;
+
+/// The longest read that is cut: a chunk's frame. Longer ones are background fill, for which nobody waits.
+const CUT_BYTES_MAX: u64 = 160 << 10;
 
 /// The most blobs whose redirects are remembered: an image has some per volume.
 const REDIRECTS_KEPT: usize = 1024;
@@ -61,6 +68,43 @@ impl RemoteBlobs {
     #[must_use]
     pub fn traffic(&self) -> &Arc<Traffic> {
         self.client.traffic()
+    }
+
+    /// Reads a range in parts, each over a connection of its own: a server's first window on one would not hold it.
+    fn read_parts(
+        &self,
+        blob: &Blob,
+        range: ByteRange,
+        into: &mut [u8],
+        parts: u64,
+    ) -> Result<(), BlobError> {
+        let part_bytes = range.len.div_ceil(parts).max(1) as usize;
+        thread::scope(|scope| {
+            let mut pieces = into.chunks_mut(part_bytes).enumerate().map(|(number, piece)| {
+                let part = ByteRange {
+                    start: range.start + (number * part_bytes) as u64,
+                    len: piece.len() as u64,
+                };
+                (part, piece)
+            });
+            let first = pieces.next();
+            let others: Vec<_> = pieces
+                .map(|(part, piece)| scope.spawn(move || self.read(blob, part, piece)))
+                .collect();
+            let mut read = first.map_or(Ok(()), |(part, piece)| self.read(blob, part, piece));
+            for other in others {
+                // A thread that panicked said so already.
+                let other = other.join().unwrap_or_else(|_| {
+                    Err(BlobError::Unavailable {
+                        digest: blob.digest,
+                        reason: "reading a part of it failed".to_owned(),
+                        transient: true,
+                    })
+                });
+                read = read.and(other);
+            }
+            read
+        })
     }
 
     fn read(&self, blob: &Blob, range: ByteRange, into: &mut [u8]) -> Result<(), BlobError> {
@@ -184,6 +228,13 @@ impl BlobStore for RemoteBlobs {
         if into.is_empty() {
             return Ok(());
         }
-        self.read(blob, range, into)
+        let parts = match range.len {
+            ..=CUT_BYTES_MAX => self.client.parts_for(range.len).min(PARTS_MAX),
+            _ => 1,
+        };
+        match parts {
+            0 | 1 => self.read(blob, range, into),
+            parts => self.read_parts(blob, range, into, parts),
+        }
     }
 }

@@ -46,6 +46,9 @@ pub struct RemoteSettings {
     pub connect_deadline: Duration,
     /// How long a server may be silent in the middle of something.
     pub idle_deadline: Duration,
+    /// How long a round trip may take before a read that would need two of them is cut into parts, over several
+    /// connections.
+    pub near: Duration,
     /// Certificates of the authorities to trust, in place of the system's.
     pub authorities: Option<PathBuf>,
     /// Who to be.
@@ -61,6 +64,7 @@ impl Default for RemoteSettings {
             connections_ahead: 8,
             connect_deadline: Duration::from_secs(5),
             idle_deadline: Duration::from_secs(10),
+            near: Duration::from_millis(3),
             authorities: None,
             credentials: Credentials::default(),
             kept: KeptConnections::default(),
@@ -211,6 +215,14 @@ impl Client {
                 source,
             },
         })
+    }
+
+    /// Into how many parts a read of the base should be cut.
+    pub(super) fn parts_for(&self, bytes: u64) -> u64 {
+        match self.pool(&self.base) {
+            Ok(pool) => pool.parts_for(bytes, self.settings.near),
+            Err(_) => 1, // the read itself will say it
+        }
     }
 
     /// Gives an answer's connection back, if it can serve another request.

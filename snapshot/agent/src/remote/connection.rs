@@ -37,6 +37,44 @@ pub(super) struct Connection {
     pub(super) ahead: Vec<u8>,
     /// Whether a request was answered on it before: then it may have been closed meanwhile, which means nothing.
     pub(super) used: bool,
+    window: Window,
+}
+
+/// How much a server may have sent and not yet acknowledged, as far as it can be guessed from here: its congestion
+/// window begins with ten segments, grows by what is acknowledged, and falls back when nothing was sent for a while
+/// (RFC 6928, RFC 5681 §4.1). What is longer takes another round trip.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    bytes: u64,
+    at: Instant,
+}
+
+impl Window {
+    /// Ten segments of Ethernet, less the head of an answer.
+    const FIRST_BYTES: u64 = 10 * 1448 - 480;
+    /// Beyond, nothing is read that depends on it.
+    const BYTES_MAX: u64 = 4 << 20;
+    /// The shortest retransmission timeout, after which Linux counts a connection as idle.
+    const KEPT: Duration = Duration::from_millis(200);
+
+    fn new(now: Instant) -> Self {
+        Self {
+            bytes: Self::FIRST_BYTES,
+            at: now,
+        }
+    }
+
+    fn bytes(&self, now: Instant) -> u64 {
+        match now.saturating_duration_since(self.at) < Self::KEPT {
+            true => self.bytes,
+            false => Self::FIRST_BYTES,
+        }
+    }
+
+    fn received(&mut self, bytes: u64, now: Instant) {
+        self.bytes = self.bytes(now).saturating_add(bytes).min(Self::BYTES_MAX);
+        self.at = now;
+    }
 }
 
 enum Stream {
@@ -82,6 +120,7 @@ impl Dial {
             stream,
             ahead: Vec::new(),
             used: false,
+            window: Window::new(Instant::now()),
         })
     }
 
@@ -170,6 +209,16 @@ impl Connection {
             Stream::Tls(stream) => &mut stream.sock,
         };
         counted.traffic = Arc::clone(traffic);
+    }
+
+    /// What may come within one round trip, if it is asked for now.
+    pub(super) fn window_bytes(&self) -> u64 {
+        self.window.bytes(Instant::now())
+    }
+
+    /// An answer of so many bytes was read.
+    pub(super) fn widen(&mut self, bytes: u64) {
+        self.window.received(bytes, Instant::now());
     }
 
     /// Sends a request's head in one piece.
@@ -264,5 +313,28 @@ impl Write for Counted {
 
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_grows_with_what_was_read_and_is_forgotten_when_nothing_is() {
+        let start = Instant::now();
+        let mut window = Window::new(start);
+        let soon = start + Duration::from_millis(100);
+        window.received(40_000, soon);
+        assert_eq!(
+            window.bytes(soon + Duration::from_millis(199)),
+            Window::FIRST_BYTES + 40_000
+        );
+        assert_eq!(
+            window.bytes(soon + Duration::from_millis(200)),
+            Window::FIRST_BYTES
+        );
+        window.received(u64::MAX, soon);
+        assert_eq!(window.bytes(soon), Window::BYTES_MAX);
     }
 }

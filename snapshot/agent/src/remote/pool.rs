@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Dial};
 use super::error::RemoteError;
@@ -23,6 +24,8 @@ pub(super) struct Pool {
 struct State {
     /// The most recently used last: its congestion window is the widest.
     idle: Vec<Connection>,
+    /// The shortest time that opening one took: about a round trip.
+    round_trip: Option<Duration>,
     /// Being opened in advance.
     opening: usize,
     /// Waiting for one of those.
@@ -47,7 +50,7 @@ impl Pool {
             let (pool, traffic) = (Arc::clone(self), Arc::clone(traffic));
             let thread = thread::Builder::new().name("connect".to_owned());
             let spawned = thread.spawn(move || {
-                let opened = pool.dial.connect(&traffic);
+                let opened = pool.open(&traffic);
                 let mut state = pool.lock();
                 state.opening -= 1;
                 match opened {
@@ -83,12 +86,33 @@ impl Pool {
             state.waiting -= 1;
         }
         drop(state);
-        self.dial.connect(traffic)
+        self.open(traffic)
+    }
+
+    /// Into how many parts a read should be cut so that it takes one round trip: as many as there are connections, if
+    /// none of them can carry it alone. One, where a round trip costs less than `near`.
+    pub(super) fn parts_for(&self, bytes: u64, near: Duration) -> u64 {
+        let state = self.lock();
+        let is_far = state.round_trip.is_some_and(|round_trip| round_trip >= near);
+        let Some(best) = state.idle.last().filter(|_| is_far) else {
+            return 1;
+        };
+        // The others are no better: they were used before it.
+        match bytes.div_ceil(best.window_bytes().max(1)) {
+            0 | 1 => 1,
+            parts if parts <= state.idle.len() as u64 => parts,
+            _ => state.idle.len() as u64,
+        }
     }
 
     /// A new connection, whatever is there.
     pub(super) fn open(&self, traffic: &Arc<Traffic>) -> Result<Connection, RemoteError> {
-        self.dial.connect(traffic)
+        let start = Instant::now();
+        let connection = self.dial.connect(traffic)?;
+        let took = start.elapsed();
+        let mut state = self.lock();
+        state.round_trip = Some(state.round_trip.map_or(took, |shortest| shortest.min(took)));
+        Ok(connection)
     }
 
     /// Gives a connection back between two requests.
