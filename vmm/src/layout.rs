@@ -67,6 +67,8 @@ pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
 pub const COM1_GSI: u32 = 4;
 /// The keyboard controller: a guest's `reboot=k` writes its reset command here.
 pub const I8042_PORTS: Range<u16> = 0x60..0x65;
+/// The keyboard's interrupt line.
+pub const KEYBOARD_GSI: u32 = 1;
 /// ACPI's sleep control, sleep status and reset registers, one byte each (ACPI 6.5 §4.8.3.7).
 pub const POWER_PORTS: Range<u16> = 0x600..0x603;
 /// The interrupt line of the ACPI generic event device, which tells the guest of a new VMGenID.
@@ -313,7 +315,7 @@ mod tests {
             .collect();
         for (number, slot) in slots.iter().enumerate() {
             assert!(VIRTIO_MMIO.holds(slot.registers));
-            assert!(![COM1_GSI, GED_GSI].contains(&slot.gsi));
+            assert!(![KEYBOARD_GSI, COM1_GSI, GED_GSI].contains(&slot.gsi));
             for other in &slots[..number] {
                 assert!(other.registers.is_before(slot.registers) && other.gsi != slot.gsi);
             }

@@ -1,7 +1,7 @@
 //! Power-off and reset: ACPI's sleep and reset registers (ACPI 6.5 §4.8.3.7, hardware-reduced), and the keyboard
 //! controller's reset line.
 //!
-//! Neither has state to save: a machine that wrote to them has ended.
+//! The power registers have no state to save: a machine that wrote to them has ended.
 
 use runnel_devices::bus::{BusDevice, Offset};
 use runnel_devices::i8042::I8042;
@@ -77,6 +77,12 @@ impl ResetLine {
     #[must_use]
     pub fn new(controller: I8042, end: EndSignal) -> Self {
         Self { controller, end }
+    }
+
+    /// The controller itself.
+    #[must_use]
+    pub fn controller(&self) -> &I8042 {
+        &self.controller
     }
 }
 

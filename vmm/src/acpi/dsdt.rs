@@ -27,6 +27,7 @@ pub(super) fn build(virtio: &[VirtioSlot]) -> Sdt {
         add_virtio(&mut devices, *slot, number);
     }
     add_serial(&mut devices);
+    add_keyboard(&mut devices);
     add_vmgenid(&mut devices);
     add_event_device(&mut devices);
     definitions.vec(&Scope::raw(Path::new("\\_SB_"), devices));
@@ -87,6 +88,23 @@ fn add_serial(devices: &mut Vec<u8>) {
                 Path::new("_CRS"),
                 &ResourceTemplate::new(vec![&ports, &line(layout::COM1_GSI)]),
             ),
+        ],
+    )
+    .to_aml_bytes(devices);
+}
+
+fn add_keyboard(devices: &mut Vec<u8>) {
+    let ports = &layout::I8042_PORTS;
+    let port = |number| IO::new(number, number, 1, 1);
+    let (data, command) = (port(ports.start), port(ports.end - 1));
+    let line = line(layout::KEYBOARD_GSI);
+    let resources = ResourceTemplate::new(vec![&data, &command, &line]);
+    Device::new(
+        Path::new("PS2_"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0303")),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_CRS"), &resources),
         ],
     )
     .to_aml_bytes(devices);

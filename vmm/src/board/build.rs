@@ -6,7 +6,7 @@ use std::sync::Arc;
 use runnel_devices::boot_timer::{self, BootTimer, Moment};
 use runnel_devices::bus::{BusDevice, MmioAddress, PortAddress};
 use runnel_devices::event_loop::EventLoop;
-use runnel_devices::i8042::I8042;
+use runnel_devices::i8042::{I8042, I8042Deps};
 use runnel_devices::interrupt::Interrupt;
 use runnel_devices::serial::{Serial, SerialDeps};
 use runnel_devices::virtio::block::{BlockParts, CacheType};
@@ -85,6 +85,7 @@ impl<'a> Builder<'a> {
 
     fn build(mut self) -> Result<Board, BoardError> {
         self.add_power()?;
+        let keyboard = self.add_keyboard()?;
         let vmgenid = VmGenId::new(self.line(layout::GED_GSI, "VMGenID")?);
         let (mut console, output) = Console::open(&self.parts.config.serial)?;
         let serial = self.add_serial(output)?;
@@ -106,6 +107,7 @@ impl<'a> Builder<'a> {
         Ok(Board {
             buses: Arc::new(buses),
             serial,
+            keyboard,
             virtio,
             vmgenid,
             loops,
@@ -113,15 +115,25 @@ impl<'a> Builder<'a> {
         })
     }
 
-    fn add_power(&mut self) -> Result<(), BoardError> {
-        let failed = |source| BoardError::Event {
-            device: "the keyboard controller",
-            source,
+    fn add_keyboard(&mut self) -> Result<Arc<ResetLine>, BoardError> {
+        const NAME: &str = "the keyboard controller";
+        let reset = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+            .map_err(|source| BoardError::Event { device: NAME, source })?;
+        let deps = I8042Deps {
+            reset,
+            interrupt: self.line(layout::KEYBOARD_GSI, NAME)?,
         };
-        let reset = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(failed)?;
+        let controller = match self.take_section(I8042::KIND, "")? {
+            None => I8042::with_keyboard(deps),
+            Some(saved) => I8042::restore(deps, saved.state_of::<I8042>()?)?,
+        };
+        let keyboard = Arc::new(ResetLine::new(controller, self.parts.end.clone()));
+        self.add_ports(NAME, &layout::I8042_PORTS, keyboard.clone())?;
+        Ok(keyboard)
+    }
+
+    fn add_power(&mut self) -> Result<(), BoardError> {
         let end = self.parts.end;
-        let keyboard = Arc::new(ResetLine::new(I8042::new(reset), end.clone()));
-        self.add_ports("the keyboard controller", &layout::I8042_PORTS, keyboard)?;
         let registers = Arc::new(PowerRegisters::new(end.clone()));
         self.add_ports("the power registers", &layout::POWER_PORTS, registers)?;
         if self.parts.config.boot_timer {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use runnel_devices::bus::{Bus, BusError, MmioAddress, PortAddress};
 use runnel_devices::event_loop::{EventLoop, EventLoopError, Frozen, StillBusy};
+use runnel_devices::i8042::{I8042, I8042Error};
 use runnel_devices::serial::{Serial, SerialError};
 use runnel_devices::virtio::net::TapError;
 use runnel_devices::virtio::registry::RegistryError;
@@ -25,6 +26,7 @@ use crate::config;
 use crate::console::{Console, ConsoleError};
 use crate::kvm::KvmError;
 use crate::layout::VirtioSlot;
+use crate::power::ResetLine;
 use crate::vmgenid::VmGenId;
 
 pub use build::{Builder, Parts};
@@ -53,6 +55,9 @@ pub enum BoardError {
     /// The serial port.
     #[error("the serial port cannot be made")]
     Serial(#[from] SerialError),
+    /// The keyboard controller.
+    #[error("the keyboard controller cannot be made")]
+    Keyboard(#[from] I8042Error),
     /// A device has no place.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -121,6 +126,7 @@ pub struct Buses {
 pub struct Board {
     buses: Arc<Buses>,
     serial: Arc<Serial>,
+    keyboard: Arc<ResetLine>,
     virtio: Vec<Virtio>,
     vmgenid: VmGenId,
     loops: Vec<Arc<EventLoop>>,
@@ -139,6 +145,12 @@ impl Board {
     #[must_use]
     pub fn serial(&self) -> &Serial {
         &self.serial
+    }
+
+    /// The keyboard controller.
+    #[must_use]
+    pub fn keyboard(&self) -> &I8042 {
+        self.keyboard.controller()
     }
 
     /// VMGenID.
@@ -176,7 +188,8 @@ impl Board {
             .virtio
             .iter()
             .map(|device| Ok(device.device.save_section(&device.id, paused)?));
-        std::iter::once(Ok(serial)).chain(virtio).collect()
+        let keyboard = SavedSection::of::<I8042>("", &self.keyboard().save(paused)?)?;
+        [Ok(serial), Ok(keyboard)].into_iter().chain(virtio).collect()
     }
 
     /// Lets rebuilt devices go on: an interrupt or a kick may have been on its way. Once interrupt controllers and
@@ -186,6 +199,7 @@ impl Board {
             device.device.resume();
         }
         self.serial.reassert();
+        self.keyboard().reassert();
     }
 }
 
@@ -195,6 +209,9 @@ pub enum BoardSaveError {
     /// The serial port.
     #[error("the serial port cannot be saved")]
     Serial(#[from] SerialError),
+    /// The keyboard controller.
+    #[error("the keyboard controller cannot be saved")]
+    Keyboard(#[from] I8042Error),
     /// A virtio device.
     #[error("a virtio device cannot be saved")]
     Virtio(#[from] SaveError),

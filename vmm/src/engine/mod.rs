@@ -169,7 +169,7 @@ impl Guest for KvmGuest {
     }
 
     fn press_ctrl_alt_del(&mut self) -> Result<(), GuestError> {
-        Err(EngineError::Unsupported("a keyboard").into())
+        Ok(self.machine.board().keyboard().press_ctrl_alt_del()?)
     }
 
     fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
