@@ -232,6 +232,21 @@ fn each_machine_has_a_generation_identifier_of_its_own() {
 }
 
 #[test]
+fn a_machine_may_be_resumed_where_it_was_saved_and_not_where_a_feature_is_missing() {
+    let mut bare = Bare::started("");
+    bare.machine.pause(&|| false).unwrap();
+    let mut record = bare.machine.compatibility().unwrap();
+    microvm::check_compatibility(&record).unwrap();
+    // Features that no processor has.
+    record.insert("cpuid.7.0.ebx".to_owned(), "0xffffffff".into());
+    let refusal = microvm::check_compatibility(&record).unwrap_err().to_string();
+    assert!(
+        refusal.contains("cpuid.7.0.ebx bit") || refusal.contains("avx512"),
+        "{refusal}"
+    );
+}
+
+#[test]
 fn an_unknown_section_and_a_missing_one_are_refused_by_name() {
     let mut bare = Bare::started("");
     assert_eq!(bare.line(), "listening=1");

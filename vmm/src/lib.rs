@@ -8,6 +8,7 @@ pub mod api;
 pub mod board;
 pub mod boot;
 pub mod cli;
+pub mod compatibility;
 pub mod config;
 pub mod console;
 pub mod control;

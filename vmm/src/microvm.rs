@@ -8,11 +8,13 @@
 //! restore ────▲                                          │ save
 //! ```
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
 use runnel_devices::event_loop::{Frozen, StillBusy};
 use runnel_devices::virtio::block::FileStore;
@@ -24,6 +26,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::acpi::{self, AcpiError};
 use crate::board::{Board, BoardError, BoardSaveError, Builder, Parts, StoreError, Stores};
 use crate::boot::{self, BootError};
+use crate::compatibility::{self, Incompatible};
 use crate::config::{self, BootSource, MicrovmConfig};
 use crate::cpuid::{self, Topology};
 use crate::exit::EndSignal;
@@ -123,6 +126,17 @@ pub enum RestoreError {
     /// Devices that have not begun cannot be stopped.
     #[error(transparent)]
     Devices(#[from] StillBusy),
+}
+
+/// Why a saved machine cannot be resumed on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum CompatibilityError {
+    /// KVM cannot be asked.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// It lacks something.
+    #[error(transparent)]
+    Incompatible(#[from] Incompatible),
 }
 
 /// Why a machine cannot be saved.
@@ -328,6 +342,19 @@ impl Microvm {
         })
     }
 
+    /// What a host must have for this machine.
+    ///
+    /// # Errors
+    /// When the machine does not stand, or KVM does not tell.
+    pub fn compatibility(&self) -> Result<BTreeMap<String, serde_json::Value>, SaveError> {
+        let _paused = self.paused().ok_or(SaveError::NotPaused)?;
+        let boot_vcpu = self.vcpus.fds().next().ok_or(SaveError::NotPaused)?;
+        let cpuid = boot_vcpu
+            .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+            .map_err(failed("read CPUID leaves"))?;
+        Ok(compatibility::record(cpuid.as_slice()))
+    }
+
     /// Lets the devices, and then the vCPUs run.
     pub fn unpause(&mut self) {
         let since = self.standing.take().map(|standing| standing.since);
@@ -422,6 +449,27 @@ impl Microvm {
     pub fn vm(&self) -> &Vm {
         &self.vm
     }
+}
+
+/// Holds what a saved machine needs against what this host has. Before [`Microvm::restore`].
+///
+/// # Errors
+/// What this host lacks, by name.
+pub fn check_compatibility(record: &BTreeMap<String, serde_json::Value>) -> Result<(), CompatibilityError> {
+    let kvm = Kvm::open()?;
+    let one = Topology { vcpus: 1, smt: false };
+    let offered = cpuid::of_vcpu(&kvm.supported_cpuid()?, 0, one);
+    if compatibility::check(record, offered.as_slice()).is_ok() {
+        return Ok(());
+    }
+    // A KVM that runs guests on the bare processor gives them more than it says that it supports, and shows it only
+    // in a vCPU that exists.
+    let vcpu = kvm.create_vm()?.create_vcpu(0)?;
+    vcpu.set_cpuid2(&offered).map_err(failed("take CPUID leaves"))?;
+    let given = vcpu
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(failed("read CPUID leaves"))?;
+    Ok(compatibility::check(record, given.as_slice())?)
 }
 
 /// Opens the file that the drive's configuration names.
