@@ -17,9 +17,17 @@ Examples:
     runnel resume http://10.0.0.1:5000/web-v1         run it here, before it has arrived
 ";
 
+const ENVIRONMENT: &str = "\
+Environment:
+    RUNNEL_IMAGES       the local store of images (`runnel image --help`)
+    RUNNEL_VMM          the monitor; else runnel-vmm beside this program, else in PATH
+    REGISTRY_AUTH_FILE  passwords and tokens of registries (`runnel agent --help`)
+    XDG_RUNTIME_DIR     what runs is remembered below it, in runnel; root without it uses /run/runnel
+";
+
 /// Runs microVMs that can be saved, streamed and resumed elsewhere.
 #[derive(Debug, Parser)]
-#[command(name = "runnel", version, about, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n{EXIT_CODES}"))]
+#[command(name = "runnel", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n{ENVIRONMENT}\n{EXIT_CODES}"))]
 #[command(
     subcommand_required = true,
     arg_required_else_help = true,

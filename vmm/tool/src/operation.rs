@@ -19,8 +19,10 @@ const LOOK: Duration = Duration::from_millis(100);
 pub(crate) enum Outcome {
     /// It is done.
     Done,
-    /// A signal called it off.
+    /// A signal called it off; all is as it was before.
     Cancelled(i32),
+    /// A second signal came before the monitor had called it off. How it ends is not known.
+    Abandoned(i32),
 }
 
 /// Puts `body` to `path` (`/snapshot/create` or `/snapshot/load`) and waits until it is done.
@@ -49,7 +51,9 @@ pub(crate) fn run(
             Err(RecvTimeoutError::Disconnected) => unreachable!("the thread sends before it ends"),
         }
         if let Some(signal) = signals.next() {
-            cancelled = Some(signal);
+            if cancelled.replace(signal).is_some() {
+                return Ok(Outcome::Abandoned(signal));
+            }
             // Refused if it has just ended; the answer tells.
             let _ = api.delete(path);
         }
@@ -72,5 +76,80 @@ fn show(api: &Api, path: &str, view: &mut ProgressView) {
     // The last one's, if this one has not begun.
     if operation.state == "running" && path.ends_with(&operation.kind) {
         view.show(&operation.phase, operation.bytes_done, operation.bytes_total);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use serde_json::json;
+
+    use super::*;
+
+    const REFUSED: &str =
+        "HTTP/1.1 400 Bad Request\r\n\r\n{\"fault_message\":\"the snapshot was cancelled\"}";
+    const DONE: &str = "HTTP/1.1 204 No Content\r\n\r\n";
+
+    fn method_of(stream: &mut UnixStream) -> String {
+        let mut request = vec![0; 4096];
+        let len = stream.read(&mut request).unwrap();
+        let text = String::from_utf8(request[..len].to_vec()).unwrap();
+        text.split(' ').next().unwrap().to_owned()
+    }
+
+    /// A monitor that saves until it is told not to; then `answer` is what the request for it gets.
+    fn monitor(listener: &UnixListener, answer: &'static str) {
+        let (mut saving, mut is_called_off) = (None, false);
+        // On a busy host the two may come in any order.
+        while saving.is_none() || !is_called_off {
+            let (mut stream, _) = listener.accept().unwrap();
+            let answer = match method_of(&mut stream).as_str() {
+                "PUT" => {
+                    saving = Some(stream);
+                    continue;
+                }
+                "GET" => "HTTP/1.1 200 OK\r\n\r\n{\"operation\":null,\"volumes\":[]}",
+                "DELETE" => {
+                    is_called_off = true;
+                    DONE
+                }
+                other => panic!("{other}"),
+            };
+            stream.write_all(answer.as_bytes()).unwrap();
+        }
+        saving.unwrap().write_all(answer.as_bytes()).unwrap();
+    }
+
+    /// Interrupts an operation that ends with `answer` once it is called off.
+    fn interrupted(answer: &'static str) -> Outcome {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("api.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let monitor = thread::spawn(move || monitor(&listener, answer));
+        let signals = Signals::take().unwrap();
+        // SAFETY: the signal is for this thread, and blocked in it.
+        assert_eq!(unsafe { libc::raise(libc::SIGINT) }, 0);
+        let mut view = ProgressView::new("snapshot web".into());
+        let outcome = run(
+            &Api::new(&socket),
+            "/snapshot/create",
+            json!({}),
+            &mut view,
+            &signals,
+        );
+        monitor.join().unwrap();
+        outcome.unwrap()
+    }
+
+    #[test]
+    fn a_signal_calls_the_operation_off_through_the_api() {
+        assert_eq!(interrupted(REFUSED), Outcome::Cancelled(libc::SIGINT));
+    }
+
+    #[test]
+    fn an_operation_that_was_done_all_the_same_is_done() {
+        assert_eq!(interrupted(DONE), Outcome::Done);
     }
 }

@@ -481,7 +481,7 @@ fn lock(folder: &Path) -> io::Result<File> {
 }
 
 /// Makes a folder, or sees to it that one which is there is nobody else's.
-pub(crate) fn private_folder(path: &Path) -> Result<(), StateError> {
+fn private_folder(path: &Path) -> Result<(), StateError> {
     let made = DirBuilder::new().mode(0o700).create(path);
     match made {
         Ok(()) => return Ok(()),

@@ -1,5 +1,7 @@
 //! The commands about images, as a process: what they print, and what they end with.
 
+#![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
+
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
@@ -358,7 +360,7 @@ fn an_agent_is_shown_and_ended_and_gives_way_to_none() {
     let user = User::new();
     let folder = |name: &str| user.folder.path().join(name).to_str().unwrap().to_owned();
     let (memory, drives) = (folder("memory"), folder("drives"));
-    let arguments = ["agent", "--memory", &memory, "--drives", &drives];
+    let arguments = ["agent", "--memory-pages", &memory, "--drive-pages", &drives];
     let mut agent = user.command(&arguments).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(agent.stdout.take().unwrap()).lines();
     assert!(lines.next().unwrap().unwrap().contains("agent.sock"));

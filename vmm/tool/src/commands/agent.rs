@@ -1,29 +1,27 @@
 //! `runnel agent`: the process that fetches chunks of images of other hosts; and how `resume` comes by one.
 
-use std::io;
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use runnel_agent::agent::{Agent, AgentSettings, UNUSED_AFTER};
-use runnel_agent::remote::RemoteSettings;
+use runnel_agent::agent::Agent;
+use runnel_agent::cli::AgentArguments;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
 use rustix::process::Signal;
 
 use super::Failure;
-use crate::credentials::credentials;
+use crate::credentials::usual_credentials;
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
 use crate::output::{OutputArgs, print, print_json};
 use crate::process::ProcessId;
 use crate::program::{self, last_lines};
 use crate::signals::Signals;
-use crate::size::{self, parse_bytes, parse_duration};
-use crate::state::{StateFolder, private_folder};
+use crate::size;
+use crate::state::StateFolder;
 use crate::table::{Table, one_line};
 
 /// How long an agent may take until it listens.
@@ -40,11 +38,11 @@ Fetches, verifies and keeps chunks of images of other hosts for this user's mach
 runs; this starts it by hand, with other settings, in the foreground. One that is killed is followed by one that goes on
 with the same files.
 
-Passwords and tokens are read from --auth-file, else $REGISTRY_AUTH_FILE, else ~/.docker/config.json, as `docker login`
+Passwords and tokens are read from --credentials, else $REGISTRY_AUTH_FILE, else ~/.docker/config.json, as `docker login`
 and `skopeo login` write them. The token of `runnel serve` is any user's password there.
 
 Examples:
-    runnel agent --fill-rate 50M
+    runnel agent --fill-rate 50000000
     runnel agent --status
     runnel agent --stop";
 
@@ -60,18 +58,6 @@ enum AgentCommandError {
     /// One runs already.
     #[error("an agent runs already at {0}: `runnel agent --stop` ends it")]
     RunsAlready(PathBuf),
-    /// There is no place for drives.
-    #[error("there is no folder for the drives of resumed machines: give one with --drives")]
-    NoPlace,
-    /// A folder cannot be made.
-    #[error("creating {path} failed")]
-    Folder {
-        /// Which one.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: io::Error,
-    },
     /// It ended at once.
     #[error("the agent ended at once ({status}):\n{log}")]
     Ended {
@@ -92,37 +78,8 @@ enum AgentCommandError {
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(crate) struct AgentArgs {
-    /// Where to listen; where `resume` looks for it unless given
-    #[arg(long, value_name = "SOCKET")]
-    socket: Option<PathBuf>,
-
-    /// Folder for the memory of resumed machines, on a tmpfs
-    #[arg(long, value_name = "DIR")]
-    memory: Option<PathBuf>,
-
-    /// Folder for the content of drives, on a disk
-    #[arg(long, value_name = "DIR")]
-    drives: Option<PathBuf>,
-
-    /// Bytes a second that an image arrives at in the background, before compression: 50M
-    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
-    fill_rate: Option<NonZeroU64>,
-
-    /// How long an image is kept that no machine uses
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    unused_after: Option<Duration>,
-
-    /// How long a server may be silent before it counts as away
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    server_deadline: Option<Duration>,
-
-    /// Certificates of the authorities to trust for https, in place of the system's, in PEM
-    #[arg(long, value_name = "FILE")]
-    authorities: Option<PathBuf>,
-
-    /// Passwords and tokens of registries
-    #[arg(long, value_name = "FILE")]
-    auth_file: Option<PathBuf>,
+    #[command(flatten)]
+    agent: AgentArguments,
 
     /// Show what the agent that runs has open, and what that cost
     #[arg(long, conflicts_with = "stop")]
@@ -136,12 +93,6 @@ pub(crate) struct AgentArgs {
     output: OutputArgs,
 }
 
-fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
-    let bytes = parse_bytes(text).map_err(|error| error.to_string())?;
-    NonZeroU64::new(bytes)
-        .ok_or_else(|| "at a rate of 0 nothing arrives: leave it out for no limit".to_owned())
-}
-
 /// Which agent is used.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct AgentFlags {
@@ -151,7 +102,7 @@ pub(crate) struct AgentFlags {
 
     /// Passwords and tokens of registries, for an agent that is started now
     #[arg(long, value_name = "FILE")]
-    auth_file: Option<PathBuf>,
+    credentials: Option<PathBuf>,
 }
 
 /// Where this user's agent listens.
@@ -162,7 +113,8 @@ pub(crate) fn socket_of(state: &StateFolder) -> PathBuf {
 pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
-    let socket = args.socket.clone().unwrap_or_else(|| socket_of(&state));
+    let arguments = with_defaults(&args.agent, &state);
+    let socket = arguments.socket.clone().unwrap_or_else(|| socket_of(&state));
     if args.status {
         return show_status(&socket, args.output);
     }
@@ -172,7 +124,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     if is_answering(&socket) {
         return Err(AgentCommandError::RunsAlready(socket).into());
     }
-    let agent = Agent::start(args.settings(&state, socket.clone())?)?;
+    let agent = Agent::start(arguments.settings()?)?;
     match args.output.json {
         true => print_json(&serde_json::json!({ "socket": socket }))?,
         false => print(&format!(
@@ -187,46 +139,28 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-impl AgentArgs {
-    fn settings(&self, state: &StateFolder, socket: PathBuf) -> Result<AgentSettings, Failure> {
-        // Each folder of state has an agent of its own, and that one folders of its own.
-        let digest = BlobDigest::of(state.path().as_os_str().as_encoded_bytes()).hex();
-        let own = &digest[..8];
-        let memory = match &self.memory {
-            Some(path) => path.clone(),
-            None => memory_folder(own)?,
-        };
-        let drives = match &self.drives {
-            Some(path) => path.clone(),
-            None => cache_folder()?.join(own),
-        };
-        for path in [&memory, &drives] {
-            make(path)?;
-        }
-        let mut settings = AgentSettings::new(socket, memory, drives);
-        settings.fill_bytes_per_second = self.fill_rate;
-        settings.unused_after = self.unused_after.unwrap_or(UNUSED_AFTER);
-        let remote = RemoteSettings::default();
-        settings.remote = RemoteSettings {
-            idle_deadline: self.server_deadline.unwrap_or(remote.idle_deadline),
-            authorities: self.authorities.clone(),
-            credentials: credentials(self.auth_file.as_deref())?,
-            ..remote
-        };
-        Ok(settings)
+/// Fills in what was not said. Each folder of state has an agent of its own, and that one folders of its own: two of
+/// them would refuse to share.
+fn with_defaults(arguments: &AgentArguments, state: &StateFolder) -> AgentArguments {
+    let digest = BlobDigest::of(state.path().as_os_str().as_encoded_bytes()).hex();
+    let own = &digest[..8];
+    let memory = || {
+        let user = rustix::process::geteuid().as_raw();
+        PathBuf::from(format!("/dev/shm/runnel-{user}-{own}"))
+    };
+    let given = arguments.clone();
+    AgentArguments {
+        socket: given.socket.or_else(|| Some(socket_of(state))),
+        memory_pages: given.memory_pages.or_else(|| Some(memory())),
+        // Without a place for it, the agent says what is missing.
+        drive_pages: given.drive_pages.or_else(|| Some(cache_folder()?.join(own))),
+        credentials: given.credentials.or_else(usual_credentials),
+        ..given
     }
 }
 
-/// The folder on the tmpfs that every host has. Others can make one of that name first, so it is looked at.
-fn memory_folder(own: &str) -> Result<PathBuf, Failure> {
-    let user = rustix::process::geteuid().as_raw();
-    let path = PathBuf::from(format!("/dev/shm/runnel-{user}"));
-    private_folder(&path)?;
-    Ok(path.join(own))
-}
-
-/// `$XDG_CACHE_HOME/runnel/drives`, else `/var/cache/runnel/drives` for root and `~/.cache/runnel/drives` for others.
-fn cache_folder() -> Result<PathBuf, AgentCommandError> {
+/// `$XDG_CACHE_HOME/runnel`, else `/var/cache/runnel` for root and `~/.cache/runnel` for others.
+fn cache_folder() -> Option<PathBuf> {
     let folder = |variable: &str| {
         let path = std::env::var_os(variable).map(PathBuf::from);
         path.filter(|path| path.is_absolute())
@@ -234,21 +168,8 @@ fn cache_folder() -> Result<PathBuf, AgentCommandError> {
     let cache = folder("XDG_CACHE_HOME").or_else(|| match rustix::process::geteuid().is_root() {
         true => Some("/var/cache".into()),
         false => Some(folder("HOME")?.join(".cache")),
-    });
-    let cache = cache.ok_or(AgentCommandError::NoPlace)?;
-    Ok(cache.join("runnel/drives"))
-}
-
-fn make(path: &Path) -> Result<(), AgentCommandError> {
-    use std::os::unix::fs::DirBuilderExt;
-    let made = std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path);
-    made.map_err(|source| AgentCommandError::Folder {
-        path: path.to_owned(),
-        source,
-    })
+    })?;
+    Some(cache.join("runnel"))
 }
 
 fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
@@ -309,8 +230,8 @@ fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), F
     let log = state.agent().join("agent.log");
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("agent");
-    if let Some(file) = &flags.auth_file {
-        command.arg("--auth-file").arg(file);
+    if let Some(file) = &flags.credentials {
+        command.arg("--credentials").arg(file);
     }
     program::detach(&mut command, &log)?;
     let mut child = command.spawn()?;

@@ -7,6 +7,7 @@ use clap::Args;
 use super::Failure;
 use crate::console::{Console, Left};
 use crate::exit::Exit;
+use crate::monitor::FAREWELL;
 use crate::signals::Signals;
 use crate::state::{MachineName, StateFolder};
 
@@ -28,7 +29,8 @@ pub(crate) struct ConsoleArgs {
 
 pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
-    let machine = StateFolder::open()?.machine(&args.machine)?;
+    let state = StateFolder::open()?;
+    let machine = state.machine(&args.machine)?;
     let console = Console::connect(&machine.folder.console_socket())?;
     if std::io::stdin().is_terminal() {
         eprintln!("{}; Ctrl-] leaves its console.", args.machine);
@@ -39,6 +41,10 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
             Exit::Done
         }
         Left::Ended => {
+            // The console closes a moment before the process ends. Whoever is told so can use the name again.
+            if machine.process.wait(FAREWELL)? {
+                state.forget(&machine.folder)?;
+            }
             eprintln!("{} has ended.", args.machine);
             Exit::Done
         }

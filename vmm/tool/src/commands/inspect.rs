@@ -107,7 +107,7 @@ fn open(reference: &ImageReference) -> Result<Image, Failure> {
         ImageReference::Directory { path, wanted } => Image::open_directory(path, wanted)?,
         ImageReference::Remote { base, name, wanted } => {
             let settings = RemoteSettings {
-                credentials: credentials(None)?,
+                credentials: credentials()?,
                 ..RemoteSettings::default()
             };
             RemoteImage::open(base, name, wanted, settings)?.image

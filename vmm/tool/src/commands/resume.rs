@@ -139,7 +139,8 @@ fn load(
     let api = monitor.api();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
     match operation::run(&api, "/snapshot/load", body, &mut view, signals)? {
-        Outcome::Cancelled(signal) => Ok(Some(Exit::Signal(signal))),
+        // The monitor ends with this command, whatever it is doing.
+        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => Ok(Some(Exit::Signal(signal))),
         Outcome::Done => {
             record_size(monitor, &api, record)?;
             Ok(None)

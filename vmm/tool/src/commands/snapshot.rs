@@ -57,12 +57,17 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let mut view = ProgressView::new(format!("snapshot {}", args.machine));
     let outcome = operation::run(&api, "/snapshot/create", body, &mut view, &signals)?;
     drop(view);
-    if let Outcome::Cancelled(signal) = outcome {
-        eprintln!(
-            "called off: nothing is left of the image, and {} goes on as it was.",
-            args.machine
-        );
-        return Ok(Exit::Signal(signal));
+    match outcome {
+        Outcome::Done => {}
+        Outcome::Cancelled(signal) => {
+            let machine = &args.machine;
+            eprintln!("called off: nothing is left of the image, and {machine} goes on as it was.");
+            return Ok(Exit::Signal(signal));
+        }
+        Outcome::Abandoned(signal) => {
+            eprintln!("not waited for: {} still calls it off.", args.machine);
+            return Ok(Exit::Signal(signal));
+        }
     }
     let elapsed = started.elapsed();
     let manifest = Image::open_directory(&target, &Wanted::Only)?.manifest;

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use super::Finding;
 
@@ -65,7 +66,7 @@ pub(super) fn examine() -> Vec<Finding> {
         CHECK,
         format!("{DEVICE} can be used and has all that the monitor needs"),
     );
-    vec![access, vcpus(&kvm), tsc(&kvm)]
+    vec![access, hardware(Path::new("/sys/module")), vcpus(&kvm), tsc(&kvm)]
 }
 
 fn unusable(check: &'static str, error: &io::Error) -> Finding {
@@ -80,6 +81,21 @@ fn unusable(check: &'static str, error: &io::Error) -> Finding {
         _ => "look at what the kernel says: `dmesg | grep -i kvm`",
     };
     Finding::missing(check, format!("{DEVICE} cannot be opened: {error}"), advice)
+}
+
+/// Whether guest code runs on the processor. A KVM without hardware virtualization interprets it, and lacks
+/// instructions that every Linux kernel needs.
+fn hardware(modules: &Path) -> Finding {
+    const CHECK: &str = "guests";
+    let vendors = ["kvm_intel", "kvm_amd"];
+    match vendors.iter().find(|name| modules.join(name).exists()) {
+        Some(name) => Finding::ok(CHECK, format!("run on the processor, by {name}")),
+        None => Finding::warning(
+            CHECK,
+            "neither kvm_intel nor kvm_amd is loaded: this KVM may interpret guest code, and then Linux does not run on it",
+            "use a host with VT-x or AMD-V, or nested virtualization switched on if this is a virtual machine",
+        ),
+    }
 }
 
 fn vcpus(kvm: &File) -> Finding {
@@ -107,4 +123,26 @@ fn tsc(kvm: &File) -> Finding {
 fn ask(kvm: &File, request: libc::c_ulong, argument: libc::c_ulong) -> libc::c_int {
     // SAFETY: both requests take a number, not a pointer, and change nothing.
     unsafe { libc::ioctl(kvm.as_raw_fd(), request, argument) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::doctor::Verdict;
+
+    #[test]
+    fn a_kvm_without_the_processors_help_is_warned_about() {
+        let modules = tempfile::tempdir().unwrap();
+        std::fs::create_dir(modules.path().join("kvm_pvm")).unwrap();
+        assert_eq!(hardware(modules.path()).verdict, Verdict::Warning);
+        std::fs::create_dir(modules.path().join("kvm_amd")).unwrap();
+        assert_eq!(hardware(modules.path()).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_device_that_may_not_be_opened_says_how_to_get_access() {
+        let advice = |kind: io::ErrorKind| unusable("kvm", &kind.into()).advice.unwrap();
+        assert!(advice(io::ErrorKind::NotFound).contains("modprobe"));
+        assert!(advice(io::ErrorKind::PermissionDenied).contains("usermod"));
+    }
 }
