@@ -13,6 +13,7 @@ HOST = pathlib.Path("/host")
 IMAGE = HOST / "image"
 SOCKET = "/run/demo.socket"
 MEMORY_MIB = 512
+RANDOM_MIB = int(os.environ.get("DEMO_MIB", "256"))
 
 
 def boot():
@@ -30,7 +31,7 @@ def boot():
     api.call("PUT", "/boot-source", {
         "kernel_image_path": "/programs/guest/vmlinuz",
         "initrd_path": "/programs/guest/initrd",
-        "boot_args": "console=ttyS0 root=/dev/vda panic=-1",
+        "boot_args": f"console=ttyS0 root=/dev/vda panic=-1 demo.mib={RANDOM_MIB}",
     })
     api.call("PUT", "/drives/root", {
         "drive_id": "root", "path_on_host": str(HOST / "disk.ext4"), "is_root_device": False, "is_read_only": False,
@@ -61,7 +62,7 @@ facts = {
     "ram_bytes": MEMORY_MIB << 20,
     "disk_bytes": (HOST / "disk.ext4").stat().st_size,
 }
-say(f"it has counted to {get('/counter')}, and holds 256 MiB of random bytes in memory and as much in files")
+say(f"it has counted to {get('/counter')}, and holds {RANDOM_MIB} MiB of random bytes in memory and as much in files")
 facts["image_bytes"] = snapshot(api)
 # What it said last before it stood still.
 facts["counter_before"] = console.counter

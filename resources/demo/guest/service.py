@@ -8,6 +8,7 @@
   GET /hash/files              BLAKE2b of the bytes in the files
   GET /hash/files?drop_caches  the same, read from the disk again
 
+`demo.mib=N` on the kernel's command line says how many MiB of each; 256 unless given.
 The counter goes out on the serial console too, as `counter=N`; `demo=ready` says that all bytes are there.
 """
 
@@ -19,12 +20,18 @@ import threading
 import time
 
 MIB = 1 << 20
-MEMORY_MIB = 256
 FILES = 16
-FILE_MIB = 16
 FOLDER = pathlib.Path("/var/lib/demo")
 
 counter = 0
+
+
+def amount_mib():
+    for word in pathlib.Path("/proc/cmdline").read_text().split():
+        name, _, value = word.partition("=")
+        if name == "demo.mib":
+            return int(value)
+    return 256
 
 
 def count(console):
@@ -90,12 +97,13 @@ class Page(http.server.BaseHTTPRequestHandler):
 console = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY)
 threading.Thread(target=count, args=(console,), daemon=True).start()
 held = bytearray()
-for _ in range(MEMORY_MIB):
+amount = amount_mib()
+for _ in range(amount):
     held += os.urandom(MIB)
 FOLDER.mkdir(exist_ok=True)
 for number in range(FILES):
     with (FOLDER / f"random-{number:02}").open("wb") as file:
-        for _ in range(FILE_MIB):
+        for _ in range(amount // FILES):
             file.write(os.urandom(MIB))
         os.fsync(file.fileno())
 server = http.server.ThreadingHTTPServer(("", 80), Page)
