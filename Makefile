@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup build test fmt clippy check clean
+.PHONY: help setup build demo test fmt clippy check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,6 +14,10 @@ build: ## the programs, optimized, in target/release
 setup: ## Debian packages, kernels and guests that tests and the demo use; they do it themselves if need be
 	@resources/lab/need kernel/6.1-cloud kernel/6.12-cloud host/6.1-cloud host/6.12-cloud host-root \
 		guest/6.1-cloud guest/6.12-cloud >/dev/null
+
+demo: ## a Debian guest goes on on another host before it has arrived there; report in target/demo (10 to 20 minutes)
+	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent --package runnel-tests --bins
+	@resources/demo/run
 
 test: ## every test of both levels
 	$(CARGO) build --locked --workspace

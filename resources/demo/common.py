@@ -49,6 +49,32 @@ class Api:
         return json.loads(text) if text else None
 
 
+class Progress:
+    """Shows how far something is, every few seconds, while the block runs; `look` returns a text, or None."""
+
+    EVERY_SECONDS = 5
+
+    def __init__(self, look):
+        self._look = look
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+
+    def __exit__(self, *_):
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self):
+        while not self._is_over.wait(self.EVERY_SECONDS):
+            try:
+                if text := self._look():
+                    say(f"  {text}")
+            except OSError:
+                pass  # it has just ended
+
+
 class Console:
     """What a guest writes on its serial port, read by a thread from a pipe; shown but for the counter's lines."""
 
@@ -86,6 +112,10 @@ class Console:
     def wait_first_output(self, seconds):
         if not self._first.wait(seconds):
             sys.exit(f"the guest wrote nothing within {seconds} s")
+
+
+def mib(number):
+    return f"{number / (1 << 20):,.0f} MiB"
 
 
 def get(path, seconds=600):

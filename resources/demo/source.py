@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import time
 
-from common import Api, Console, get, hashes, make_tap, run, say
+from common import Api, Console, Progress, get, hashes, make_tap, mib, run, say
 
 HOST = pathlib.Path("/host")
 IMAGE = HOST / "image"
@@ -43,12 +43,20 @@ def boot():
 
 
 def snapshot(api):
+    """Saves the machine, which stands still for the while and runs on afterwards; returns the image's size."""
+
+    def look():
+        operation = api.call("GET", "/snapshot/progress")["operation"]
+        if operation and operation["kind"] == "create":
+            return f"{operation['phase']}: {mib(operation['bytes_done'])} of {mib(operation['bytes_total'])}"
+
     say("making an image of it while it runs")
     started = time.monotonic()
-    api.call("PATCH", "/vm", {"state": "Paused"})
-    api.call("PUT", "/snapshot/create", {"image_path": str(IMAGE)})
-    say(f"the image is complete after {time.monotonic() - started:.1f} s")
-    return sum(file.stat().st_size for file in IMAGE.rglob("*") if file.is_file())
+    with Progress(look):
+        api.call("PUT", "/snapshot/create", {"image_path": str(IMAGE)})
+    size = sum(file.stat().st_size for file in IMAGE.rglob("*") if file.is_file())
+    say(f"the image is complete after {time.monotonic() - started:.1f} s: {mib(size)}")
+    return size
 
 
 make_tap()
@@ -56,17 +64,18 @@ monitor, api = boot()
 console = Console(monitor.stdout)
 console.wait_ready(600)
 say(f"its web page answers: {get('/').splitlines()[1]}")
+say("hashing all its random bytes")
 facts = {
     "hashes": hashes(),
     "guest_kernel": get("/kernel"),
     "ram_bytes": MEMORY_MIB << 20,
     "disk_bytes": (HOST / "disk.ext4").stat().st_size,
 }
-say(f"it has counted to {get('/counter')}, and holds {RANDOM_MIB} MiB of random bytes in memory and as much in files")
+facts["counter_before"] = int(get("/counter"))
+say(f"it has counted to {facts['counter_before']}, and holds {RANDOM_MIB} MiB of random bytes in memory and as much in files")
 facts["image_bytes"] = snapshot(api)
-# What it said last before it stood still.
-facts["counter_before"] = console.counter
+say(f"the machine runs on here; it counts: {get('/counter')}")
 (HOST / "facts.json").write_text(json.dumps(facts))
 monitor.kill()
 monitor.wait()
-say("its machine here has ended; the image is all that is left")
+say("and now it has ended here; the image is all that is left")

@@ -5,6 +5,7 @@ Times count from the moment at which `runnel resume` is started; bytes are what 
 received by then, read from the kernel's counter every few milliseconds.
 """
 
+import atexit
 import bisect
 import json
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.error
 
-from common import Api, Console, get, hashes, make_tap, say
+from common import Api, Console, Progress, get, hashes, make_tap, say
 
 IMAGE_URL = sys.argv[1]
 SOCKET = "/run/runnel/machines/demo/api.sock"
@@ -47,7 +48,20 @@ class Meter:
         return self.values[position] - self.values[0]
 
 
-def wait_for(what, seconds, attempt):
+def show_what_is_known():
+    """For a resume that went wrong: what the machine, the monitor and the agent say."""
+    for path in ("/", "/snapshot/progress"):
+        try:
+            say(f"GET {path}: {Api(SOCKET).call('GET', path, timeout=5)}")
+        except (OSError, SystemExit) as error:
+            say(f"GET {path}: {error}")
+    for log in sorted(pathlib.Path("/run/runnel").rglob("*.log")):
+        say(f"the end of {log}:")
+        for line in log.read_text(errors="replace").splitlines()[-20:]:
+            say(f"  {line}")
+
+
+def wait_for(what, seconds, attempt, pause=0.002):
     """Tries again and again until `attempt` gives something, and returns it with the moment at which it did."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -56,7 +70,7 @@ def wait_for(what, seconds, attempt):
                 return result, time.monotonic()
         except (OSError, urllib.error.URLError):
             pass
-        time.sleep(0.002)
+        time.sleep(pause)
     sys.exit(f"{what} did not come within {seconds} s")
 
 
@@ -64,12 +78,22 @@ def is_running():
     return True if Api(SOCKET).call("GET", "/")["state"] == "Running" else None
 
 
+def volumes():
+    return Api(SOCKET).call("GET", "/snapshot/progress")["volumes"]
+
+
+def look():
+    shares = (f"{volume['volume']}: {100 * volume['bytes_resident'] / volume['bytes_total']:.0f} %" for volume in volumes())
+    return "arrived: " + ", ".join(shares)
+
+
 def is_resident():
-    volumes = Api(SOCKET).call("GET", "/snapshot/progress")["volumes"]
-    arrived = all(volume["bytes_resident"] >= volume["bytes_total"] for volume in volumes)
-    return True if volumes and arrived else None
+    found = volumes()
+    arrived = all(volume["bytes_resident"] >= volume["bytes_total"] for volume in found)
+    return True if found and arrived else None
 
 
+atexit.register(show_what_is_known)
 make_tap()
 meter = Meter()
 say(f"runnel resume {IMAGE_URL}")
@@ -99,10 +123,12 @@ note("first_guest_output", console.first_output)
 note("first_response", moment, "bytes_at_first_response")
 report["counter_after"] = int(counter)
 say(f"the guest goes on counting: {counter}")
-_, moment = wait_for("the last page", 900, is_resident)
+with Progress(look):
+    _, moment = wait_for("the last page", 900, is_resident, pause=0.05)
 note("resident", moment, "bytes_total")
 say("hashing all the random bytes again, those in files past the guest's cache")
 report["hashes"] = hashes("?drop_caches")
 pathlib.Path("/host/report.json").write_text(json.dumps(report))
+atexit.unregister(show_what_is_known)
 os.kill(machine.pid, signal.SIGTERM)
 machine.wait()
