@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use runnel_snapshot::state::MachineState;
 use runnel_tests::bare_guest;
 use runnel_tests::monitor::Monitor;
 use serde_json::{Value, json};
@@ -109,4 +110,39 @@ fn firecrackers_two_files_hold_a_machine_and_memory_is_raw() {
     tell(&mut second, "poke:0x1000000:78", "poke=done");
     // The file is the snapshot, and stays what it was.
     assert_eq!(std::fs::read(&memory).unwrap()[0x100_0000], 77);
+}
+
+#[test]
+fn a_host_that_cannot_carry_the_machine_refuses_it_by_the_name_of_what_it_lacks() {
+    let folder = folder();
+    let (state, memory) = (folder.path().join("state"), folder.path().join("memory"));
+    let first = booted("count:1");
+    first.demand("PATCH", "/vm", &json!({"state": "Paused"}));
+    first.demand(
+        "PUT",
+        "/snapshot/create",
+        &json!({"snapshot_path": state, "mem_file_path": memory}),
+    );
+    let mut saved = MachineState::decode(&std::fs::read(&state).unwrap()).unwrap();
+    assert!(
+        saved
+            .compatibility
+            .insert("cpuid.vendor".to_owned(), "AcmeChips".into())
+            .is_some()
+    );
+    std::fs::write(&state, saved.encode().unwrap()).unwrap();
+
+    let second = Monitor::start();
+    let backend = json!({"backend_type": "File", "backend_path": memory});
+    let (status, fault) = second.ask(
+        "PUT",
+        "/snapshot/load",
+        &json!({"snapshot_path": state, "mem_backend": backend}),
+    );
+    assert_eq!(status, 400);
+    assert!(
+        fault["fault_message"].as_str().unwrap().contains("AcmeChips"),
+        "{fault}"
+    );
+    assert_eq!(second.demand("GET", "/", &Value::Null)["state"], "Not started");
 }

@@ -201,6 +201,13 @@ impl MemoryPager {
         self.finish(pages);
     }
 
+    /// Whether somebody waits for a page just now.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        let pages = self.lock();
+        !pages.awaited.is_empty() || !pages.refused.is_empty()
+    }
+
     /// Whether there are faults to [`retry`](Self::retry).
     #[must_use]
     pub fn has_refused(&self) -> bool {

@@ -23,6 +23,7 @@ use runnel_snapshot::protocol::{AgentSource, ConnectError, Opening};
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
 use runnel_snapshot::source::{ChunkId, PageSource};
 use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
+use runnel_snapshot::units::PageIndex;
 use runnel_snapshot::volume::VolumeName;
 
 use super::description::{Description, DescriptionError, DriveRecord};
@@ -34,7 +35,7 @@ use crate::control::{GuestError, Operation};
 use crate::exit::EndSignal;
 use crate::layout::{BadRamSize, RamLayout};
 use crate::memory::{self, MemoryError};
-use crate::microvm::{Microvm, RestoreError, Saved};
+use crate::microvm::{CompatibilityError, Microvm, RestoreError, Saved, check_compatibility};
 use crate::pager::{Pager, PagerError};
 use crate::state::Resumption;
 
@@ -152,6 +153,9 @@ pub enum LoadError {
         #[source]
         source: OverlayError,
     },
+    /// The host.
+    #[error("this host cannot carry the machine")]
+    Incompatible(#[from] CompatibilityError),
     /// The machine.
     #[error("the machine cannot be restored on this host")]
     Restore(#[from] RestoreError),
@@ -179,6 +183,7 @@ pub(super) fn load(
     let mut opened = open(load, machine)?;
     let description = take_description(&mut opened.state.sections)?;
     let described = with_overrides(&description, load, config)?;
+    check_compatibility(&opened.state.compatibility).map_err(LoadError::from)?;
     ask_for_first_chunks(&opened);
 
     operation.enter("restoring");
@@ -383,6 +388,10 @@ fn map_memory(opened: &Opened, layout: RamLayout) -> Result<Memory, LoadError> {
     }
     let ram = Arc::new(memory::resumed(layout, &fetcher.source().page_file(id))?);
     let pager = Pager::start(fetcher, mappings(&ram, layout).map_err(LoadError::Mapping)?)?;
+    // A new identifier is written there before the vCPUs run; that is not to wait for the old one.
+    if let Some(offset) = layout.volume_offset(crate::layout::VMGENID.address()) {
+        pager.logic().discard(PageIndex::holding(offset), 1);
+    }
     Ok((ram, Some(pager)))
 }
 

@@ -213,7 +213,9 @@ fn machine_state(
         sections.push(SavedSection::of::<Description>("", &description.save(&paused)?)?);
     }
     let saved_at_ms = u64::try_from(saved_at.as_millis()).unwrap_or(u64::MAX);
-    Ok(MachineState::new(saved_at_ms, sections))
+    let mut state = MachineState::new(saved_at_ms, sections);
+    state.compatibility = guest.machine.compatibility()?;
+    Ok(state)
 }
 
 fn record(backing: &Backing, in_image: bool) -> io::Result<DriveRecord> {

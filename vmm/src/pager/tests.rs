@@ -287,6 +287,18 @@ fn a_chunk_punched_out_of_the_page_file_comes_again() {
 }
 
 #[test]
+fn a_thread_that_waits_is_not_given_zeros_when_the_pager_ends() {
+    let source = Source::new(true);
+    let (pager, memory) = start(&source);
+    let (sender, read) = std::sync::mpsc::channel();
+    // Left behind: it waits as long as the process lives.
+    std::thread::spawn(move || sender.send(memory.byte(17)));
+    source.release(1);
+    drop(pager);
+    assert!(read.recv_timeout(Duration::from_millis(200)).is_err());
+}
+
+#[test]
 fn pages_that_were_written_are_own_and_those_only_read_are_not() {
     let source = Source::new(false);
     let (_pager, memory) = start(&source);

@@ -33,7 +33,7 @@ pub enum PagerError {
 pub struct Pager {
     logic: Arc<MemoryPager>,
     /// Kept open to the very end: when the last descriptor closes, waiting readers get zeros.
-    _uffd: Arc<Userfaultfd>,
+    uffd: Arc<Userfaultfd>,
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -68,7 +68,7 @@ impl Pager {
             .map_err(PagerError::Thread)?;
         Ok(Self {
             logic,
-            _uffd: uffd,
+            uffd,
             stop,
             thread: Some(thread),
         })
@@ -89,6 +89,11 @@ impl Drop for Pager {
             && thread.join().is_err()
         {
             tracing::error!("the pager's thread panicked");
+        }
+        if self.logic.is_awaited() {
+            // A thread that could not be ended waits for a page. Closing the descriptor would give it zeros; it is to
+            // wait until the process ends.
+            std::mem::forget(Arc::clone(&self.uffd));
         }
     }
 }
