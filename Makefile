@@ -20,6 +20,7 @@ demo: ## a Debian guest goes on on another host before it has arrived there; rep
 	@resources/demo/run
 
 test: ## every test of both levels
+	@resources/lab/need packages >/dev/null
 	$(CARGO) build --locked --workspace
 	$(CARGO) test --locked --workspace
 
