@@ -1,0 +1,407 @@
+//! The operator's tool with machines that run: the bare guest on this host's KVM.
+
+#![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use runnel_snapshot::digest::BlobDigest;
+use runnel_tests::{bare_guest, program};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A user with a runtime directory of his own. What runs is ended when he goes.
+struct User {
+    folder: TempDir,
+}
+
+impl User {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self { folder }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program("runnel"));
+        command
+            .args(arguments)
+            .env("XDG_RUNTIME_DIR", self.folder.path())
+            .env("RUNNEL_IMAGES", self.folder.path().join("images"))
+            .env("XDG_CACHE_HOME", self.folder.path().join("cache"))
+            .env("RUNNEL_VMM", program("runnel-vmm"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// `run`, of a bare guest that obeys `words`.
+    fn boot(&self, words: &str, more: &[&str]) -> Command {
+        let kernel = bare_guest().to_str().unwrap();
+        let arguments = ["run", "--kernel", kernel, "--memory", "64M", "--cmdline", words];
+        self.command(&[&arguments, more].concat())
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn output(&self, arguments: &[&str]) -> String {
+        succeeded(self.run(arguments))
+    }
+
+    fn machines(&self) -> Vec<Value> {
+        serde_json::from_str(&self.output(&["ps", "--json"])).unwrap()
+    }
+
+    fn state_of(&self, name: &str) -> Value {
+        let machine = self
+            .machines()
+            .into_iter()
+            .find(|machine| machine["name"] == name);
+        machine.unwrap()["state"].clone()
+    }
+
+    fn machine_folder(&self, name: &str) -> PathBuf {
+        self.folder.path().join("runnel/machines").join(name)
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        let _ = self.run(&["kill", "--all"]);
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn succeeded(output: Output) -> String {
+    assert!(
+        output.status.success(),
+        "{}: {}",
+        output.status,
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Reads what a process prints, to the line that contains `words`.
+fn read_to(child: &mut Child, words: &str) -> String {
+    let mut lines = BufReader::new(child.stdout.as_mut().unwrap());
+    let mut seen = String::new();
+    while lines.read_line(&mut seen).unwrap() > 0 {
+        if seen.lines().next_back().is_some_and(|line| line.contains(words)) {
+            return seen;
+        }
+    }
+    panic!("no {words:?} in {seen:?}");
+}
+
+fn signal(pid: impl ToString, name: &str) {
+    let sent = Command::new("kill")
+        .arg(format!("-{name}"))
+        .arg(pid.to_string())
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+#[test]
+fn a_foreground_machine_is_heard_to_its_last_word_and_gives_its_exit_code() {
+    let user = User::new();
+    let output = user.boot("count:3 poweroff", &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let heard = text(&output.stdout);
+    assert!(
+        heard.contains("guest=bare") && heard.contains("count=3"),
+        "{heard}"
+    );
+
+    let output = user.boot("triplefault", &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("its log is"),
+        "{}",
+        text(&output.stderr)
+    );
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn a_detached_machine_is_listed_paused_and_killed() {
+    let user = User::new();
+    let name = succeeded(
+        user.boot("count:1", &["--detach", "--name", "web"])
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(name, "web\n");
+    let machines = user.machines();
+    assert_eq!(machines.len(), 1);
+    let machine = &machines[0];
+    assert_eq!(
+        (&machine["state"], &machine["vcpus"]),
+        (&"running".into(), &1.into())
+    );
+    assert_eq!(machine["memory_mib"], 64);
+    assert!(machine["resident_bytes"].as_u64().unwrap() > 0);
+    assert!(user.output(&["ps"]).contains("64 MiB"));
+
+    user.output(&["pause", "web"]);
+    assert_eq!(user.state_of("web"), "paused");
+    user.output(&["unpause", "web"]);
+    assert_eq!(user.state_of("web"), "running");
+
+    let second = user.boot("", &["--detach", "--name", "web"]).output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(
+        text(&second.stderr).contains("choose another --name"),
+        "{}",
+        text(&second.stderr)
+    );
+    assert_eq!(user.machines().len(), 1);
+
+    user.output(&["kill", "web"]);
+    assert_eq!(user.machines(), Vec::<Value>::new());
+    assert!(!user.machine_folder("web").exists());
+    let pid = machine["pid"].to_string();
+    assert!(!Path::new("/proc").join(pid).join("exe").exists());
+}
+
+#[test]
+fn a_console_is_joined_later_and_says_what_was_missed() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:2", &more).output().unwrap());
+    let mut console = user
+        .command(&["console", "web"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A guest that has not set its port up does not hear.
+    let missed = read_to(&mut console, "count=2");
+    assert!(missed.contains("guest=bare"), "{missed}");
+    let mut keyboard = console.stdin.take().unwrap();
+    keyboard.write_all(b"count:1\npoweroff\n").unwrap();
+    drop(keyboard);
+    let heard = succeeded(console.wait_with_output().unwrap());
+    assert!(heard.contains("count=3"), "{heard}");
+    assert!(!user.machine_folder("web").exists());
+}
+
+#[test]
+fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
+    let user = User::new();
+    let tool = user.boot("count:1", &["--name", "web"]);
+    // A terminal of its own, from util-linux.
+    let words: Vec<String> = std::iter::once(tool.get_program())
+        .chain(tool.get_args())
+        .map(|word| format!("'{}'", word.to_str().unwrap()))
+        .collect();
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--return", "--command", &words.join(" "), "/dev/null"]);
+    script.envs(tool.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    script.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut terminal = script
+        .spawn()
+        .expect("the script program is needed: apt-get install bsdutils");
+    read_to(&mut terminal, "count=1");
+    terminal.stdin.as_mut().unwrap().write_all(b"\x1d").unwrap();
+    let mut rest = String::new();
+    terminal
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_to_string(&mut rest)
+        .unwrap();
+    assert!(terminal.wait().unwrap().success(), "{rest}");
+    assert!(rest.contains("runnel console web"), "{rest}");
+    assert_eq!(user.state_of("web"), "running");
+}
+
+#[test]
+fn a_signal_to_the_command_ends_the_machine_in_the_foreground() {
+    let user = User::new();
+    let mut tool = user.boot("count:1", &["--name", "web"]).spawn().unwrap();
+    read_to(&mut tool, "count=1");
+    signal(tool.id(), "TERM");
+    assert_eq!(tool.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(user.machines(), Vec::<Value>::new());
+    assert!(!user.machine_folder("web").exists());
+}
+
+#[test]
+fn a_monitor_that_was_killed_gives_its_name_free_and_leaves_its_log() {
+    let user = User::new();
+    succeeded(user.boot("", &["--detach", "--name", "web"]).output().unwrap());
+    signal(&user.machines()[0]["pid"], "KILL");
+    // The kernel may take a moment; `console` would wait for what is not there.
+    while !user.machines().is_empty() {
+        std::thread::yield_now();
+    }
+    let told = text(&user.run(&["pause", "web"]).stderr);
+    assert!(told.contains("it has ended; its log is"), "{told}");
+    succeeded(user.boot("", &["--detach", "--name", "web"]).output().unwrap());
+    assert_eq!(user.state_of("web"), "running");
+}
+
+#[test]
+fn a_machine_that_cannot_be_had_leaves_nothing() {
+    let user = User::new();
+    let no_kernel = user.folder.path().join("no-kernel");
+    fs::write(&no_kernel, "this is none").unwrap();
+    let output = user.run(&["run", "--kernel", no_kernel.to_str().unwrap(), "--name", "web"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!output.stderr.is_empty());
+    assert_eq!(user.machines(), Vec::<Value>::new());
+    assert!(!user.machine_folder("web").exists());
+}
+
+#[test]
+fn firecrackers_configuration_file_boots() {
+    let user = User::new();
+    let path = user.folder.path().join("config.json");
+    let config = serde_json::json!({
+        "boot-source": { "kernel_image_path": bare_guest(), "boot_args": "count:1 poweroff" },
+        "machine-config": { "vcpu_count": 2, "mem_size_mib": 64 },
+        "drives": [],
+    });
+    fs::write(&path, config.to_string()).unwrap();
+    let heard = user.output(&["run", "--config", path.to_str().unwrap()]);
+    assert!(heard.contains("count=1"), "{heard}");
+}
+
+/// The number in the last line of `count=…`.
+fn last_count(heard: &str) -> u64 {
+    let mut lines = heard
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("count="));
+    lines.next_back().expect("it counted").parse().unwrap()
+}
+
+/// Types `words` on a machine's console and reads what it says until it has ended.
+fn converse(user: &User, name: &str, words: &str) -> String {
+    let mut console = user
+        .command(&["console", name])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut keyboard = console.stdin.take().unwrap();
+    keyboard.write_all(words.as_bytes()).unwrap();
+    drop(keyboard);
+    succeeded(console.wait_with_output().unwrap())
+}
+
+/// A user with an image `web` of a machine that has counted to 5.
+fn saved() -> User {
+    let user = User::new();
+    let mut tool = user.boot("count:5", &["--name", "web"]).spawn().unwrap();
+    read_to(&mut tool, "count=5");
+    let shown: Value = serde_json::from_str(&user.output(&["snapshot", "web", "web", "--json"])).unwrap();
+    assert_eq!(shown["volume_bytes"], 64 << 20);
+    assert!(shown["stored_bytes"].as_u64().unwrap() < 8 << 20, "{shown}");
+    assert_eq!(user.state_of("web"), "running");
+    signal(tool.id(), "TERM");
+    tool.wait().unwrap();
+    user
+}
+
+#[test]
+fn a_machine_is_saved_while_it_runs_and_goes_on_from_its_image() {
+    let user = saved();
+    user.output(&["verify", "web"]);
+    let inspected = user.output(&["inspect", "web"]);
+    assert!(inspected.contains("vcpu v"), "{inspected}");
+
+    succeeded(user.run(&["resume", "web", "--detach", "--name", "again"]));
+    let machine = user.machines().remove(0);
+    assert_eq!(
+        (&machine["vcpus"], &machine["memory_mib"]),
+        (&1.into(), &64.into())
+    );
+    assert!(
+        machine["image"].as_str().unwrap().ends_with("images/web"),
+        "{machine}"
+    );
+    let refused = user.run(&["image", "rm", "web"]);
+    assert!(
+        text(&refused.stderr).contains("again"),
+        "{}",
+        text(&refused.stderr)
+    );
+    assert_eq!(last_count(&converse(&user, "again", "count:2\npoweroff\n")), 7);
+    user.output(&["image", "rm", "web"]);
+}
+
+#[test]
+fn a_machine_that_was_loaded_paused_stands_still_until_it_is_told() {
+    let user = saved();
+    succeeded(user.run(&["resume", "web", "--detach", "--paused", "--name", "again"]));
+    assert_eq!(user.state_of("again"), "paused");
+    user.output(&["unpause", "again"]);
+    assert_eq!(last_count(&converse(&user, "again", "count:1\npoweroff\n")), 6);
+}
+
+#[test]
+fn an_image_that_is_there_already_is_not_replaced() {
+    let user = saved();
+    succeeded(
+        user.boot("count:1", &["--detach", "--name", "other"])
+            .output()
+            .unwrap(),
+    );
+    let output = user.run(&["snapshot", "other", "web"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("exists already"),
+        "{}",
+        text(&output.stderr)
+    );
+    user.output(&["verify", "web"]);
+}
+
+/// What an agent that `resume` started leaves in shared memory.
+struct AgentOf<'u>(&'u User);
+
+impl Drop for AgentOf<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.run(&["kill", "--all"]);
+        let _ = self.0.run(&["agent", "--stop"]);
+        let state = self.0.folder.path().join("runnel");
+        let own = BlobDigest::of(state.as_os_str().as_encoded_bytes()).hex();
+        let user = fs::metadata(self.0.folder.path()).unwrap().uid();
+        let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
+    }
+}
+
+#[test]
+fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
+    let user = saved();
+    let _agent = AgentOf(&user);
+    let mut server = user
+        .command(&["serve", "--listen", "127.0.0.1:0"])
+        .spawn()
+        .unwrap();
+    let line = read_to(&mut server, "serving at");
+    let url = line
+        .split([' ', ';'])
+        .find(|word| word.starts_with("http://"))
+        .unwrap();
+    let resumed = user.run(&["resume", &format!("{url}/web"), "--detach", "--name", "far"]);
+    succeeded(resumed);
+    assert_eq!(last_count(&converse(&user, "far", "count:2\npoweroff\n")), 7);
+
+    let status: Value = serde_json::from_str(&user.output(&["agent", "--status", "--json"])).unwrap();
+    assert!(
+        status["images"][0]["bytes_received"].as_u64().unwrap() > 0,
+        "{status}"
+    );
+    signal(server.id(), "TERM");
+    assert!(server.wait().unwrap().success());
+    user.output(&["agent", "--stop"]);
+    assert_eq!(user.run(&["agent", "--status"]).status.code(), Some(1));
+}
