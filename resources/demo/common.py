@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -122,6 +123,12 @@ def get(path, seconds=600):
     """Asks the guest's web server, once."""
     with urllib.request.urlopen(GUEST + path, timeout=seconds) as response:
         return response.read().decode().strip()
+
+
+def page_text():
+    """The guest's page as one reads it."""
+    body = get("/").partition("</title>")[2]
+    return " ".join(re.sub(r"<[^>]*>", "", body).split())
 
 
 def hashes(query=""):

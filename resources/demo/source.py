@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import time
 
-from common import Api, Console, Progress, get, hashes, make_tap, mib, run, say
+from common import Api, Console, Progress, get, hashes, make_tap, mib, page_text, run, say
 
 HOST = pathlib.Path("/host")
 IMAGE = HOST / "image"
@@ -63,7 +63,7 @@ make_tap()
 monitor, api = boot()
 console = Console(monitor.stdout)
 console.wait_ready(600)
-say(f"its web page answers: {get('/').splitlines()[1]}")
+say(f"its web page answers: {page_text()}")
 say("hashing all its random bytes")
 facts = {
     "hashes": hashes(),

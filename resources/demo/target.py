@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 
-from common import Api, Console, Progress, get, hashes, make_tap, say
+from common import Api, Console, Progress, get, hashes, make_tap, page_text, say
 
 IMAGE_URL = sys.argv[1]
 SOCKET = "/run/runnel/machines/demo/api.sock"
@@ -122,7 +122,7 @@ counter, moment = wait_for("the web page", 120, lambda: get("/counter", 30))
 note("first_guest_output", console.first_output)
 note("first_response", moment, "bytes_at_first_response")
 report["counter_after"] = int(counter)
-say(f"the guest goes on counting: {counter}")
+say(f"the guest goes on counting: {counter}; its web page says: {page_text()}")
 with Progress(look):
     _, moment = wait_for("the last page", 900, is_resident, pause=0.05)
 note("resident", moment, "bytes_total")
