@@ -7,6 +7,7 @@
 #define RESET_VALUE 1
 #define I8042 0x64
 #define I8042_RESET 0xfe
+#define TOUCHES_MAX 1024
 
 /* Goes on from where it was after a resume: nothing but RAM holds it. */
 static u64 counter;
@@ -61,6 +62,20 @@ static void count(u64 times) {
     }
 }
 
+/* latency:START:BYTES:TOUCHES: scattered reads, a line with the cycles of each. */
+static void latency(u64 start, u64 bytes, u64 touches) {
+    static u64 cycles[TOUCHES_MAX];
+    if (touches > TOUCHES_MAX) touches = TOUCHES_MAX;
+    time_touches(start, bytes, cycles, touches);
+    for (u64 i = 0; i < touches; i++) {
+        print("cycles=");
+        print_number(cycles[i]);
+        end_line();
+    }
+    print("latency=done");
+    end_line();
+}
+
 static void verdict(const char *what, u64 wrong_page) {
     print(what);
     print(wrong_page ? "=wrong" : "=right");
@@ -88,6 +103,10 @@ void obey(const char *word) {
     arguments(word, a);
     if (is(word, "count")) {
         count(a[0]);
+    } else if (is(word, "beat")) { /* counts until something is typed: shows when a machine stands and when it runs */
+        while (!is_typed()) count(1);
+    } else if (is(word, "latency")) {
+        latency(a[0], a[1], a[2]);
     } else if (is(word, "fill")) { /* fill:START:BYTES:SEED */
         fill(a[0], a[1], a[2]);
         done("fill"), end_line();

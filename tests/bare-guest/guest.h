@@ -46,6 +46,7 @@ void field_hex(const char *key, u64 number);
 void end_line(void);
 /* Reads a line, without its end, cut to `size` with the terminating zero. */
 void read_line(char *line, u32 size);
+int is_typed(void);
 
 /* memory.c */
 void fill(u64 start, u64 bytes, u64 seed);
@@ -54,6 +55,7 @@ void stamp(u64 start, u64 bytes, u64 seed);
 u64 check_stamps(u64 start, u64 bytes, u64 seed);
 u64 sum(u64 start, u64 bytes);
 u64 touch(u64 start, u64 bytes, u64 *pages);
+void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
 
 /* commands.c */
 void obey(const char *word);

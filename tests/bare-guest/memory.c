@@ -42,25 +42,38 @@ u64 sum(u64 start, u64 bytes) {
     return sum;
 }
 
-/* Reads a word of each page, in an order that no read-ahead guesses. */
-u64 touch(u64 start, u64 bytes, u64 *pages) {
-    u64 count = bytes / PAGE, sum = 0, page = 0;
-    /* A step that shares no factor with the count comes by every page once. */
+/* A step that shares no factor with the count comes by every page once, in an order that no read-ahead guesses. */
+static u64 scattered_step(u64 count) {
     u64 step = count > 3 ? count * 5 / 8 : 1;
-    for (;;) {
+    for (;; step--) {
         u64 a = step, b = count;
         while (b) {
             u64 rest = a % b;
             a = b;
             b = rest;
         }
-        if (a == 1 || step == 0) break;
-        step--;
+        if (a == 1 || step == 0) return step;
     }
+}
+
+/* Reads a word of each page, scattered. */
+u64 touch(u64 start, u64 bytes, u64 *pages) {
+    u64 count = bytes / PAGE, sum = 0, page = 0, step = scattered_step(count);
     for (u64 i = 0; i < count; i++) {
         sum += *(volatile u64 *)(start + page * PAGE);
         page = (page + step) % count;
     }
     *pages = count;
     return sum;
+}
+
+/* Reads a word of some of the pages, scattered, and notes how many cycles each read took. */
+void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches) {
+    u64 count = bytes / PAGE, page = 0, step = scattered_step(count);
+    for (u64 i = 0; i < touches; i++) {
+        u64 before = rdtsc();
+        (void)*(volatile u64 *)(start + page * PAGE);
+        cycles[i] = rdtsc() - before;
+        page = (page + step) % count;
+    }
 }

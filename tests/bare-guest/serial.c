@@ -42,10 +42,13 @@ void field_hex(const char *key, u64 number) {
 
 void end_line(void) { print("\n"); }
 
+/* Whether something waits to be read. */
+int is_typed(void) { return in8(LINE_STATUS) & DATA_READY; }
+
 void read_line(char *line, u32 size) {
     u32 length = 0;
     for (;;) {
-        while (!(in8(LINE_STATUS) & DATA_READY)) __asm__ volatile("pause");
+        while (!is_typed()) __asm__ volatile("pause");
         char c = (char)in8(COM1);
         if (c == '\n' || c == '\r') {
             if (length) break;
