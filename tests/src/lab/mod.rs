@@ -6,15 +6,18 @@
 //!
 //! With `RUNNEL_LAB=full` (as in CI) a test that lacks its level fails; without it, the test says why it is skipped.
 
+pub mod hosts;
 pub mod level;
 pub mod linux_guest;
 pub mod nested;
+pub mod relay;
 pub mod suite;
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+pub use hosts::TwoHosts;
 pub use level::Level;
 
 /// Whether this machine runs guests of `level`; if not, says so, and that the test is skipped.
