@@ -2,14 +2,14 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup build demo test fmt clippy check clean
+.PHONY: help setup build demo test bench fmt clippy check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 build: ## the programs, optimized, in target/release
-	$(CARGO) build --release --locked --workspace
+	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent
 
 setup: ## Debian packages, kernels and guests that tests and the demo use; they do it themselves if need be
 	@resources/lab/need kernel/6.1-cloud kernel/6.12-cloud host/6.1-cloud host/6.12-cloud host-root \
@@ -23,6 +23,9 @@ test: ## every test of both levels
 	@resources/lab/need packages >/dev/null
 	$(CARGO) build --locked --workspace
 	$(CARGO) test --locked --workspace
+
+bench: build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too
+	RUNNEL_PROGRAMS=$(CURDIR)/target/release $(CARGO) run --locked --package runnel-tests --bin bench
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

@@ -1,0 +1,271 @@
+//! `make bench`: measures Runnel on this machine, and writes `target/bench/report.json`.
+//!
+//! One guest for everything: the bare guest with 1 GiB of RAM, a quarter zero, half pages of real programs, a quarter
+//! random, which counts in RAM and prints as it counts. What each figure is, is in [`MEANINGS`] and in the report.
+//! With `RUNNEL_PEER_FIRECRACKER=<binary>` Firecracker does the same in the same run.
+//!
+//! Machines that run this are shared and noisy: figures are compared within one run, as ratios, and nothing here fails
+//! because something is slow.
+
+mod content;
+mod local;
+mod metrics;
+mod process;
+mod remote;
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use runnel_tests::lab::{Level, TwoHosts, has, program};
+use serde_json::{Value, json};
+
+use content::RAM_MIB;
+use local::{Bench, Images, TwoFiles};
+use metrics::{Metrics, Samples};
+use remote::{Names, Remote};
+
+/// What the figures are, for whoever reads the report.
+const MEANINGS: [(&str, &str); 12] = [
+    (
+        "resume_*",
+        "API request sent to a monitor that is up, to the guest's first byte on the serial console; monitors are fresh each time, files in the page cache",
+    ),
+    (
+        "resume_remote_*",
+        "the same on a host that has neither image nor cache: a fresh agent, up, with no connection yet",
+    ),
+    (
+        "*_cold_ms",
+        "the same without an agent: the time from starting its process is included",
+    ),
+    (
+        "api_ready_ms",
+        "a monitor's process started, to its first API answer; in no other figure",
+    ),
+    (
+        "bytes_before_first_instruction",
+        "received by the target's interface for a machine that is loaded but not let run, once nothing more comes",
+    ),
+    (
+        "fault_*",
+        "one read of a page that has not arrived, by the guest's time stamp counter, while background fill runs; p50 and p99 of the reads in one machine, then median, min and max of machines",
+    ),
+    (
+        "*_without_fill_*",
+        "the same with background fill held to a byte a second",
+    ),
+    (
+        "fully_resident_remote_0ms_ms",
+        "API request to the last byte of RAM being on the target",
+    ),
+    (
+        "snapshot_pause_ms",
+        "longest silence of a guest that prints all the time",
+    ),
+    (
+        "snapshot_total_ms",
+        "API request to answer, everything on disk; snapshot_mib_per_s is RAM by that time",
+    ),
+    (
+        "vmm_rss_kib",
+        "resident memory of the monitor but for guest RAM, once all of RAM has arrived and 192 faults were served",
+    ),
+    (
+        "boot_first_instruction_ms",
+        "InstanceStart sent, to the guest's first byte; without an initrd",
+    ),
+];
+
+/// The round trip of hosts that are far apart.
+const FAR: Duration = Duration::from_millis(20);
+const ROUND_TRIPS: usize = 50;
+const TRANSFER_BYTES: u64 = 512 << 20;
+
+fn main() -> ExitCode {
+    if !has(Level::Bare) {
+        return ExitCode::SUCCESS;
+    }
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let out = output_folder()?;
+    // On a disk, as images are; emptied by whoever comes next, if this run is killed.
+    let work = out.join("work");
+    if work.exists() {
+        fs::remove_dir_all(&work)?;
+    }
+    fs::create_dir_all(&work)?;
+    let result = measure(&out, &work);
+    fs::remove_dir_all(&work)?;
+    result
+}
+
+fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
+    println!("preparing 1 GiB of guest memory");
+    let content = work.join("content");
+    content::write(&content)?;
+
+    let mut metrics = Metrics::default();
+    println!("runnel, on one host");
+    let images = work.join("images");
+    fs::create_dir(&images)?;
+    let bench = Bench {
+        program: &program("runnel-vmm"),
+        folder: work,
+        content: &content,
+    };
+    bench.measure(&Images(images.clone()), &mut metrics)?;
+
+    let mut host = about_host();
+    println!("runnel, on two hosts, 0 ms apart");
+    between(Duration::ZERO, &images, work, &mut metrics, &mut host)?;
+    println!("runnel, on two hosts, 20 ms apart");
+    between(FAR, &images, work, &mut metrics, &mut host)?;
+
+    let peers = peers(work, &content)?;
+    host["load_average_after"] = load_average();
+    let report = json!({
+        "metrics": metrics.to_json(),
+        "peers": peers,
+        "host": host,
+        "aims": aims(&metrics, &peers),
+        "meanings": MEANINGS.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+    });
+    let path = out.join("report.json");
+    fs::write(&path, serde_json::to_vec_pretty(&report)?)?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+fn between(
+    round_trip: Duration,
+    images: &Path,
+    work: &Path,
+    metrics: &mut Metrics,
+    host: &mut Value,
+) -> Result<(), Box<dyn Error>> {
+    let hosts = TwoHosts::new(round_trip)?;
+    let label = format!("network_{}ms", round_trip.as_millis());
+    host[label] = about_network(&hosts)?;
+    let folder = work.join("target");
+    fs::create_dir_all(&folder)?;
+    let remote = Remote::new(&hosts, images, &folder)?;
+    if round_trip.is_zero() {
+        let names = Names {
+            resume: "resume_remote_0ms_ms",
+            cold: "resume_remote_0ms_cold_ms",
+        };
+        remote.resumes(names, metrics)?;
+        remote.bytes_before_first_instruction(metrics)?;
+        remote.fully_resident(metrics)?;
+    } else {
+        let names = Names {
+            resume: "resume_remote_20ms_ms",
+            cold: "resume_remote_20ms_cold_ms",
+        };
+        remote.resumes(names, metrics)?;
+        remote.faults(metrics)?;
+    }
+    Ok(())
+}
+
+/// What the network itself can do, and costs.
+fn about_network(hosts: &TwoHosts) -> Result<Value, Box<dyn Error>> {
+    let trips = Samples::milliseconds(&hosts.round_trips(ROUND_TRIPS)?);
+    let before = hosts.network_time();
+    let took = hosts.transfer(TRANSFER_BYTES)?;
+    let spent = hosts.network_time() - before;
+    let mib = (TRANSFER_BYTES >> 20) as f64;
+    Ok(json!({
+        "round_trip_ms_p50": trips.quantile(0.5),
+        "round_trip_ms_p99": trips.quantile(0.99),
+        "tcp_mib_per_s": (mib / took.as_secs_f64()).round(),
+        "relay_cpu_ms_per_gib": (spent.as_secs_f64() * 1e3 * 1024.0 / mib).round(),
+    }))
+}
+
+fn peers(work: &Path, content: &Path) -> Result<Value, Box<dyn Error>> {
+    let Some(binary) = std::env::var_os("RUNNEL_PEER_FIRECRACKER").map(PathBuf::from) else {
+        return Ok(json!({}));
+    };
+    println!("firecracker, on one host");
+    let folder = work.join("firecracker");
+    fs::create_dir(&folder)?;
+    let bench = Bench {
+        program: &binary,
+        folder: &folder,
+        content,
+    };
+    let mut metrics = Metrics::default();
+    bench.measure(&TwoFiles(folder.clone()), &mut metrics)?;
+    Ok(json!({ "firecracker": metrics.to_json() }))
+}
+
+/// What was aimed at, and whether it was reached.
+fn aims(metrics: &Metrics, peers: &Value) -> Value {
+    let median = |name: &str| metrics.median(name).unwrap_or(f64::NAN);
+    let round_trip = FAR.as_secs_f64() * 1e3;
+    let local = median("resume_local_ms");
+    let mut aims = vec![
+        ("resume_remote_20ms_ms", local + 3.0 * round_trip),
+        ("resume_remote_20ms_cold_ms", local + 6.0 * round_trip),
+        ("bytes_before_first_instruction", 256.0 * 1024.0),
+        ("vmm_rss_kib", 6.0 * 1024.0),
+        ("fault_remote_20ms_p50_ms", 1.3 * round_trip),
+    ];
+    if let Some(peer) = peers["firecracker"]["resume_local_ms"]["median"].as_f64() {
+        aims.push(("resume_local_ms", peer));
+    }
+    let verdict = |(name, aim): (&str, f64)| {
+        let found = median(name);
+        (
+            name.to_owned(),
+            json!({"at_most": aim, "median": found, "met": found <= aim}),
+        )
+    };
+    Value::Object(aims.into_iter().map(verdict).collect())
+}
+
+fn about_host() -> Value {
+    let line = |path: &str, key: &str| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let found = text.lines().find(|line| line.starts_with(key));
+        found.and_then(|line| Some(line.split_once(':')?.1.trim().to_owned()))
+    };
+    json!({
+        "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim_end(),
+        "cpu": line("/proc/cpuinfo", "model name"),
+        "cpus": std::thread::available_parallelism().map_or(0, usize::from),
+        "memory": line("/proc/meminfo", "MemTotal"),
+        "kvm_runs": runnel_tests::lab::level::of_this_machine().to_string(),
+        "guest_ram_mib": RAM_MIB,
+        "load_average_before": load_average(),
+        "note": "figures are medians; other work on the machine shows in max, and in the load averages",
+    })
+}
+
+fn load_average() -> Value {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    json!(text.split(' ').next().and_then(|load| load.parse::<f64>().ok()))
+}
+
+/// `target/bench`, wherever `target` is.
+fn output_folder() -> Result<PathBuf, Box<dyn Error>> {
+    // target/release/deps/report-<hash>
+    let own = std::env::current_exe()?;
+    let target = own
+        .ancestors()
+        .nth(2)
+        .ok_or("this program lies in no target folder")?;
+    Ok(target.join("bench"))
+}
