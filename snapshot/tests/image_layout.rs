@@ -93,6 +93,7 @@ fn an_existing_target_is_refused_and_stays_as_it_is() {
     let state = publication.add(b"state").unwrap();
     let draft = ManifestDraft {
         state,
+        state_inline: None,
         volumes: Vec::new(),
         working_set: None,
         parent: None,

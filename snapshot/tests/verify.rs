@@ -242,6 +242,7 @@ impl Forgery {
         let state = publication.add(&state.encode().unwrap()).unwrap();
         let draft = ManifestDraft {
             state,
+            state_inline: None,
             volumes: vec![volume],
             working_set: None,
             parent: None,

@@ -233,13 +233,15 @@ impl Job {
                 Some(FirstChunk::new(volume.clone(), *chunk, stored))
             })
             .collect();
-        let state = publication.add(&state.encode()?)?;
+        let state_bytes = state.encode()?;
+        let state = publication.add(&state_bytes)?;
         if self.progress.is_cancelled() {
             return Err(CaptureError::Cancelled);
         }
         self.progress.set_stage(Stage::Publishing);
         let draft = ManifestDraft {
             state,
+            state_inline: Some(state_bytes),
             volumes,
             working_set: None,
             parent: self.parent,

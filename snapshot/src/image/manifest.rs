@@ -2,7 +2,8 @@
 //!
 //! The manifest's `layers` hold, for each volume, under the annotation [`VOLUME`]: its layers in order, its index,
 //! and the index's root, whose content is also inline (`data`), so that one request brings what a resume needs to
-//! find its first chunks.
+//! find its first chunks. The machine state is inline too, unless it is unusually large: it is needed at once, and
+//! would cost a resume from afar a round trip of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,6 +43,10 @@ const FULL: &str = "full";
 
 /// What registries accept as a manifest, 4 MiB.
 pub const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+
+/// The largest machine state that is inline: with the rest of the manifest it still fits into what a server sends on a
+/// new connection before it must wait for an answer (RFC 6928, 14 KiB).
+pub const INLINE_STATE_BYTES_MAX: usize = 8 << 10;
 
 /// More volumes than a machine can have drives.
 pub const VOLUMES_MAX: usize = 128;
@@ -207,6 +212,8 @@ pub struct ImageManifest {
     pub digest: BlobDigest,
     /// The machine state.
     pub state: Blob,
+    /// Its bytes, if they are inline; they match its digest.
+    pub state_inline: Option<Vec<u8>>,
     /// The volumes, each name once.
     pub volumes: Vec<ImageVolume>,
     /// The recorded working set.
@@ -220,6 +227,8 @@ pub struct ImageManifest {
 pub struct ManifestDraft {
     /// The machine state.
     pub state: Blob,
+    /// Its bytes, which go inline if they are few.
+    pub state_inline: Option<Vec<u8>>,
     /// The volumes.
     pub volumes: Vec<ImageVolume>,
     /// The recorded working set.
@@ -236,11 +245,16 @@ impl ManifestDraft {
     pub fn to_bytes(&self) -> Result<Vec<u8>, ManifestError> {
         let mut layers: Vec<Descriptor> = self.volumes.iter().flat_map(volume_descriptors).collect();
         layers.extend(self.working_set.map(|blob| Descriptor::new(WORKING_SET, blob)));
+        let mut config = Descriptor::new(MACHINE_STATE, self.state);
+        let inline = self.state_inline.as_ref();
+        config.data = inline
+            .filter(|bytes| bytes.len() <= INLINE_STATE_BYTES_MAX)
+            .map(|bytes| BASE64.encode(bytes));
         let manifest = OciManifest {
             schema_version: 2,
             media_type: MANIFEST.to_owned(),
             artifact_type: IMAGE.to_owned(),
-            config: Descriptor::new(MACHINE_STATE, self.state),
+            config,
             layers,
             annotations: self
                 .parent
@@ -304,6 +318,7 @@ impl ImageManifest {
         Ok(Self {
             digest: BlobDigest::of(bytes),
             state: manifest.config.blob(),
+            state_inline: read_inline(&manifest.config)?,
             volumes,
             working_set,
             parent,
@@ -425,24 +440,32 @@ fn read_descriptor(
 }
 
 fn read_root(descriptor: &Descriptor, volume: &VolumeName) -> Result<IndexRoot, ManifestError> {
+    let bytes = read_inline(descriptor)?.ok_or_else(|| ManifestError::Descriptor {
+        digest: descriptor.digest,
+        reason: "an index root must be inline".to_owned(),
+    })?;
+    IndexRoot::parse(&bytes).map_err(|source| ManifestError::Root {
+        volume: volume.clone(),
+        source,
+    })
+}
+
+/// The inline content of a descriptor, if it has any.
+fn read_inline(descriptor: &Descriptor) -> Result<Option<Vec<u8>>, ManifestError> {
     let refuse = |reason: &str| ManifestError::Descriptor {
         digest: descriptor.digest,
         reason: reason.to_owned(),
     };
-    let data = descriptor
-        .data
-        .as_deref()
-        .ok_or_else(|| refuse("an index root must be inline"))?;
+    let Some(data) = descriptor.data.as_deref() else {
+        return Ok(None);
+    };
     let bytes = BASE64
         .decode(data)
         .map_err(|_| refuse("its inline content is not base64"))?;
     if bytes.len() as u64 != descriptor.size || BlobDigest::of(&bytes) != descriptor.digest {
         return Err(refuse("its inline content does not match its digest"));
     }
-    IndexRoot::parse(&bytes).map_err(|source| ManifestError::Root {
-        volume: volume.clone(),
-        source,
-    })
+    Ok(Some(bytes))
 }
 
 fn complete(volume: VolumeName, parts: Parts) -> Result<ImageVolume, ManifestError> {

@@ -87,10 +87,20 @@ impl Image {
     /// # Errors
     /// When it cannot be had, does not match its digest, or is of a newer Runnel.
     pub fn state(&self) -> Result<MachineState, ImageError> {
-        let bytes = read_verified(self.store.as_ref(), &self.manifest.state, STATE_BYTES_MAX)?;
-        let state = MachineState::decode(&bytes)?;
+        let state = MachineState::decode(&self.state_bytes()?)?;
         first_chunks::check(&state.first_chunks, &self.manifest.volumes)?;
         Ok(state)
+    }
+
+    /// The machine state as it is stored: from the manifest, or else from the store.
+    ///
+    /// # Errors
+    /// When it cannot be had, or does not match its digest.
+    pub fn state_bytes(&self) -> Result<Vec<u8>, BlobError> {
+        match &self.manifest.state_inline {
+            Some(bytes) => Ok(bytes.clone()),
+            None => read_verified(self.store.as_ref(), &self.manifest.state, STATE_BYTES_MAX),
+        }
     }
 
     /// The volume of that name.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use runnel_snapshot::blobs::{Blob, BlobError, read_verified};
+use runnel_snapshot::blobs::BlobError;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
@@ -15,7 +15,7 @@ use runnel_snapshot::image::source::{ImageSource, SourceError};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::protocol::{ImageStatus, Opened, OpenedVolume, VOLUMES_MAX};
 use runnel_snapshot::source::{ChunkId, PageSource, Urgency, VolumeId};
-use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
+use runnel_snapshot::state::{MachineState, StateError};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::fan_out::{FanOut, MachineNumber};
@@ -131,7 +131,7 @@ impl OpenImage {
             return Err(OpenError::TooManyVolumes(volumes));
         }
         let digest = image.digest();
-        let state = read_state(&image)?;
+        let state = image.state_bytes().map_err(OpenError::State)?;
         let first_chunks = MachineState::decode(&state)?.first_chunks;
         let make_page_file = |volume: &_, bytes| folders.page_file(&digest, volume, bytes);
         let source = ImageSource::with_page_files(&image, &settings.source(&reference), &make_page_file)?;
@@ -247,11 +247,6 @@ impl OpenImage {
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.asking.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn read_state(image: &Image) -> Result<Vec<u8>, OpenError> {
-    let blob: &Blob = &image.manifest.state;
-    read_verified(image.store.as_ref(), blob, STATE_BYTES_MAX).map_err(OpenError::State)
 }
 
 /// A file without a name that nobody can change, whoever it is handed to.

@@ -32,11 +32,17 @@ fn volume(name: &str) -> ImageVolume {
     }
 }
 
+const STATE: &[u8] = b"state";
+
 fn draft() -> ManifestDraft {
     let parent = Some(BlobDigest::of(b"parent"));
     let volumes = vec![volume("memory"), volume("drive:rootfs")];
     ManifestDraft {
-        state: blob("state"),
+        state: Blob {
+            digest: BlobDigest::of(STATE),
+            bytes: STATE.len() as u64,
+        },
+        state_inline: Some(STATE.to_vec()),
         volumes,
         working_set: Some(blob("trace")),
         parent,
@@ -56,6 +62,7 @@ fn a_manifest_survives_its_bytes() {
     let read = ImageManifest::parse(&bytes).unwrap();
     let ManifestDraft {
         state,
+        state_inline,
         volumes,
         working_set,
         parent,
@@ -65,6 +72,7 @@ fn a_manifest_survives_its_bytes() {
         ImageManifest {
             digest: BlobDigest::of(&bytes),
             state,
+            state_inline,
             volumes,
             working_set,
             parent
@@ -72,6 +80,34 @@ fn a_manifest_survives_its_bytes() {
     );
     // The two volumes share an index and a root; each blob is listed once.
     assert_eq!(read.blobs().len(), 6);
+}
+
+#[test]
+fn a_machine_state_is_inline_unless_it_is_large_or_an_older_runnel_wrote_it() {
+    let inline = |bytes: usize| {
+        let draft = ManifestDraft {
+            state_inline: Some(vec![7; bytes]),
+            state: Blob {
+                digest: BlobDigest::of(&vec![7; bytes]),
+                bytes: bytes as u64,
+            },
+            ..draft()
+        };
+        let read = ImageManifest::parse(&draft.to_bytes().unwrap()).unwrap();
+        read.state_inline.map(|bytes| bytes.len())
+    };
+    assert_eq!(inline(INLINE_STATE_BYTES_MAX), Some(INLINE_STATE_BYTES_MAX));
+    assert_eq!(inline(INLINE_STATE_BYTES_MAX + 1), None);
+    let older = changed(|json| {
+        json["config"].as_object_mut().unwrap().remove("data");
+    });
+    assert_eq!(older.unwrap().state_inline, None);
+}
+
+#[test]
+fn an_inline_state_that_is_not_that_of_the_digest_is_refused() {
+    let error = changed(|json| json["config"]["data"] = json!(BASE64.encode(b"stale"))).unwrap_err();
+    assert!(error.to_string().contains("does not match its digest"), "{error}");
 }
 
 #[test]
