@@ -61,6 +61,9 @@ pub enum ConnectError {
     /// What it sent contradicts itself.
     #[error("the agent's answer makes no sense: {0}")]
     Answer(&'static str),
+    /// It is not wanted any more.
+    #[error("opening the image was called off")]
+    CalledOff,
     /// This process lacks something.
     #[error("cannot talk to the agent")]
     Local(#[source] io::Error),
@@ -127,7 +130,19 @@ impl AgentSource {
     /// # Errors
     /// When no agent answers, or it cannot open the image.
     pub fn open(opening: Opening) -> Result<Self, ConnectError> {
-        let connection = Connection::open(&opening, None, Some(opening.deadline))?;
+        Self::open_unless(opening, &|| false)
+    }
+
+    /// Opens an image through the agent, for somebody who may think better of it: `give_up` is asked now and then.
+    ///
+    /// # Errors
+    /// When no agent answers, it cannot open the image, or `give_up` says so.
+    pub fn open_unless(opening: Opening, give_up: &dyn Fn() -> bool) -> Result<Self, ConnectError> {
+        let patience = Patience {
+            deadline: opening.deadline,
+            give_up,
+        };
+        let connection = Connection::open(&opening, None, Some(&patience))?;
         let volumes = connection.opened.volumes.iter().map(|volume| SourceVolume {
             name: volume.name.clone(),
             bytes: volume.bytes,
@@ -234,7 +249,7 @@ impl Connection {
     fn open(
         opening: &Opening,
         digest: Option<BlobDigest>,
-        deadline: Option<Duration>,
+        patience: Option<&Patience<'_>>,
     ) -> Result<Self, ConnectError> {
         let socket = PacketSocket::connect(&opening.agent).map_err(|source| ConnectError::Connect {
             path: opening.agent.clone(),
@@ -249,8 +264,8 @@ impl Connection {
         socket
             .send(&FromMonitor::Hello(hello).to_bytes(), &[])
             .map_err(ConnectError::HungUp)?;
-        if let Some(deadline) = deadline {
-            wait_readable(&socket, deadline)?;
+        if let Some(patience) = patience {
+            wait_readable(&socket, patience)?;
         }
         let mut message = Vec::new();
         let files = socket.receive(&mut message).map_err(ConnectError::HungUp)?;
@@ -293,16 +308,29 @@ impl Connection {
     }
 }
 
-fn wait_readable(socket: &PacketSocket, deadline: Duration) -> Result<(), ConnectError> {
-    let until = Instant::now() + deadline;
+/// How long an answer is waited for.
+struct Patience<'a> {
+    deadline: Duration,
+    give_up: &'a dyn Fn() -> bool,
+}
+
+/// How often it is asked whether to give up.
+const LOOK: Duration = Duration::from_millis(50);
+
+fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), ConnectError> {
+    let timed_out = || ConnectError::TimedOut(patience.deadline);
+    let until = Instant::now() + patience.deadline;
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        let pause = Timespec::try_from(left).map_err(|_| ConnectError::TimedOut(deadline))?;
+        let pause = Timespec::try_from(left.min(LOOK)).map_err(|_| timed_out())?;
         match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&pause)) {
-            Ok(0) => return Err(ConnectError::TimedOut(deadline)),
+            Ok(0) if left.is_zero() => return Err(timed_out()),
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(ConnectError::Local(error.into())),
+        }
+        if (patience.give_up)() {
+            return Err(ConnectError::CalledOff);
         }
     }
 }
@@ -472,7 +500,7 @@ impl Shared {
                         self.resume(connection.socket);
                         return true;
                     }
-                    Ok(_) => "the new agent has other page files: start it with the same --pages directory"
+                    Ok(_) => "the new agent has other page files: start it with the same --memory-pages and --drive-pages"
                         .to_owned(),
                     Err(error) => error.to_string(),
                 },
@@ -568,7 +596,11 @@ pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectErr
     socket
         .send(&FromMonitor::Status.to_bytes(), &[])
         .map_err(ConnectError::HungUp)?;
-    wait_readable(&socket, deadline)?;
+    let patience = Patience {
+        deadline,
+        give_up: &|| false,
+    };
+    wait_readable(&socket, &patience)?;
     let mut message = Vec::new();
     socket.receive(&mut message).map_err(ConnectError::HungUp)?;
     match FromAgent::parse(&message)? {

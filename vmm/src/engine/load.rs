@@ -48,6 +48,9 @@ const WORKERS_MAX: usize = 4;
 /// Why a machine cannot be loaded. Nothing is left of it.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// It was called off.
+    #[error("the load was cancelled")]
+    Cancelled,
     /// What was given names no image.
     #[error(transparent)]
     Reference(#[from] BadReference),
@@ -180,7 +183,8 @@ pub(super) fn load(
     operation: &Operation,
 ) -> Result<KvmGuest, GuestError> {
     operation.enter("opening");
-    let mut opened = open(load, machine)?;
+    let mut opened = open(load, machine, operation)?;
+    go_on(operation)?;
     let description = take_description(&mut opened.state.sections)?;
     let described = with_overrides(&description, load, config)?;
     check_compatibility(&opened.state.compatibility).map_err(LoadError::from)?;
@@ -209,6 +213,7 @@ pub(super) fn load(
         },
     };
     let machine = Microvm::restore(saved, &end).map_err(LoadError::from)?;
+    go_on(operation)?;
     Ok(KvmGuest {
         machine,
         config: described,
@@ -223,7 +228,15 @@ pub(super) fn load(
     })
 }
 
-fn open(load: &LoadSnapshot, machine: &str) -> Result<Opened, LoadError> {
+/// Between two steps: whether the machine is still wanted.
+fn go_on(operation: &Operation) -> Result<(), LoadError> {
+    if operation.is_cancelled() {
+        return Err(LoadError::Cancelled);
+    }
+    Ok(())
+}
+
+fn open(load: &LoadSnapshot, machine: &str, operation: &Operation) -> Result<Opened, LoadError> {
     match &load.from {
         LoadFrom::TwoFiles { state, memory } => open_two_files(state, memory),
         LoadFrom::Image(config::Image::Directory(path)) => open_directory(path, load),
@@ -234,7 +247,12 @@ fn open(load: &LoadSnapshot, machine: &str) -> Result<Opened, LoadError> {
                 machine: machine.to_owned(),
                 deadline: OPEN_DEADLINE,
             };
-            let source = AgentSource::open(opening)?;
+            let source = AgentSource::open_unless(opening, &|| operation.is_cancelled()).map_err(
+                |error| match error {
+                    ConnectError::CalledOff => LoadError::Cancelled,
+                    error => error.into(),
+                },
+            )?;
             let state = MachineState::decode(source.state())?;
             let digest = Some(source.digest());
             Ok(Opened {
