@@ -1,5 +1,6 @@
 //! How far a capture is, for another thread to watch; and the word that calls it off.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::volume::VolumeName;
@@ -35,11 +36,15 @@ struct Counts {
     stored: AtomicU64,
 }
 
+/// Called on the capture's thread when a stage begins.
+type StageHook = Box<dyn Fn(Stage) + Send + Sync>;
+
 /// The progress of one capture. Figures of different volumes may be of slightly different moments.
 pub struct Progress {
     volumes: Vec<Counts>,
     stage: AtomicU8,
     cancelled: AtomicBool,
+    on_stage: OnceLock<StageHook>,
 }
 
 impl Progress {
@@ -55,6 +60,7 @@ impl Progress {
             volumes: volumes.into_iter().map(counts).collect(),
             stage: AtomicU8::new(Stage::Copying as u8),
             cancelled: AtomicBool::new(false),
+            on_stage: OnceLock::new(),
         }
     }
 
@@ -79,6 +85,12 @@ impl Progress {
         }
     }
 
+    /// Has `hook` called, on the capture's thread, when a stage begins. It must not block. Only the first call counts.
+    pub fn on_stage(&self, hook: impl Fn(Stage) + Send + Sync + 'static) {
+        // A second time changes nothing.
+        let _ = self.on_stage.set(Box::new(hook));
+    }
+
     /// How far each volume is.
     #[must_use]
     pub fn volumes(&self) -> Vec<VolumeProgress> {
@@ -93,6 +105,9 @@ impl Progress {
 
     pub(super) fn set_stage(&self, stage: Stage) {
         self.stage.store(stage as u8, Ordering::Relaxed);
+        if let Some(hook) = self.on_stage.get() {
+            hook(stage);
+        }
     }
 
     /// Adds to the figures of a volume by its position.

@@ -66,12 +66,13 @@ pub struct Operation {
     is_cancelled: Arc<AtomicBool>,
     bytes_done: AtomicU64,
     bytes_total: AtomicU64,
+    /// Shared with threads that outlive a borrow; held for an assignment.
+    phase: Arc<Mutex<&'static str>>,
     /// Held for a few assignments at a time.
     detail: Mutex<Detail>,
 }
 
 struct Detail {
-    phase: &'static str,
     /// The end, once it is there: how, how long it took, and why if it failed.
     end: Option<(OperationState, Duration, Option<String>)>,
     on_cancel: Option<CancelHook>,
@@ -86,8 +87,8 @@ impl Operation {
             is_cancelled: Arc::default(),
             bytes_done: AtomicU64::new(0),
             bytes_total: AtomicU64::new(0),
+            phase: Arc::new(Mutex::new("starting")),
             detail: Mutex::new(Detail {
-                phase: "starting",
                 end: None,
                 on_cancel: None,
                 gauge: None,
@@ -102,7 +103,16 @@ impl Operation {
 
     /// Says what the operation does from now on.
     pub fn enter(&self, phase: &'static str) {
-        self.detail().phase = phase;
+        self.phases()(phase);
+    }
+
+    /// [`enter`](Self::enter), for threads that outlive this borrow.
+    pub fn phases(&self) -> impl Fn(&'static str) + Send + Sync + use<> {
+        let (kind, shared) = (self.kind, Arc::clone(&self.phase));
+        move |phase| {
+            *shared.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+            tracing::debug!("{kind:?} of a snapshot: {phase}");
+        }
     }
 
     /// Says how many bytes there are in all.
@@ -212,7 +222,7 @@ impl Operation {
         Progress {
             kind: self.kind,
             state,
-            phase: detail.phase,
+            phase: *self.phase.lock().unwrap_or_else(PoisonError::into_inner),
             bytes_done,
             bytes_total,
             elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use runnel_snapshot::capture::Progress;
+use runnel_snapshot::capture::progress::Stage;
 
 use crate::control::Operation;
 
@@ -13,6 +14,11 @@ pub fn watch(operation: &Operation, progress: &Arc<Progress>) {
         seen.volumes().iter().fold((0, 0), |(done, total), volume| {
             (done + volume.bytes_done, total + volume.bytes_total)
         })
+    });
+    let enter = operation.phases();
+    progress.on_stage(move |stage| match stage {
+        Stage::Copying | Stage::Published => {}
+        Stage::Publishing => enter("publishing"),
     });
     let told = Arc::clone(progress);
     operation.on_cancel(move || told.cancel());
