@@ -406,15 +406,21 @@ impl Microvm {
     }
 
     /// The pages of RAM, by their first address, that the vCPUs need first when they run again; the first vCPU's
-    /// first. The machine must stand.
+    /// first, as far as page tables that `can_be_read` lead. The machine must stand.
     #[must_use]
-    pub fn first_pages(&self) -> Vec<GuestAddress> {
+    pub fn first_pages(&self, can_be_read: &dyn Fn(GuestAddress) -> bool) -> Vec<GuestAddress> {
         let mut pages = Vec::new();
         for fd in self.vcpus.fds() {
             let (Ok(regs), Ok(sregs)) = (fd.get_regs(), fd.get_sregs()) else {
                 continue;
             };
-            let read = |at: GuestAddress| self.ram.read_obj(at).ok();
+            let read = |at: GuestAddress| {
+                if can_be_read(at) {
+                    self.ram.read_obj(at).ok()
+                } else {
+                    None
+                }
+            };
             pages.extend(page_walk::first_pages(
                 Bearings {
                     regs: &regs,

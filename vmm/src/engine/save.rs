@@ -5,6 +5,7 @@
 //!                                                        └─► resume, as soon as nothing more is read of the machine
 //! ```
 
+use std::cell::Cell;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use runnel_snapshot::capture::{
 };
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
+use runnel_snapshot::source::ChunkId;
 use runnel_snapshot::state::{MachineState, StateError};
 use runnel_snapshot::units::{ChunkIndex, ChunkSize};
 use runnel_snapshot::volume::VolumeName;
@@ -128,7 +130,7 @@ fn save_image(
         volumes.push((VolumeName::Drive(id.to_string()), content.source));
     }
     let settings = CaptureSettings::default();
-    let first_chunks = first_chunks(guest, settings.chunk_size);
+    let first_chunks = first_chunks(guest, settings.chunk_size, &*cancelled);
     let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
     if let Some(parent) = guest.parent {
         job = job.with_parent(parent);
@@ -231,10 +233,34 @@ fn record(backing: &Backing, in_image: bool) -> io::Result<DriveRecord> {
 }
 
 /// The chunks that the vCPUs need first, the first vCPU's first.
-fn first_chunks(guest: &KvmGuest, chunk_size: ChunkSize) -> Vec<(VolumeName, ChunkIndex)> {
+///
+/// Page tables of a resumed machine may still be on their way. They are waited for like everything that a snapshot
+/// reads: what cannot be had is left out, since a page fault in this thread could be neither refused nor called off.
+fn first_chunks(
+    guest: &KvmGuest,
+    chunk_size: ChunkSize,
+    is_cancelled: &dyn Fn() -> bool,
+) -> Vec<(VolumeName, ChunkIndex)> {
     let layout = guest.machine.layout();
+    // One wait is enough to know that the source is away.
+    let has_given_up = Cell::new(false);
+    let can_be_read = |address| {
+        let (Some(pager), Some(offset)) = (&guest.pager, layout.volume_offset(address)) else {
+            return true;
+        };
+        let logic = pager.logic();
+        let fetcher = logic.fetcher();
+        let volume = logic.volume();
+        let about = &fetcher.source().volumes()[usize::from(volume.0)];
+        let chunk = about.chunk_size.chunk_holding(offset);
+        let id = ChunkId { volume, chunk };
+        if !has_given_up.get() {
+            has_given_up.set(fetcher.wait_unless(id, is_cancelled).is_err());
+        }
+        !has_given_up.get()
+    };
     let mut chunks = Vec::new();
-    for page in guest.machine.first_pages() {
+    for page in guest.machine.first_pages(&can_be_read) {
         if let Some(offset) = layout.volume_offset(page) {
             let chunk = (VolumeName::Memory, chunk_size.chunk_holding(offset));
             if !chunks.contains(&chunk) {
