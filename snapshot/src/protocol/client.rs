@@ -110,6 +110,8 @@ struct Line {
     socket: Option<Arc<PacketSocket>>,
     /// Asked for and not answered yet.
     outstanding: BTreeMap<ChunkId, Urgency>,
+    /// Why the agent is away, if it is.
+    away: String,
     /// Messages for which the socket had no room; sent in order by the thread.
     backlog: std::collections::VecDeque<FromMonitor>,
     closed: bool,
@@ -224,6 +226,11 @@ impl PageSource for AgentSource {
             }
             self.shared
                 .send(&mut line, FromMonitor::Ask(urgency, part.to_vec()));
+        }
+        let away = line.socket.is_none().then(|| line.away.clone());
+        drop(line);
+        if let Some(reason) = away {
+            self.shared.report(chunks, &reason);
         }
     }
 
@@ -472,17 +479,21 @@ impl Shared {
         let outstanding: Vec<_> = {
             let mut line = self.lock();
             line.socket = None;
+            reason.clone_into(&mut line.away);
             line.backlog.clear();
             line.outstanding.keys().copied().collect()
         };
-        if let Some(sink) = self.sink.get() {
-            let failure = ChunkFailure {
-                reason: reason.to_owned(),
-                transient: true,
-            };
-            outstanding
-                .into_iter()
-                .for_each(|chunk| sink.failed(chunk, failure.clone()));
+        self.report(&outstanding, reason);
+    }
+
+    fn report(&self, chunks: &[ChunkId], reason: &str) {
+        let Some(sink) = self.sink.get() else { return };
+        let failure = ChunkFailure {
+            reason: reason.to_owned(),
+            transient: true,
+        };
+        for chunk in chunks {
+            sink.failed(*chunk, failure.clone());
         }
     }
 
