@@ -3,7 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 5] = ["start.S", "main.c", "commands.c", "memory.c", "serial.c"];
+const SOURCES: [&str; 6] = [
+    "start.S",
+    "main.c",
+    "commands.c",
+    "memory.c",
+    "block.c",
+    "serial.c",
+];
 
 fn main() {
     println!("cargo::rerun-if-changed=bare-guest");

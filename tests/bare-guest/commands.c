@@ -86,6 +86,18 @@ static void verdict(const char *what, u64 wrong_page) {
     end_line();
 }
 
+/* `failed` is one more than the sector at which it did, or 0. */
+static void block(const char *what, u64 failed) {
+    print(what);
+    if (failed) {
+        print("=wrong");
+        field("sector", failed - 1);
+    } else {
+        print("=right");
+    }
+    end_line();
+}
+
 static void done(const char *what) {
     print(what);
     print("=done");
@@ -131,6 +143,14 @@ void obey(const char *word) {
         print("peek=");
         print_hex(*(volatile u64 *)a[0]);
         end_line();
+    } else if (is(word, "diskfill")) { /* diskfill:SECTOR:BYTES:SEED */
+        block("diskfill", block_fill(a[0], a[1], a[2]));
+    } else if (is(word, "checkdisk")) { /* checkdisk:SECTOR:BYTES:SEED */
+        block("checkdisk", block_check(a[0], a[1], a[2]));
+    } else if (is(word, "checkdiskzero")) { /* checkdiskzero:SECTOR:BYTES */
+        block("checkdiskzero", block_check_zero(a[0], a[1]));
+    } else if (is(word, "diskdiscard")) { /* diskdiscard:SECTOR:BYTES */
+        block("diskdiscard", block_discard(a[0], a[1]));
     } else if (is(word, "rdmsr")) { /* rdmsr:NUMBER */
         print("rdmsr=");
         print_hex(rdmsr((u32)a[0]));

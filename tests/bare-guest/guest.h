@@ -57,6 +57,12 @@ u64 sum(u64 start, u64 bytes);
 u64 touch(u64 start, u64 bytes, u64 *pages);
 void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
 
+/* block.c */
+u64 block_fill(u64 sector, u64 bytes, u64 seed);
+u64 block_check(u64 sector, u64 bytes, u64 seed);
+u64 block_check_zero(u64 sector, u64 bytes);
+u64 block_discard(u64 sector, u64 bytes);
+
 /* commands.c */
 void obey(const char *word);
 

@@ -1,5 +1,7 @@
 //! What Runnel's behaviour tests, benches and demo stand on.
 
+pub mod agent;
+pub mod bare;
 pub mod lab;
 pub mod monitor;
 mod program;

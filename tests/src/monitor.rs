@@ -1,10 +1,12 @@
 //! A `runnel-vmm` process under test: started in a folder of its own, talked to over its API, gone when dropped.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,7 +49,22 @@ impl Monitor {
     /// When there is no such program.
     #[must_use]
     pub fn start_at(socket: &Path, arguments: &[&str]) -> Self {
-        let mut child = Command::new(program("runnel-vmm"))
+        Self::run(Command::new(program("runnel-vmm")), socket, arguments)
+    }
+
+    /// As [`start_at`](Self::start_at), by a program that does something first and then becomes the command line that
+    /// it is given.
+    ///
+    /// # Panics
+    /// When there is no such program.
+    #[must_use]
+    pub fn start_by(mut first: Command, socket: &Path) -> Self {
+        first.arg(program("runnel-vmm"));
+        Self::run(first, socket, &[])
+    }
+
+    fn run(mut command: Command, socket: &Path, arguments: &[&str]) -> Self {
+        let mut child = command
             .arg("--api-sock")
             .arg(socket)
             .args(["--log-path", "/dev/stderr", "--level", "Debug", "--show-level"])
@@ -74,6 +91,11 @@ impl Monitor {
     /// When none comes.
     pub fn wait_for_log(&mut self, text: &str) -> String {
         self.log.wait_for(text)
+    }
+
+    /// Has `act` called as soon as the log says `text`, on the thread that reads the log: nothing is closer to it.
+    pub fn when_logged(&self, text: &str, act: impl FnOnce() + Send + 'static) {
+        *self.log.lock_trigger() = Some((text.to_owned(), Box::new(act)));
     }
 
     /// Waits for a line of the guest's console that contains `text`.
@@ -165,18 +187,32 @@ impl Drop for Monitor {
     }
 }
 
+/// What is to be done, once, when a line contains a text.
+type Trigger = Option<(String, Box<dyn FnOnce() + Send>)>;
+
 /// Lines that a process writes, read by a thread of their own.
-#[derive(Debug)]
 struct Lines {
     lines: Receiver<String>,
     seen: Vec<String>,
+    trigger: Arc<Mutex<Trigger>>,
+}
+
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lines")
+            .field("seen", &self.seen)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Lines {
     fn of(stream: impl Read + Send + 'static) -> Self {
         let (sender, lines) = channel();
+        let trigger = Arc::new(Mutex::new(None));
+        let watched = Arc::clone(&trigger);
         thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                pull(&watched, &line);
                 if sender.send(line).is_err() {
                     break;
                 }
@@ -185,7 +221,12 @@ impl Lines {
         Self {
             lines,
             seen: Vec::new(),
+            trigger,
         }
+    }
+
+    fn lock_trigger(&self) -> MutexGuard<'_, Trigger> {
+        self.trigger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wait_for(&mut self, text: &str) -> String {
@@ -222,39 +263,72 @@ impl Lines {
     }
 }
 
+fn pull(trigger: &Mutex<Trigger>, line: &str) {
+    let mut trigger = trigger.lock().unwrap_or_else(PoisonError::into_inner);
+    if trigger.as_ref().is_some_and(|(text, _)| line.contains(text))
+        && let Some((_, act)) = trigger.take()
+    {
+        act();
+    }
+}
+
 /// Asks the API at `socket`, over a connection of its own; gives status and body.
 ///
 /// # Panics
 /// When no answer comes.
 #[must_use]
 pub fn ask(socket: &Path, verb: &str, path: &str, body: &Value) -> (u16, Value) {
-    let body = if body.is_null() {
-        String::new()
-    } else {
-        body.to_string()
-    };
-    let mut stream = UnixStream::connect(socket).expect("the API's socket");
-    stream
-        .set_read_timeout(Some(DEADLINE))
-        .expect("a socket can time out");
-    let length = body.len();
-    write!(
-        stream,
-        "{verb} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
-    )
-    .expect("the API reads");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("the API answers");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|status| status.parse().ok())
-        .expect("an answer has a status");
-    let body = if body.is_empty() {
-        Value::Null
-    } else {
-        serde_json::from_str(body).expect("answers are JSON")
-    };
-    (status, body)
+    Question::put(socket, verb, path, body).answer()
+}
+
+/// What the API at a socket was asked, and has perhaps not answered yet.
+#[derive(Debug)]
+pub struct Question(UnixStream);
+
+impl Question {
+    /// Asks, over a connection of its own, and does not wait.
+    ///
+    /// # Panics
+    /// When nobody listens.
+    #[must_use]
+    pub fn put(socket: &Path, verb: &str, path: &str, body: &Value) -> Self {
+        let body = if body.is_null() {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        let mut stream = UnixStream::connect(socket).expect("the API's socket");
+        stream
+            .set_read_timeout(Some(DEADLINE))
+            .expect("a socket can time out");
+        let length = body.len();
+        write!(
+            stream,
+            "{verb} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+        )
+        .expect("the API reads");
+        Self(stream)
+    }
+
+    /// Waits for the answer; gives status and body.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[must_use]
+    pub fn answer(mut self) -> (u16, Value) {
+        let mut answer = String::new();
+        self.0.read_to_string(&mut answer).expect("the API answers");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
+        let status = head
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok())
+            .expect("an answer has a status");
+        let body = if body.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(body).expect("answers are JSON")
+        };
+        (status, body)
+    }
 }

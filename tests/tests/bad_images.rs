@@ -1,0 +1,300 @@
+//! Images that are damaged, incomplete or of another time: refused by name before anything runs, or, where that
+//! shows only as bytes are needed, a machine that waits and says for what, and never sees a wrong byte.
+
+#![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::index::Entry;
+use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::volume::VolumeName;
+use runnel_tests::bare::{
+    about, booted, hear, load, refusal, resumed, save, tell, wait_until, wait_until_stalled,
+};
+use runnel_tests::monitor::Monitor;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// An image of a machine that has 4 MiB of pattern at 8 MiB.
+struct Victim {
+    _folder: TempDir,
+    path: PathBuf,
+}
+
+impl Victim {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        save(&booted("fill:8m:4m:7 count:3"), &path);
+        Self {
+            _folder: folder,
+            path,
+        }
+    }
+
+    fn open(&self) -> Image {
+        Image::open_directory(&self.path, &Wanted::Only).unwrap()
+    }
+
+    fn blob(&self, digest: &BlobDigest) -> PathBuf {
+        self.path.join("blobs/sha256").join(digest.hex())
+    }
+
+    fn layer(&self) -> BlobDigest {
+        self.open().volume(&VolumeName::Memory).unwrap().layers[0].digest
+    }
+
+    /// Where the frame lies that holds the byte at `offset` of memory.
+    fn frame_holding(&self, offset: u64) -> (ChunkIndex, u64, u64) {
+        let image = self.open();
+        let volume = image.volume(&VolumeName::Memory).unwrap();
+        let chunk = volume.root.chunk_size().chunk_holding(offset);
+        match image.index(volume).entry(chunk).unwrap() {
+            Entry::Data(stored) => (chunk, stored.frame.start, stored.frame.len),
+            Entry::Zero => panic!("{chunk} is zeros"),
+        }
+    }
+
+    fn manifest(&self) -> Value {
+        let path = self.blob(&self.open().digest());
+        serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+    }
+
+    /// Puts another manifest in the place of the image's, with the digest that it has.
+    fn replace_manifest(&self, manifest: &Value) {
+        let bytes = serde_json::to_vec(manifest).unwrap();
+        let digest = self.add(&bytes);
+        let index = self.path.join("index.json");
+        let mut listing: Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
+        listing["manifests"][0]["digest"] = json!(digest.to_string());
+        listing["manifests"][0]["size"] = json!(bytes.len());
+        fs::write(index, listing.to_string()).unwrap();
+    }
+
+    fn add(&self, bytes: &[u8]) -> BlobDigest {
+        let digest = BlobDigest::of(bytes);
+        fs::write(self.blob(&digest), bytes).unwrap();
+        digest
+    }
+
+    /// Why it is not loaded. The monitor must be none the worse for it.
+    fn refused(&self, monitor: &Monitor) -> String {
+        let request = json!({"image": self.path, "resume_vm": true});
+        let reason = refusal(monitor, "PUT", "/snapshot/load", &request);
+        assert_eq!(about(monitor)["state"], "Not started", "{reason}");
+        reason
+    }
+}
+
+/// Inverts the byte at `at`; a second time repairs it.
+fn flip(path: &Path, at: u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[!byte[0]], at).unwrap();
+}
+
+fn middle(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().len() / 2
+}
+
+#[test]
+fn a_flipped_byte_in_what_is_read_at_once_is_refused_and_names_the_blob() {
+    let victim = Victim::new();
+    let image = victim.open();
+    let monitor = Monitor::start();
+    for digest in [image.digest(), image.manifest.state.digest] {
+        let path = victim.blob(&digest);
+        flip(&path, middle(&path));
+        let reason = victim.refused(&monitor);
+        assert!(
+            reason.contains(&digest.hex()) && reason.contains("does not match its digest"),
+            "{reason}"
+        );
+        flip(&path, middle(&path));
+    }
+    // The same monitor loads it once it is whole.
+    let mut monitor = monitor;
+    monitor.demand(
+        "PUT",
+        "/snapshot/load",
+        &json!({"image": victim.path, "resume_vm": true}),
+    );
+    tell(&mut monitor, "checkfill:8m:4m:7", "checkfill=right");
+}
+
+#[test]
+fn an_index_root_that_is_not_the_one_of_its_digest_is_refused() {
+    let victim = Victim::new();
+    let mut manifest = victim.manifest();
+    let layers = manifest["layers"].as_array_mut().unwrap();
+    let root = layers.iter_mut().find(|layer| !layer["data"].is_null()).unwrap();
+    let digest = root["digest"].as_str().unwrap().to_owned();
+    let data = root["data"].as_str().unwrap();
+    let other = if data.starts_with('A') { "B" } else { "A" };
+    root["data"] = json!(format!("{other}{}", &data[1..]));
+    victim.replace_manifest(&manifest);
+    let reason = victim.refused(&Monitor::start());
+    let hex = digest.split_once(':').unwrap().1;
+    assert!(reason.contains(hex), "{reason}");
+}
+
+#[test]
+fn a_truncated_blob_and_a_missing_one_are_refused_by_name() {
+    let victim = Victim::new();
+    let monitor = Monitor::start();
+    let layer = victim.layer();
+    let path = victim.blob(&layer);
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+    let reason = victim.refused(&monitor);
+    assert!(
+        reason.contains(&layer.hex()) && reason.contains("truncated"),
+        "{reason}"
+    );
+    fs::remove_file(&path).unwrap();
+    let reason = victim.refused(&monitor);
+    assert!(
+        reason.contains(&layer.hex()) && reason.contains("is not in"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn an_image_of_a_newer_runnel_is_refused_and_says_so() {
+    let victim = Victim::new();
+    let monitor = Monitor::start();
+    let manifest = victim.manifest();
+    let mut newer = manifest.clone();
+    newer["artifactType"] = json!("application/vnd.runnel.image.v2");
+    victim.replace_manifest(&newer);
+    let reason = victim.refused(&monitor);
+    assert!(
+        reason.contains("image.v2") && reason.contains("newer Runnel"),
+        "{reason}"
+    );
+    let mut newer = manifest;
+    for layer in newer["layers"].as_array_mut().unwrap() {
+        if layer["mediaType"] == "application/vnd.runnel.volume-index.v1" {
+            layer["mediaType"] = json!("application/vnd.runnel.volume-index.v2");
+        }
+    }
+    victim.replace_manifest(&newer);
+    let reason = victim.refused(&monitor);
+    assert!(reason.contains("volume-index.v2"), "{reason}");
+}
+
+#[test]
+fn a_directory_that_is_no_image_and_none_at_all_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let monitor = Monitor::start();
+    for path in [folder.path().to_owned(), folder.path().join("none")] {
+        let reason = refusal(&monitor, "PUT", "/snapshot/load", &json!({"image": path}));
+        assert!(reason.contains(path.to_str().unwrap()), "{reason}");
+    }
+    assert_eq!(about(&monitor)["state"], "Not started");
+}
+
+/// The guest waits for a chunk that is damaged; then it is repaired, and the guest goes on with the right bytes.
+fn stalls_until_repaired(victim: &Victim, blob: &BlobDigest, at: u64, chunk: Option<ChunkIndex>) {
+    let path = victim.blob(blob);
+    flip(&path, at);
+    let mut machine = resumed(&victim.path);
+    machine.type_line("checkfill:8m:4m:7");
+    let stalled = wait_until_stalled(&machine);
+    assert_eq!(stalled["volume"], "memory", "{stalled}");
+    let reason = stalled["reason"].as_str().unwrap();
+    assert!(reason.contains(&blob.hex()), "{reason}");
+    if let Some(chunk) = chunk {
+        assert_eq!(stalled["chunk"], chunk.0, "{stalled}");
+        assert!(reason.contains(&chunk.to_string()), "{reason}");
+    }
+    // Whatever needs the machine to stand is refused with the reason, and leaves it waiting.
+    let again = victim.path.with_extension("again");
+    for (verb, path, body) in [
+        ("PATCH", "/vm", json!({"state": "Paused"})),
+        ("PUT", "/snapshot/create", json!({"image_path": again})),
+    ] {
+        let refused = refusal(&machine, verb, path, &body);
+        assert!(
+            refused.contains("stalled") && refused.contains(&blob.hex()),
+            "{refused}"
+        );
+    }
+    assert!(!again.exists());
+    assert_eq!(about(&machine)["state"], "Running");
+
+    flip(&path, at);
+    hear(&mut machine, "checkfill=right");
+    wait_until("it is stalled no more", || about(&machine)["stalled"].is_null());
+    tell(&mut machine, "count:1", "count=4");
+    // A snapshot of it is whole, too.
+    save(&machine, &again);
+    tell(&mut resumed(&again), "checkfill:8m:4m:7", "checkfill=right");
+}
+
+#[test]
+fn a_flipped_byte_in_a_frame_stalls_the_machine_which_goes_on_when_it_is_repaired() {
+    let victim = Victim::new();
+    let (chunk, start, len) = victim.frame_holding(9 << 20);
+    stalls_until_repaired(&victim, &victim.layer(), start + len / 2, Some(chunk));
+}
+
+#[test]
+fn a_flipped_byte_in_the_index_stalls_the_machine_which_goes_on_when_it_is_repaired() {
+    let victim = Victim::new();
+    let index = victim.open().volume(&VolumeName::Memory).unwrap().index.digest;
+    let at = middle(&victim.blob(&index));
+    stalls_until_repaired(&victim, &index, at, None);
+}
+
+#[test]
+fn a_snapshot_whose_source_is_damaged_fails_with_the_reason_and_leaves_nothing() {
+    let victim = Victim::new();
+    let (_, start, len) = victim.frame_holding(9 << 20);
+    let layer = victim.layer();
+    flip(&victim.blob(&layer), start + len / 2);
+    // It stands, so nothing of it waits for the chunk: only the snapshot does.
+    let machine = load(&json!({"image": victim.path, "resume_vm": false}));
+    let again = victim.path.with_extension("again");
+    let reason = refusal(&machine, "PUT", "/snapshot/create", &json!({"image_path": again}));
+    assert!(reason.contains(&layer.hex()), "{reason}");
+    let left: Vec<_> = fs::read_dir(victim.path.parent().unwrap())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["image"]);
+    assert_eq!(about(&machine)["state"], "Paused");
+}
+
+#[test]
+fn stock_zstd_makes_guest_ram_of_a_memory_layer_byte_for_byte() {
+    let folder = tempfile::tempdir().unwrap();
+    let machine = booted("fill:8m:4m:7 stamp:20m:1m:3 count:3");
+    machine.demand("PATCH", "/vm", &json!({"state": "Paused"}));
+    let (state, memory) = (folder.path().join("state"), folder.path().join("memory"));
+    machine.demand(
+        "PUT",
+        "/snapshot/create",
+        &json!({"snapshot_path": state, "mem_file_path": memory}),
+    );
+    let path = folder.path().join("image");
+    save(&machine, &path);
+    let victim = Victim {
+        _folder: folder,
+        path,
+    };
+    let zstd = std::process::Command::new("zstd")
+        .args(["-dc", "--"])
+        .arg(victim.blob(&victim.layer()))
+        .output()
+        .expect("the zstd program is needed: apt-get install zstd");
+    assert!(zstd.status.success());
+    // Not assert_eq, which would print both.
+    assert!(zstd.stdout == fs::read(&memory).unwrap(), "RAM and layer differ");
+}
