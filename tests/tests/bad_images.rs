@@ -108,16 +108,25 @@ fn a_flipped_byte_in_what_is_read_at_once_is_refused_and_names_the_blob() {
     let victim = Victim::new();
     let image = victim.open();
     let monitor = Monitor::start();
-    for digest in [image.digest(), image.manifest.state.digest] {
-        let path = victim.blob(&digest);
-        flip(&path, middle(&path));
-        let reason = victim.refused(&monitor);
-        assert!(
-            reason.contains(&digest.hex()) && reason.contains("does not match its digest"),
-            "{reason}"
-        );
-        flip(&path, middle(&path));
-    }
+    // The manifest, and the machine state once it is not inline in the manifest any more.
+    let path = victim.blob(&image.digest());
+    flip(&path, middle(&path));
+    assert_names(&victim.refused(&monitor), &image.digest());
+    flip(&path, middle(&path));
+
+    let mut manifest = victim.manifest();
+    assert!(
+        manifest["config"]
+            .as_object_mut()
+            .unwrap()
+            .remove("data")
+            .is_some()
+    );
+    victim.replace_manifest(&manifest);
+    let path = victim.blob(&image.manifest.state.digest);
+    flip(&path, middle(&path));
+    assert_names(&victim.refused(&monitor), &image.manifest.state.digest);
+    flip(&path, middle(&path));
     // The same monitor loads it once it is whole.
     let mut monitor = monitor;
     monitor.demand(
@@ -126,6 +135,13 @@ fn a_flipped_byte_in_what_is_read_at_once_is_refused_and_names_the_blob() {
         &json!({"image": victim.path, "resume_vm": true}),
     );
     tell(&mut monitor, "checkfill:8m:4m:7", "checkfill=right");
+}
+
+fn assert_names(reason: &str, digest: &BlobDigest) {
+    assert!(
+        reason.contains(&digest.hex()) && reason.contains("does not match its digest"),
+        "{reason}"
+    );
 }
 
 #[test]
