@@ -306,7 +306,14 @@ fn a_new_agent_goes_on_with_the_same_files_and_is_asked_again() {
     // The chunk that the first agent fetched is not fetched again.
     let fetched = asked.load(Ordering::SeqCst);
     machine.ask(&[0]);
-    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
+    let answer = loop {
+        match machine.answer() {
+            // Chunk 3 was asked for more than once, and each asking may have been answered.
+            (3, _) => {}
+            answer => break answer,
+        }
+    };
+    assert_eq!(answer, (0, Ok(Arrived::Data)));
     assert_eq!(asked.load(Ordering::SeqCst), fetched);
 }
 
