@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::page_file::PageFile;
-use super::queue::{AskQueue, Run};
+use super::queue::{AskQueue, Hand, Run};
 use crate::blobs::{Blob, BlobError, BlobStore};
 use crate::decode::{ChunkDecoder, DecodeError};
 use crate::digest::BlobDigest;
@@ -88,10 +88,13 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// A worker's life.
-    pub(super) fn work(&self) {
+    /// The life of a worker or filler.
+    pub(super) fn work(&self, hand: Hand) {
+        if hand != Hand::Worker {
+            give_way();
+        }
         let mut hands = Hands::default();
-        while let Some(run) = self.queue.take() {
+        while let Some(run) = self.queue.take(hand) {
             let stored_bytes = self.deliver(&run, &mut hands);
             self.queue.finished(run.urgency, stored_bytes);
         }
@@ -205,6 +208,15 @@ impl Shared {
 
     fn volume(&self, id: ChunkId) -> Option<&Volume> {
         self.volumes.get(usize::from(id.volume.0))
+    }
+}
+
+/// Has this thread run where the machine's own threads, and those that it waits for, leave processors idle: at a tenth
+/// of their weight, which still is enough to hold the queue's lock for a moment and let go of it.
+fn give_way() {
+    const NICE: i32 = 10;
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!(%error, "background fill runs at the priority of everything else");
     }
 }
 

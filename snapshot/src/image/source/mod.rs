@@ -1,7 +1,7 @@
 //! An image as a [`PageSource`]: worker threads read, decode and verify chunks into page files.
 //!
-//! Chunks are handed out by urgency. A demand costs reading, decompressing, hashing and one write; it never waits
-//! for more than the chunks that workers have in hand, and background fill never has all of them.
+//! Chunks are handed out by urgency. A demand costs reading, decompressing, hashing and one write. Background fill has
+//! threads of its own, which give way to all others in the queue, on the link and on the processors.
 
 mod fetch;
 mod page_file;
@@ -25,7 +25,7 @@ use crate::state::FirstChunk;
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
 use fetch::{Shared, Volume};
-use queue::{AskQueue, Rules};
+use queue::{AskQueue, Hand, Rules};
 
 /// Chunks that are handed out together at most: what waits for the last of them is answered late.
 const RUN_CHUNKS_MAX: usize = 64;
@@ -33,10 +33,11 @@ const RUN_CHUNKS_MAX: usize = 64;
 /// What an [`ImageSource`] needs to know of its host and its store.
 #[derive(Clone, Debug)]
 pub struct SourceSettings {
-    /// Threads that decode: at least one. A store that takes a round trip wants several times the host's processors.
+    /// Threads for what somebody waits for: at least one. A store that takes a round trip wants several times the
+    /// host's processors.
     pub workers: usize,
-    /// Of these, how many background fill may have at once: at least one.
-    pub fills_max: usize,
+    /// Threads for background fill: at least one.
+    pub fillers: usize,
     /// Stored bytes of neighbouring chunks that are read at once; 0 for a chunk at a time.
     pub read_bytes_max: u64,
     /// Stored bytes that background fill reads a second.
@@ -44,24 +45,24 @@ pub struct SourceSettings {
 }
 
 impl SourceSettings {
-    /// For an image on this host's disks: as many threads as decode at once, one of them free for those who wait.
+    /// For an image on this host's disks: as many threads as decode at once.
     #[must_use]
     pub fn local(workers: usize) -> Self {
         Self {
             workers,
-            fills_max: workers.saturating_sub(1),
+            fillers: workers.div_ceil(2),
             read_bytes_max: 0,
             fill_bytes_per_second: None,
         }
     }
 
-    /// For an image that is a round trip away. In flight at once: 24 requests, of them four of fill, half a MiB each,
-    /// which keeps a gigabit of 20 ms busy and a demand from waiting behind more than that.
+    /// For an image that is a round trip away. In flight at once: 20 requests of those who wait, and four of fill, half
+    /// a MiB each, which keeps a gigabit of 20 ms busy and a demand from waiting behind more than that.
     #[must_use]
     pub fn remote() -> Self {
         Self {
-            workers: 24,
-            fills_max: 4,
+            workers: 20,
+            fillers: 4,
             read_bytes_max: 512 << 10,
             fill_bytes_per_second: None,
         }
@@ -152,13 +153,16 @@ impl ImageSource {
             shared,
             workers: Vec::new(),
         };
-        for number in 0..settings.workers.max(1) {
+        let workers = (0..settings.workers.max(1)).map(|number| (format!("chunks-{number}"), Hand::Worker));
+        let fillers =
+            (0..settings.fillers.max(1)).map(|number| (format!("fill-{number}"), Hand::Filler(number)));
+        for (name, hand) in workers.chain(fillers) {
             let shared = Arc::clone(&source.shared);
-            let thread = thread::Builder::new().name(format!("chunks-{number}"));
+            let thread = thread::Builder::new()
+                .name(name)
+                .spawn(move || shared.work(hand));
             // If this fails, dropping the source ends those that were started.
-            source
-                .workers
-                .push(thread.spawn(move || shared.work()).map_err(SourceError::Thread)?);
+            source.workers.push(thread.map_err(SourceError::Thread)?);
         }
         Ok(source)
     }
@@ -197,7 +201,6 @@ impl ImageSource {
 impl SourceSettings {
     fn rules(&self) -> Rules {
         Rules {
-            fills_max: self.fills_max,
             run_max: if self.read_bytes_max == 0 {
                 1
             } else {

@@ -1,8 +1,9 @@
 //! Which chunks come next: by urgency, then in the order of asking; each chunk once, however often it is asked for.
 //!
 //! Those who wait get a worker for each chunk. Prefetch is joined to runs of neighbours where there are more chunks
-//! than workers. Background fill goes in long runs, keeps to a few workers, so that a demand finds both a free one
-//! and a link that is not full, and to a rate.
+//! than workers. Background fill has fillers of its own and goes in long runs, to a rate if there is one. While
+//! somebody waits, and for a moment after, all fillers but one stand back: link and processors are then needed by what
+//! the machine asks for, one chunk after the other.
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU64;
@@ -17,11 +18,13 @@ const LEVELS: usize = Urgency::Demand as usize + 1;
 /// Entries of a level's line that no longer count, before they are thrown out.
 const STALE_MAX: usize = 1024;
 
+/// How long after a demand fillers stand back. A machine that has just been resumed asks for the next chunk within
+/// milliseconds of the last one; one that has what it needs does not.
+const STAND_BACK: Duration = Duration::from_millis(100);
+
 /// How chunks are handed out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
-    /// Workers that background fill may have at once; at least one.
-    pub(super) fills_max: usize,
     /// Chunks that are handed out together; at least one.
     pub(super) run_max: usize,
     /// Stored bytes of background fill a second.
@@ -35,6 +38,15 @@ pub(super) struct Run {
     pub(super) chunks: Vec<ChunkId>,
     /// How urgent the first is.
     pub(super) urgency: Urgency,
+}
+
+/// Who takes chunks in hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hand {
+    /// A worker, for what somebody waits for, now or soon.
+    Worker,
+    /// The filler of this number. The first never stands back, so that the fill comes to its end.
+    Filler(usize),
 }
 
 /// What is known of a chunk that was asked for and not answered. There is at most one of these for each chunk of the
@@ -53,32 +65,33 @@ struct Lines {
     lines: [VecDeque<ChunkId>; LEVELS],
     /// Workers that wait for chunks.
     idle: usize,
-    /// Workers that have background fill in hand.
-    fills: usize,
     /// What the fill's rate has been used up to.
     fill_not_before: Option<Instant>,
-    /// Whether a waiting worker looks at the clock for the others.
-    has_timekeeper: bool,
+    /// Until when fillers stand back.
+    hurried_until: Option<Instant>,
     closed: bool,
 }
 
-/// The queue between those who ask and the workers.
+/// The queue between those who ask and those who fetch.
 pub(super) struct AskQueue {
     rules: Rules,
     lines: Mutex<Lines>,
+    /// Wakes workers.
     asked: Condvar,
+    /// Wakes fillers.
+    to_fill: Condvar,
 }
 
 impl AskQueue {
     pub(super) fn new(rules: Rules) -> Self {
         Self {
             rules: Rules {
-                fills_max: rules.fills_max.max(1),
                 run_max: rules.run_max.max(1),
                 ..rules
             },
             lines: Mutex::default(),
             asked: Condvar::new(),
+            to_fill: Condvar::new(),
         }
     }
 
@@ -96,9 +109,18 @@ impl AskQueue {
             lines.lines[urgency as usize].push_back(chunk);
             added += 1;
         }
+        if urgency == Urgency::Demand {
+            lines.hurry(Instant::now());
+        }
         lines.throw_out_stale();
         let woken = added.min(lines.idle);
         drop(lines);
+        if urgency == Urgency::Fill {
+            if added > 0 {
+                self.to_fill.notify_all(); // they are few
+            }
+            return;
+        }
         for _ in 0..woken {
             self.asked.notify_one();
         }
@@ -116,28 +138,35 @@ impl AskQueue {
     }
 
     /// Waits for chunks and takes them in hand; `None` once the queue is closed.
-    pub(super) fn take(&self) -> Option<Run> {
+    pub(super) fn take(&self, hand: Hand) -> Option<Run> {
         let mut lines = self.lock();
         loop {
             if lines.closed {
                 return None;
             }
             let now = Instant::now();
-            if let Some(run) = lines.next(&self.rules, now) {
+            let next = match hand {
+                Hand::Worker => lines.next(&self.rules),
+                Hand::Filler(number) => lines.next_fill(&self.rules, number, now),
+            };
+            if let Some(run) = next {
                 return Some(run);
             }
-            lines.idle += 1;
-            lines = match lines.fill_comes(&self.rules, now) {
-                Some(pause) if !lines.has_timekeeper => {
-                    lines.has_timekeeper = true;
-                    let waited = self.asked.wait_timeout(lines, pause);
-                    let mut lines = waited.unwrap_or_else(PoisonError::into_inner).0;
-                    lines.has_timekeeper = false;
+            lines = match hand {
+                Hand::Worker => {
+                    lines.idle += 1;
+                    let mut lines = self.asked.wait(lines).unwrap_or_else(PoisonError::into_inner);
+                    lines.idle -= 1;
                     lines
                 }
-                _ => self.asked.wait(lines).unwrap_or_else(PoisonError::into_inner),
+                Hand::Filler(number) => match lines.fill_comes(number, now) {
+                    Some(pause) => {
+                        let waited = self.to_fill.wait_timeout(lines, pause);
+                        waited.unwrap_or_else(PoisonError::into_inner).0
+                    }
+                    None => self.to_fill.wait(lines).unwrap_or_else(PoisonError::into_inner),
+                },
             };
-            lines.idle -= 1;
         }
     }
 
@@ -148,29 +177,25 @@ impl AskQueue {
 
     /// All chunks of a run were answered; they took so many stored bytes.
     pub(super) fn finished(&self, urgency: Urgency, stored_bytes: u64) {
-        if urgency != Urgency::Fill {
-            return;
-        }
         let mut lines = self.lock();
-        lines.fills -= 1;
-        if let Some(rate) = self.rules.fill_bytes_per_second {
-            let now = Instant::now();
-            let begins = lines.fill_not_before.map_or(now, |used_up| used_up.max(now));
-            let nanoseconds = u128::from(stored_bytes) * 1_000_000_000 / u128::from(rate.get());
-            let took = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
-            lines.fill_not_before = begins.checked_add(took).or(Some(begins));
-        }
-        let more = lines.idle > 0 && !lines.lines[Urgency::Fill as usize].is_empty();
-        drop(lines);
-        if more {
-            self.asked.notify_one();
+        let now = Instant::now();
+        match (urgency, self.rules.fill_bytes_per_second) {
+            (Urgency::Demand, _) => lines.hurry(now),
+            (Urgency::Fill, Some(rate)) => {
+                let begins = lines.fill_not_before.map_or(now, |used_up| used_up.max(now));
+                let nanoseconds = u128::from(stored_bytes) * 1_000_000_000 / u128::from(rate.get());
+                let took = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
+                lines.fill_not_before = begins.checked_add(took).or(Some(begins));
+            }
+            _ => {}
         }
     }
 
-    /// Sends the workers home; what waits is not answered.
+    /// Sends everybody home; what waits is not answered.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.asked.notify_all();
+        self.to_fill.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Lines> {
@@ -179,25 +204,22 @@ impl AskQueue {
 }
 
 impl Lines {
-    fn next(&mut self, rules: &Rules, now: Instant) -> Option<Run> {
-        for urgency in [Urgency::Demand, Urgency::Soon, Urgency::Fill] {
-            if urgency == Urgency::Fill && !self.may_fill(rules, now) {
-                return None;
-            }
-            if let Some(first) = self.pop(urgency) {
-                let chunks_max = match urgency {
-                    Urgency::Demand => 1,
-                    // This one, and a fair part of what waits: the other idle workers take theirs.
-                    Urgency::Soon => {
-                        (self.lines[urgency as usize].len() / (self.idle + 1) + 1).min(rules.run_max)
-                    }
-                    Urgency::Fill => rules.run_max,
-                };
-                self.fills += usize::from(urgency == Urgency::Fill);
-                return Some(self.run_of(first, urgency, chunks_max));
-            }
+    fn next(&mut self, rules: &Rules) -> Option<Run> {
+        if let Some(first) = self.pop(Urgency::Demand) {
+            return Some(self.run_of(first, Urgency::Demand, 1));
         }
-        None
+        let first = self.pop(Urgency::Soon)?;
+        // This one, and a fair part of what waits: the other idle workers take theirs.
+        let fair = self.lines[Urgency::Soon as usize].len() / (self.idle + 1) + 1;
+        Some(self.run_of(first, Urgency::Soon, fair.min(rules.run_max)))
+    }
+
+    fn next_fill(&mut self, rules: &Rules, number: usize, now: Instant) -> Option<Run> {
+        if self.fill_may_not_before(number).is_some_and(|moment| moment > now) {
+            return None;
+        }
+        let first = self.pop(Urgency::Fill)?;
+        Some(self.run_of(first, Urgency::Fill, rules.run_max))
     }
 
     fn pop(&mut self, urgency: Urgency) -> Option<ChunkId> {
@@ -227,14 +249,21 @@ impl Lines {
         Run { chunks, urgency }
     }
 
-    fn may_fill(&self, rules: &Rules, now: Instant) -> bool {
-        self.fills < rules.fills_max && self.fill_not_before.is_none_or(|instant| instant <= now)
+    /// Somebody waits for a chunk, or did until now.
+    fn hurry(&mut self, now: Instant) {
+        self.hurried_until = now.checked_add(STAND_BACK);
     }
 
-    /// In how long the rate allows fill again, if that is what it waits for.
-    fn fill_comes(&self, rules: &Rules, now: Instant) -> Option<Duration> {
-        let waits = self.fills < rules.fills_max && !self.lines[Urgency::Fill as usize].is_empty();
-        let pause = self.fill_not_before?.checked_duration_since(now)?;
+    /// When this filler may go on, as far as it is kept from it.
+    fn fill_may_not_before(&self, number: usize) -> Option<Instant> {
+        let stands_back = self.hurried_until.filter(|_| number > 0);
+        self.fill_not_before.max(stands_back)
+    }
+
+    /// In how long this filler may go on, if there is something to do for it.
+    fn fill_comes(&self, number: usize, now: Instant) -> Option<Duration> {
+        let waits = !self.lines[Urgency::Fill as usize].is_empty();
+        let pause = self.fill_may_not_before(number)?.checked_duration_since(now)?;
         waits.then_some(pause)
     }
 
@@ -258,7 +287,6 @@ mod tests {
     use crate::source::VolumeId;
 
     const RULES: Rules = Rules {
-        fills_max: 2,
         run_max: 1,
         fill_bytes_per_second: None,
     };
@@ -274,18 +302,21 @@ mod tests {
         run.chunks.iter().map(|id| id.chunk.0).collect()
     }
 
-    /// What comes out, run by run, until nothing does; fill is finished at once.
+    /// What comes out, run by run, until nothing does.
     fn drain(queue: &AskQueue) -> Vec<u64> {
         let mut found = Vec::new();
-        while let Some(run) = next(queue) {
+        while let Some(run) = next(queue).or_else(|| next_fill(queue, 0)) {
             found.extend(numbers(&run));
-            queue.finished(run.urgency, 0);
         }
         found
     }
 
     fn next(queue: &AskQueue) -> Option<Run> {
-        queue.lock().next(&queue.rules, Instant::now())
+        queue.lock().next(&queue.rules)
+    }
+
+    fn next_fill(queue: &AskQueue, number: usize) -> Option<Run> {
+        queue.lock().next_fill(&queue.rules, number, Instant::now())
     }
 
     #[test]
@@ -303,7 +334,7 @@ mod tests {
         queue.ask(&[chunk(1), chunk(2), chunk(3)], Urgency::Fill);
         queue.ask(&[chunk(3)], Urgency::Demand);
         queue.ask(&[chunk(3), chunk(3)], Urgency::Fill);
-        assert_eq!(queue.take().unwrap().chunks, [chunk(3)]);
+        assert_eq!(queue.take(Hand::Worker).unwrap().chunks, [chunk(3)]);
         // In hand: it will be answered.
         queue.ask(&[chunk(3)], Urgency::Demand);
         assert_eq!(drain(&queue), [1, 2]);
@@ -335,17 +366,40 @@ mod tests {
         queue.ask(&[other_volume], Urgency::Fill);
         queue.ask(&[chunk(7)], Urgency::Demand);
         assert_eq!(numbers(&next(&queue).unwrap()), [7]);
-        assert_eq!(numbers(&next(&queue).unwrap()), [1, 2, 3], "as long as may be");
+        assert_eq!(next(&queue), None, "workers do not fill");
         assert_eq!(
-            numbers(&next(&queue).unwrap()),
+            numbers(&next_fill(&queue, 0).unwrap()),
+            [1, 2, 3],
+            "as long as may be"
+        );
+        assert_eq!(
+            numbers(&next_fill(&queue, 0).unwrap()),
             [4],
             "chunk 5 of another volume is no neighbour"
         );
-        assert_eq!(next(&queue), None, "two workers fill");
-        queue.ask(&[chunk(9)], Urgency::Soon);
-        assert_eq!(numbers(&next(&queue).unwrap()), [9]);
-        queue.finished(Urgency::Fill, 0);
-        assert_eq!(numbers(&next(&queue).unwrap()), [6], "chunk 7 is in hand");
+        assert_eq!(
+            numbers(&next_fill(&queue, 0).unwrap()),
+            [6],
+            "chunk 7 is in hand"
+        );
+    }
+
+    #[test]
+    fn all_fillers_but_one_stand_back_while_somebody_waits() {
+        let queue = AskQueue::new(RULES);
+        queue.ask(&[1, 2, 3].map(chunk), Urgency::Fill);
+        queue.ask(&[chunk(9)], Urgency::Demand);
+        assert_eq!(next_fill(&queue, 1), None);
+        assert_eq!(numbers(&next_fill(&queue, 0).unwrap()), [1]);
+        let mut lines = queue.lock();
+        let now = Instant::now();
+        assert!(lines.fill_comes(1, now).unwrap() <= STAND_BACK);
+        assert_eq!(lines.fill_comes(0, now), None, "nothing keeps it");
+        let later = now + STAND_BACK;
+        assert_eq!(numbers(&lines.next_fill(&RULES, 1, later).unwrap()), [2]);
+        drop(lines);
+        queue.finished(Urgency::Demand, 1);
+        assert_eq!(next_fill(&queue, 1), None, "the next demand follows soon");
     }
 
     #[test]
@@ -366,18 +420,18 @@ mod tests {
             ..RULES
         });
         queue.ask(&[1, 2].map(chunk), Urgency::Fill);
-        assert_eq!(numbers(&next(&queue).unwrap()), [1]);
+        assert_eq!(numbers(&next_fill(&queue, 0).unwrap()), [1]);
         queue.finished(Urgency::Fill, 1_000_000);
         let mut lines = queue.lock();
         let now = Instant::now();
-        let pause = lines.fill_comes(&RULES, now).unwrap();
+        let pause = lines.fill_comes(0, now).unwrap();
         assert!(pause > Duration::from_secs(900) && pause <= Duration::from_secs(1000));
-        assert_eq!(lines.next(&RULES, now), None);
+        assert_eq!(lines.next_fill(&RULES, 0, now), None);
         let later = now + Duration::from_secs(1000);
-        assert_eq!(numbers(&lines.next(&RULES, later).unwrap()), [2]);
+        assert_eq!(numbers(&lines.next_fill(&RULES, 0, later).unwrap()), [2]);
         drop(lines);
         queue.ask(&[chunk(3)], Urgency::Demand);
-        assert_eq!(numbers(&queue.take().unwrap()), [3]);
+        assert_eq!(numbers(&queue.take(Hand::Worker).unwrap()), [3]);
     }
 
     #[test]
@@ -394,9 +448,14 @@ mod tests {
     fn closing_sends_those_home_who_wait() {
         let queue = AskQueue::new(RULES);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| queue.take());
+            let waiting = [Hand::Worker, Hand::Filler(0)].map(|hand| {
+                let queue = &queue;
+                scope.spawn(move || queue.take(hand))
+            });
             queue.close();
-            assert_eq!(waiting.join().unwrap(), None);
+            for waiting in waiting {
+                assert_eq!(waiting.join().unwrap(), None);
+            }
         });
     }
 }
