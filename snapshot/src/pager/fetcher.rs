@@ -5,7 +5,7 @@
 //!            ask                      arrived
 //!   absent ───────► asked ──────────────────────────► data | zero
 //!     ▲               │ failed ▲ retry, when its time has come
-//!     │ lost          └────────┴─ failing (somebody waits) ── stalled, visible in `stall()`
+//!     │ lost          └────────┴─ (somebody waits too long, or in vain) ── stalled, visible in `stall()`
 //!     └────────────────────────── data (the page file no longer holds it)
 //! ```
 //!
@@ -21,6 +21,8 @@ use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, Sourc
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
 
+use super::waits::{Histogram, Waits};
+
 /// How a [`Fetcher`] behaves.
 #[derive(Clone, Debug)]
 pub struct FetcherSettings {
@@ -34,7 +36,8 @@ pub struct FetcherSettings {
     pub retry_min: Duration,
     /// The longest such pause.
     pub retry_max: Duration,
-    /// A demanded chunk that stays away this long, without a failure being reported, stalls the machine.
+    /// A demanded chunk that stays away this long stalls the machine, whether its source says why or is silent: an
+    /// outage that is over sooner is a slow page. A failure that no waiting cures stalls it at once.
     pub stall_after: Duration,
 }
 
@@ -46,7 +49,7 @@ impl Default for FetcherSettings {
             fill_window: 64,
             retry_min: Duration::from_millis(50),
             retry_max: Duration::from_secs(2),
-            stall_after: Duration::from_secs(5),
+            stall_after: Duration::from_secs(15),
         }
     }
 }
@@ -159,6 +162,7 @@ pub struct Fetcher {
     arrived_zero: AtomicU64,
     demanded: AtomicU64,
     failures: AtomicU64,
+    waits: Histogram,
 }
 
 impl Fetcher {
@@ -179,6 +183,7 @@ impl Fetcher {
             arrived_zero: AtomicU64::new(0),
             demanded: AtomicU64::new(0),
             failures: AtomicU64::new(0),
+            waits: Histogram::default(),
         });
         source.deliver_to(Arc::new(Sink(Arc::downgrade(&fetcher))));
         let weak = Arc::downgrade(&fetcher);
@@ -390,7 +395,8 @@ impl Fetcher {
                 .filter_map(|(id, pending)| Some((id, pending, pending.demanded?)))
         };
         let stalls = |(_, pending, since): &(&ChunkId, &Pending, Instant)| {
-            pending.failed.is_some() || now.duration_since(*since) >= self.settings.stall_after
+            let is_hopeless = matches!(&pending.failed, Some((failure, _)) if !failure.transient);
+            is_hopeless || now.duration_since(*since) >= self.settings.stall_after
         };
         let (id, pending, since) = waits().filter(stalls).min_by_key(|(_, _, since)| *since)?;
         let reason = match &pending.failed {
@@ -416,6 +422,12 @@ impl Fetcher {
             failures: self.failures.load(Ordering::Relaxed),
             chunks_total: self.volumes.iter().map(|volume| volume.chunks.len() as u64).sum(),
         }
+    }
+
+    /// How long those waited that waited for a chunk and got it.
+    #[must_use]
+    pub fn waits(&self) -> Waits {
+        self.waits.read()
     }
 
     /// Ends the thread and every [`wait`](Self::wait).
@@ -451,9 +463,14 @@ impl Fetcher {
             if slot.swap(state, Ordering::AcqRel) == ABSENT {
                 counter.fetch_add(1, Ordering::Relaxed);
             }
-            if queue.pending.remove(&id).is_some_and(|pending| pending.fills) {
-                queue.fill_under_way -= 1;
-                queue.news = true;
+            if let Some(pending) = queue.pending.remove(&id) {
+                if pending.fills {
+                    queue.fill_under_way -= 1;
+                    queue.news = true;
+                }
+                if let Some(since) = pending.demanded {
+                    self.waits.add(since.elapsed());
+                }
             }
         }
         self.work.changed.notify_all();

@@ -15,7 +15,9 @@
 mod fetcher;
 mod memory;
 mod page_set;
+mod waits;
 
 pub use fetcher::{Fetcher, FetcherCounters, FetcherSettings, Stall};
 pub use memory::{InstallError, MemoryPager, NoMemory, PageInstaller, PagerCounters};
 pub use page_set::PageSet;
+pub use waits::Waits;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
 
-use super::guest::{Engine, Guest, GuestError, Paging, Residency, Stalled};
+use super::guest::{Engine, Guest, GuestError, Paging, Residency, Stalled, Waits};
 use super::operation::Operation;
 use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig};
 use crate::exit::{EndSignal, Ended};
@@ -126,5 +126,14 @@ impl Paging for FakePaging {
             bytes_resident: 1,
             bytes_total: 2,
         }]
+    }
+
+    fn waits(&self) -> Waits {
+        Waits {
+            count: 3,
+            p50_us: 64,
+            p99_us: 128,
+            longest_us: 100,
+        }
     }
 }

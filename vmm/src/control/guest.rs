@@ -79,6 +79,8 @@ pub trait Paging: Send + Sync {
     fn stalled(&self) -> Option<Stalled>;
     /// How much of each volume has arrived.
     fn residency(&self) -> Vec<Residency>;
+    /// How long its chunks were waited for.
+    fn waits(&self) -> Waits;
 }
 
 /// The machine waits for a chunk that cannot be had.
@@ -92,6 +94,19 @@ pub struct Stalled {
     pub reason: String,
     /// How long it has been waited for, in milliseconds.
     pub waiting_ms: u64,
+}
+
+/// How long a machine waited for chunks that it needed at once. A snapshot that reads on in them counts as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Waits {
+    /// How many waits have ended.
+    pub count: u64,
+    /// Half of them took no longer, in microseconds; rounded up to a power of two.
+    pub p50_us: u64,
+    /// 99 of 100 took no longer, likewise.
+    pub p99_us: u64,
+    /// The longest.
+    pub longest_us: u64,
 }
 
 /// How much of a volume has arrived.

@@ -33,7 +33,7 @@ pub(crate) mod fake;
 mod tests;
 
 pub use fault::Fault;
-pub use guest::{Engine, Guest, GuestError, Paging, Residency, Stalled};
+pub use guest::{Engine, Guest, GuestError, Paging, Residency, Stalled, Waits};
 pub use inbox::{Inbox, Outcome};
 pub use operation::{Operation, OperationKind, OperationState, Progress};
 pub use request::{Reply, Request};

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
-use super::guest::{Paging, Residency, Stalled};
+use super::guest::{Paging, Residency, Stalled, Waits};
 use super::operation::{Operation, OperationKind, Progress};
 use crate::config::InstanceId;
 use crate::version::{FIRECRACKER_VERSION, RUNNEL_VERSION};
@@ -124,6 +124,13 @@ impl Status {
     pub fn residency(&self) -> Vec<Residency> {
         let paging = self.shared().paging.clone();
         paging.map(|paging| paging.residency()).unwrap_or_default()
+    }
+
+    /// How long chunks were waited for, by a machine whose volumes were not all there from the start.
+    #[must_use]
+    pub fn waits(&self) -> Option<Waits> {
+        let paging = self.shared().paging.clone();
+        paging.map(|paging| paging.waits())
     }
 
     /// Cancels the operation under way if it is a `kind`. Whether there was one.

@@ -3,11 +3,13 @@
 //! None of it waits for a chunk or touches guest memory: arrivals are atomics, and the lock behind a stall is held for
 //! look-ups alone.
 
+use std::time::Duration;
+
 use runnel_snapshot::pager::MemoryPager;
 use runnel_snapshot::source::{ChunkId, SourceVolume, VolumeId};
 use runnel_snapshot::units::ChunkIndex;
 
-use crate::control::{Paging, Residency, Stalled};
+use crate::control::{Paging, Residency, Stalled, Waits};
 
 impl Paging for MemoryPager {
     fn stalled(&self) -> Option<Stalled> {
@@ -28,6 +30,20 @@ impl Paging for MemoryPager {
             .map(|(id, volume)| residency(VolumeId(id), volume, has_arrived))
             .collect()
     }
+
+    fn waits(&self) -> Waits {
+        let waits = self.fetcher().waits();
+        Waits {
+            count: waits.count,
+            p50_us: micros(waits.p50),
+            p99_us: micros(waits.p99),
+            longest_us: micros(waits.longest),
+        }
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Counts the chunks that have arrived: one load each, a millisecond for the largest machine.

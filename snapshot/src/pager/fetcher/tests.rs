@@ -92,15 +92,15 @@ fn waiting_ends_with_the_arrival_and_tells_zeros_from_data() {
 }
 
 #[test]
-fn a_failed_chunk_stalls_with_its_reason_is_asked_for_again_and_the_stall_ends() {
+fn a_chunk_that_fails_for_too_long_stalls_with_the_reason_is_asked_for_again_and_the_stall_ends() {
     let source = source(&[8]);
     let settings = FetcherSettings {
         retry_min: Duration::from_millis(1),
+        stall_after: Duration::ZERO,
         ..quiet()
     };
     let fetcher = Fetcher::start(source.clone(), settings).unwrap();
     fetcher.demand(id(0, 5));
-    assert_eq!(fetcher.stall(), None);
     assert_eq!(source.asked().len(), 1);
     source.fail(id(0, 5), "the link is down", true);
 
@@ -114,6 +114,18 @@ fn a_failed_chunk_stalls_with_its_reason_is_asked_for_again_and_the_stall_ends()
     source.asked_until(|asked| asked.contains(&(id(0, 5), Urgency::Demand)));
     source.deliver(id(0, 5));
     assert_eq!(fetcher.stall(), None);
+    assert_eq!(fetcher.waits().count, 1);
+}
+
+#[test]
+fn an_outage_is_a_slow_page_until_its_time_is_up_and_damage_stalls_at_once() {
+    let source = source(&[8]);
+    let fetcher = Fetcher::start(source.clone(), quiet()).unwrap();
+    fetcher.demand(id(0, 5));
+    source.fail(id(0, 5), "the link is down", true);
+    assert_eq!(fetcher.stall(), None);
+    source.fail(id(0, 5), "the frame is damaged", false);
+    assert_eq!(fetcher.stall().unwrap().reason, "the frame is damaged");
 }
 
 #[test]

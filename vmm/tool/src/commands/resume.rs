@@ -54,7 +54,7 @@ pub(crate) struct ResumeArgs {
     #[arg(long)]
     clock_realtime: bool,
 
-    /// How long a missing chunk is waited for before the machine counts as stalled: 30s, 2m
+    /// How long a missing chunk is waited for before the machine counts as stalled: 30s, 2m [default: 15s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     stall_after: Option<Duration>,
 
