@@ -95,8 +95,9 @@ class Console:
                 self._first.set()
             *lines, line = (line + piece).split(b"\n")
             for text in (one.decode(errors="replace").strip() for one in lines):
-                if text.startswith("counter="):
-                    self.counter = int(text.partition("=")[2] or 0)
+                # The kernel's own messages may stand on the same line.
+                if counted := re.match(r"counter=(\d+)", text):
+                    self.counter = int(counted[1])
                     if time.monotonic() - last_said > 5:
                         last_said = time.monotonic()
                         say(f"the guest counts: {self.counter}")
