@@ -123,6 +123,11 @@ impl IndexReader {
         read
     }
 
+    /// Lets go of the segments that are kept; they are read again if they are needed.
+    pub fn forget(&self) {
+        self.lock().segments = Vec::new();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -94,9 +94,19 @@ impl Shared {
             give_way();
         }
         let mut hands = Hands::default();
-        while let Some(run) = self.queue.take(hand) {
+        while let Some(run) = self.queue.take(hand, || self.rest(hand, &mut hands)) {
             let stored_bytes = self.deliver(&run, &mut hands);
             self.queue.finished(run.urgency, stored_bytes);
+        }
+    }
+
+    /// Puts away what the last chunks needed. The first filler does so for all: where it has nothing to do and nobody
+    /// waits, the machine most likely has its chunks.
+    fn rest(&self, hand: Hand, hands: &mut Hands) {
+        *hands = Hands::default();
+        if hand == Hand::Filler(0) && self.queue.is_idle() {
+            self.volumes.iter().for_each(|volume| volume.index.forget());
+            give_back_memory();
         }
     }
 
@@ -218,6 +228,15 @@ fn give_way() {
     if let Err(error) = rustix::process::setpriority_process(None, NICE) {
         tracing::debug!(%error, "background fill runs at the priority of everything else");
     }
+}
+
+/// Has the allocator give freed memory back to the host. It keeps it otherwise: some MiB, of each of many monitors.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes a number, and only gives up memory that is free.
+    unsafe {
+        libc::malloc_trim(0)
+    };
 }
 
 enum Lookup {

@@ -22,6 +22,9 @@ const STALE_MAX: usize = 1024;
 /// milliseconds of the last one; one that has what it needs does not.
 const STAND_BACK: Duration = Duration::from_millis(100);
 
+/// How long somebody who waits for chunks keeps what the last ones needed.
+pub(super) const REST_AFTER: Duration = Duration::from_secs(1);
+
 /// How chunks are handed out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
@@ -137,9 +140,11 @@ impl AskQueue {
         lines.throw_out_stale();
     }
 
-    /// Waits for chunks and takes them in hand; `None` once the queue is closed.
-    pub(super) fn take(&self, hand: Hand) -> Option<Run> {
+    /// Waits for chunks and takes them in hand; `None` once the queue is closed. If none come for [`REST_AFTER`], calls
+    /// `rest` before it waits on.
+    pub(super) fn take(&self, hand: Hand, mut rest: impl FnMut()) -> Option<Run> {
         let mut lines = self.lock();
+        let mut rests_at = Some(Instant::now() + REST_AFTER);
         loop {
             if lines.closed {
                 return None;
@@ -152,22 +157,32 @@ impl AskQueue {
             if let Some(run) = next {
                 return Some(run);
             }
+            if rests_at.is_some_and(|moment| moment <= now) {
+                rests_at = None;
+                drop(lines);
+                rest();
+                lines = self.lock();
+                continue;
+            }
+            let until_rest = rests_at.map(|moment| moment - now);
             lines = match hand {
                 Hand::Worker => {
                     lines.idle += 1;
-                    let mut lines = self.asked.wait(lines).unwrap_or_else(PoisonError::into_inner);
+                    let mut lines = wait(&self.asked, lines, until_rest);
                     lines.idle -= 1;
                     lines
                 }
-                Hand::Filler(number) => match lines.fill_comes(number, now) {
-                    Some(pause) => {
-                        let waited = self.to_fill.wait_timeout(lines, pause);
-                        waited.unwrap_or_else(PoisonError::into_inner).0
-                    }
-                    None => self.to_fill.wait(lines).unwrap_or_else(PoisonError::into_inner),
-                },
+                Hand::Filler(number) => {
+                    let pause = lines.fill_comes(number, now).into_iter().chain(until_rest).min();
+                    wait(&self.to_fill, lines, pause)
+                }
             };
         }
+    }
+
+    /// Whether nothing is asked for that was not answered.
+    pub(super) fn is_idle(&self) -> bool {
+        self.lock().pending.is_empty()
     }
 
     /// The chunk that was in hand is about to be answered.
@@ -200,6 +215,17 @@ impl AskQueue {
 
     fn lock(&self) -> MutexGuard<'_, Lines> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits to be told, or for so long if that is said.
+fn wait<'l>(told: &Condvar, lines: MutexGuard<'l, Lines>, pause: Option<Duration>) -> MutexGuard<'l, Lines> {
+    match pause {
+        Some(pause) => {
+            let waited = told.wait_timeout(lines, pause);
+            waited.unwrap_or_else(PoisonError::into_inner).0
+        }
+        None => told.wait(lines).unwrap_or_else(PoisonError::into_inner),
     }
 }
 
@@ -334,7 +360,7 @@ mod tests {
         queue.ask(&[chunk(1), chunk(2), chunk(3)], Urgency::Fill);
         queue.ask(&[chunk(3)], Urgency::Demand);
         queue.ask(&[chunk(3), chunk(3)], Urgency::Fill);
-        assert_eq!(queue.take(Hand::Worker).unwrap().chunks, [chunk(3)]);
+        assert_eq!(queue.take(Hand::Worker, || ()).unwrap().chunks, [chunk(3)]);
         // In hand: it will be answered.
         queue.ask(&[chunk(3)], Urgency::Demand);
         assert_eq!(drain(&queue), [1, 2]);
@@ -431,7 +457,7 @@ mod tests {
         assert_eq!(numbers(&lines.next_fill(&RULES, 0, later).unwrap()), [2]);
         drop(lines);
         queue.ask(&[chunk(3)], Urgency::Demand);
-        assert_eq!(numbers(&queue.take(Hand::Worker).unwrap()), [3]);
+        assert_eq!(numbers(&queue.take(Hand::Worker, || ()).unwrap()), [3]);
     }
 
     #[test]
@@ -445,12 +471,28 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_long_rests_once_and_takes_what_comes() {
+        let queue = AskQueue::new(RULES);
+        for (hand, urgency) in [(Hand::Worker, Urgency::Demand), (Hand::Filler(0), Urgency::Fill)] {
+            let mut rests = 0;
+            let run = queue.take(hand, || {
+                rests += 1;
+                queue.ask(&[chunk(1)], urgency);
+            });
+            assert_eq!((numbers(&run.unwrap()), rests), (vec![1], 1));
+            assert!(!queue.is_idle());
+            queue.done(chunk(1));
+            assert!(queue.is_idle());
+        }
+    }
+
+    #[test]
     fn closing_sends_those_home_who_wait() {
         let queue = AskQueue::new(RULES);
         std::thread::scope(|scope| {
             let waiting = [Hand::Worker, Hand::Filler(0)].map(|hand| {
                 let queue = &queue;
-                scope.spawn(move || queue.take(hand))
+                scope.spawn(move || queue.take(hand, || ()))
             });
             queue.close();
             for waiting in waiting {

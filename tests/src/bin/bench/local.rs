@@ -17,6 +17,8 @@ const RESUMES: usize = 15;
 /// Reads of pages that are not there yet, in one machine; few enough that the background fill leaves most to them.
 const TOUCHES: usize = 192;
 const TOUCHED_MACHINES: usize = 3;
+/// How long after the last chunk a monitor has put away what fetching needed.
+const AT_REST: Duration = Duration::from_secs(2);
 
 /// How a monitor saves and loads.
 pub(crate) trait Saver {
@@ -179,6 +181,7 @@ impl Bench<'_> {
             let length = (RAM_MIB << 20) - PROGRAMS_START;
             waits.push(touch(&mut vmm, PROGRAMS_START, length, TOUCHES)?);
             wait_until_resident(&vmm)?;
+            std::thread::sleep(AT_REST);
             own.push(vmm.own_resident_kib()? as f64);
         }
         let micros = |share| {

@@ -71,7 +71,7 @@ const MEANINGS: [(&str, &str); 12] = [
     ),
     (
         "vmm_rss_kib",
-        "resident memory of the monitor but for guest RAM, once all of RAM has arrived and 192 faults were served",
+        "resident memory of the monitor but for guest RAM, two seconds after all of RAM has arrived and 192 faults were served; more than half of it is code, shared by all monitors",
     ),
     (
         "boot_first_instruction_ms",
@@ -134,11 +134,14 @@ fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
 
     let peers = peers(work, &content)?;
     host["load_average_after"] = load_average();
+    // As it was measured: what is asked of the network is not all that it takes.
+    let round_trip_ms = host["network_20ms"]["round_trip_ms_p50"].as_f64();
+    let round_trip_ms = round_trip_ms.ok_or("the round trip was not measured")?;
     let report = json!({
         "metrics": metrics.to_json(),
         "peers": peers,
         "host": host,
-        "aims": aims(&metrics, &peers),
+        "aims": aims(&metrics, &peers, round_trip_ms),
         "meanings": MEANINGS.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     });
     let path = out.join("report.json");
@@ -212,16 +215,15 @@ fn peers(work: &Path, content: &Path) -> Result<Value, Box<dyn Error>> {
 }
 
 /// What was aimed at, and whether it was reached.
-fn aims(metrics: &Metrics, peers: &Value) -> Value {
+fn aims(metrics: &Metrics, peers: &Value, round_trip_ms: f64) -> Value {
     let median = |name: &str| metrics.median(name).unwrap_or(f64::NAN);
-    let round_trip = FAR.as_secs_f64() * 1e3;
     let local = median("resume_local_ms");
     let mut aims = vec![
-        ("resume_remote_20ms_ms", local + 3.0 * round_trip),
-        ("resume_remote_20ms_cold_ms", local + 6.0 * round_trip),
+        ("resume_remote_20ms_ms", local + 3.0 * round_trip_ms),
+        ("resume_remote_20ms_cold_ms", local + 6.0 * round_trip_ms),
         ("bytes_before_first_instruction", 256.0 * 1024.0),
         ("vmm_rss_kib", 6.0 * 1024.0),
-        ("fault_remote_20ms_p50_ms", 1.3 * round_trip),
+        ("fault_remote_20ms_p50_ms", 1.3 * round_trip_ms),
     ];
     if let Some(peer) = peers["firecracker"]["resume_local_ms"]["median"].as_f64() {
         aims.push(("resume_local_ms", peer));
