@@ -76,7 +76,11 @@ mod tests {
         let waits = histogram.read();
         assert_eq!((waits.count, waits.longest), (100, Duration::from_millis(100)));
         assert_eq!(waits.p50, Duration::from_micros(1 << 16), "50 ms is below 65.5");
-        assert_eq!(waits.p99, Duration::from_millis(100), "below 131, and none was longer");
+        assert_eq!(
+            waits.p99,
+            Duration::from_millis(100),
+            "below 131, and none was longer"
+        );
     }
 
     #[test]

@@ -248,13 +248,11 @@ impl Service {
             Call::Version => Ok(response::ok(
                 &json!({ "firecracker_version": FIRECRACKER_VERSION, "runnel_version": RUNNEL_VERSION }),
             )),
-            Call::Progress => Ok(response::ok(
-                &json!({
-                    "operation": self.status.progress(),
-                    "volumes": self.status.residency(),
-                    "waits": self.status.waits(),
-                }),
-            )),
+            Call::Progress => Ok(response::ok(&json!({
+                "operation": self.status.progress(),
+                "volumes": self.status.residency(),
+                "waits": self.status.waits(),
+            }))),
             Call::Cancel(kind) if self.status.cancel(kind) => Ok(response::no_content()),
             Call::Cancel(_) => Err(RequestError::NothingToCancel),
             Call::Control(request) => {

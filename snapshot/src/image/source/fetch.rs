@@ -100,14 +100,17 @@ impl Shared {
         }
     }
 
-    /// Puts away what the last chunks needed. The first filler does so for all: where it has nothing to do and nobody
-    /// waits, the machine most likely has its chunks.
+    /// Puts away what the last chunks needed. A filler that has filled and finds no more to do does so for the index
+    /// too: the machine has its chunks.
     fn rest(&self, hand: Hand, hands: &mut Hands) {
-        *hands = Hands::default();
-        if hand == Hand::Filler(0) && self.queue.is_idle() {
-            self.volumes.iter().for_each(|volume| volume.index.forget());
-            give_back_memory();
+        if hands.decoder.is_none() {
+            return;
         }
+        *hands = Hands::default();
+        if hand != Hand::Worker {
+            self.volumes.iter().for_each(|volume| volume.index.forget());
+        }
+        give_back_memory();
     }
 
     /// Answers every chunk of a run; returns how many stored bytes that took.

@@ -158,9 +158,7 @@ impl ImageSource {
             (0..settings.fillers.max(1)).map(|number| (format!("fill-{number}"), Hand::Filler(number)));
         for (name, hand) in workers.chain(fillers) {
             let shared = Arc::clone(&source.shared);
-            let thread = thread::Builder::new()
-                .name(name)
-                .spawn(move || shared.work(hand));
+            let thread = thread::Builder::new().name(name).spawn(move || shared.work(hand));
             // If this fails, dropping the source ends those that were started.
             source.workers.push(thread.map_err(SourceError::Thread)?);
         }
