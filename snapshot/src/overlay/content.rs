@@ -191,7 +191,7 @@ mod tests {
         let image = (0..BYTES).map(|at| if at / CHUNK == 1 { 0 } else { 7 }).collect();
         let source = ModelSource::new(vec![(about, image)]);
         let settings = FetcherSettings {
-            neighbours: 0,
+            neighbourhood_bytes: 0,
             fill: false,
             ..FetcherSettings::default()
         };

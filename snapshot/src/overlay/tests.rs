@@ -40,7 +40,7 @@ fn rig(read_only: bool) -> Rig {
     };
     let source = ModelSource::new(vec![(about, image())]);
     let settings = FetcherSettings {
-        neighbours: 0,
+        neighbourhood_bytes: 0,
         fill: false,
         ..FetcherSettings::default()
     };

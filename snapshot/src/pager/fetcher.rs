@@ -26,8 +26,10 @@ use super::waits::{Histogram, Waits};
 /// How a [`Fetcher`] behaves.
 #[derive(Clone, Debug)]
 pub struct FetcherSettings {
-    /// Chunks behind a demanded one that are asked for along with it.
-    pub neighbours: u64,
+    /// Bytes of the aligned block around a demanded chunk whose chunks are asked for along with it; none if a chunk is as
+    /// large. What a guest touches lies together: with 1 MiB a resumed Debian waited 122 times until it served a web
+    /// page, with 256 KiB 336 times, with nothing 789 times.
+    pub neighbourhood_bytes: u64,
     /// Whether chunks that nobody asked for are fetched in the background, until the machine has them all.
     pub fill: bool,
     /// Background chunks under way at once. The source holds its rate; this only keeps its queue short.
@@ -41,10 +43,22 @@ pub struct FetcherSettings {
     pub stall_after: Duration,
 }
 
+impl FetcherSettings {
+    /// For a source that is a round trip away, where waiting costs more than fetching what may not be needed soon.
+    #[must_use]
+    pub fn far() -> Self {
+        Self {
+            neighbourhood_bytes: 1 << 20,
+            ..Self::default()
+        }
+    }
+}
+
+/// For a source at hand.
 impl Default for FetcherSettings {
     fn default() -> Self {
         Self {
-            neighbours: 3,
+            neighbourhood_bytes: 256 << 10,
             fill: true,
             fill_window: 64,
             retry_min: Duration::from_millis(50),
@@ -443,10 +457,18 @@ impl Fetcher {
             .get(usize::try_from(id.chunk.0).ok()?)
     }
 
+    /// The chunks around `id`: those behind it, then those before it.
     fn neighbours_of(&self, id: ChunkId) -> Vec<ChunkId> {
-        (1..=self.settings.neighbours)
-            .map(|step| ChunkId {
-                chunk: ChunkIndex(id.chunk.0.saturating_add(step)),
+        let Some(volume) = self.volumes.get(usize::from(id.volume.0)) else {
+            return Vec::new();
+        };
+        let block = (self.settings.neighbourhood_bytes / volume.about.chunk_size.bytes()).max(1);
+        let first = id.chunk.0 / block * block;
+        let end = (first + block).min(volume.chunks.len() as u64);
+        (id.chunk.0 + 1..end)
+            .chain(first..id.chunk.0)
+            .map(|chunk| ChunkId {
+                chunk: ChunkIndex(chunk),
                 ..id
             })
             .collect()

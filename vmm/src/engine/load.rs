@@ -257,7 +257,7 @@ fn open(load: &LoadSnapshot, machine: &str, operation: &Operation) -> Result<Ope
             let digest = Some(source.digest());
             Ok(Opened {
                 state,
-                fetcher: Some(fetcher(Arc::new(source), load)?),
+                fetcher: Some(fetcher(Arc::new(source), FetcherSettings::far(), load)?),
                 memory: None,
                 digest,
                 at_hand: None,
@@ -285,7 +285,7 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError>
     let digest = Some(image.digest());
     Ok(Opened {
         state,
-        fetcher: Some(fetcher(Arc::new(source), load)?),
+        fetcher: Some(fetcher(Arc::new(source), FetcherSettings::default(), load)?),
         memory: None,
         digest,
         at_hand: Some((layout, image)),
@@ -319,8 +319,11 @@ fn open_two_files(state: &Path, memory: &Path) -> Result<Opened, LoadError> {
     })
 }
 
-fn fetcher(source: Arc<dyn PageSource>, load: &LoadSnapshot) -> Result<Arc<Fetcher>, LoadError> {
-    let mut settings = FetcherSettings::default();
+fn fetcher(
+    source: Arc<dyn PageSource>,
+    mut settings: FetcherSettings,
+    load: &LoadSnapshot,
+) -> Result<Arc<Fetcher>, LoadError> {
     if let Some(stall_after) = load.stall_after {
         settings.stall_after = stall_after;
     }

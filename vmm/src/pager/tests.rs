@@ -165,7 +165,7 @@ impl Memory {
 
 fn start(source: &Arc<Source>) -> (Pager, Memory) {
     let settings = FetcherSettings {
-        neighbours: 0,
+        neighbourhood_bytes: 0,
         fill: false,
         ..FetcherSettings::default()
     };

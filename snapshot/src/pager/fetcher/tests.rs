@@ -28,7 +28,7 @@ fn source(chunks: &[u64]) -> Arc<ModelSource> {
 
 fn quiet() -> FetcherSettings {
     FetcherSettings {
-        neighbours: 0,
+        neighbourhood_bytes: 0,
         fill: false,
         ..FetcherSettings::default()
     }
@@ -36,21 +36,25 @@ fn quiet() -> FetcherSettings {
 
 #[test]
 fn a_demanded_chunk_is_asked_for_once_and_its_neighbours_behind_it() {
-    let source = source(&[8]);
+    let source = source(&[7]);
     let fetcher = Fetcher::start(
         source.clone(),
         FetcherSettings {
-            neighbours: 2,
+            neighbourhood_bytes: 4 * CHUNK,
             ..quiet()
         },
     )
     .unwrap();
-    assert_eq!(fetcher.demand(id(0, 6)), None);
-    assert_eq!(fetcher.demand(id(0, 6)), None);
-    // The second neighbour lies outside the volume.
+    assert_eq!(fetcher.demand(id(0, 5)), None);
+    assert_eq!(fetcher.demand(id(0, 5)), None);
+    // The block's last chunk lies outside the volume.
     assert_eq!(
         source.asked(),
-        [(id(0, 6), Urgency::Demand), (id(0, 7), Urgency::Soon)]
+        [
+            (id(0, 5), Urgency::Demand),
+            (id(0, 6), Urgency::Soon),
+            (id(0, 4), Urgency::Soon)
+        ]
     );
 }
 

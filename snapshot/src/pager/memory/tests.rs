@@ -84,7 +84,7 @@ fn rig() -> Rig {
     };
     let source = ModelSource::new(vec![(about, (0..PAGES).flat_map(image_page).collect())]);
     let settings = FetcherSettings {
-        neighbours: 0,
+        neighbourhood_bytes: 0,
         fill: false,
         ..FetcherSettings::default()
     };
