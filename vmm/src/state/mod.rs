@@ -7,6 +7,7 @@
 //! devices after that, for they raise their lines again.
 
 mod clock;
+mod deadline;
 mod interrupts;
 mod msrs;
 mod tsc;

@@ -12,7 +12,7 @@ pub(super) const IA32_TSC: u32 = 0x10;
 /// What the guest has added to it.
 pub(super) const IA32_TSC_ADJUST: u32 = 0x3b;
 /// When the local APIC's timer fires, in ticks of the counter.
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
+pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// Registers in one call; KVM takes 256.
 const BATCH: usize = 128;

@@ -1,5 +1,10 @@
 //! A vCPU's section.
 //!
+//! **Order on save**: the run state first, for reading it finishes an INIT under way; MSRs before the local APIC, for
+//! its timer may fire at any time, which sets an interrupt in the APIC and takes the deadline out of its MSR: seen in
+//! this order such a tick comes twice at worst, and never not at all ([`deadline`]); events last, for other calls may
+//! change what is pending.
+//!
 //! **Order on restore**: CPUID first, for everything else is checked against it; the TSC's frequency before its
 //! value; system registers before the local APIC, whose base they hold; the APIC before the MSRs, for the deadline
 //! timer needs its mode; the TSC before the deadline; events last, for other calls clear what is pending.
@@ -14,7 +19,7 @@ use runnel_snapshot::section::Section;
 use serde::{Deserialize, Serialize};
 
 use super::msrs::{self, Msr};
-use super::{Host, StateError, xsave};
+use super::{Host, StateError, deadline, xsave};
 use crate::kvm::failed;
 
 /// A vCPU that exists in KVM, and stands.
@@ -69,6 +74,8 @@ impl<'a> Section for Vcpu<'a> {
         let Self { fd, host } = *self;
         // First, for this call finishes an INIT that is under way, and that changes registers.
         let mp_state = fd.get_mp_state().map_err(failed("read a vCPU's run state"))?;
+        let msrs = msrs::read(fd, host)?;
+        let lapic = fd.get_lapic().map_err(failed("read the local APIC"))?;
         Ok(VcpuState {
             cpuid: fd
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
@@ -82,13 +89,14 @@ impl<'a> Section for Vcpu<'a> {
             xcrs: fd.get_xcrs().map_err(failed("read extended control registers"))?,
             xsave: xsave::read(fd, host.xsave_bytes)?,
             debug_regs: fd.get_debug_regs().map_err(failed("read debug registers"))?,
-            lapic: fd.get_lapic().map_err(failed("read the local APIC"))?,
-            msrs: msrs::read(fd, host)?,
+            lapic,
+            msrs,
             events: fd.get_vcpu_events().map_err(failed("read pending events"))?,
         })
     }
 
-    fn restore((fd, host): Self::Deps, state: VcpuState) -> Result<Self, StateError> {
+    fn restore((fd, host): Self::Deps, mut state: VcpuState) -> Result<Self, StateError> {
+        deadline::repair(&state.lapic, &mut state.msrs);
         let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| StateError::TooMany {
             what: "CPUID leaves",
             found: state.cpuid.len(),
