@@ -192,6 +192,7 @@ impl<'a> Builder<'a> {
             iface_id: id.to_owned(),
             backend: Arc::new(tap),
             mac,
+            mtu: interface.mtu,
         };
         let shared = Arc::clone(&self.loops[0]);
         self.add_virtio(id, DeviceParts::Net(parts), shared)

@@ -17,8 +17,11 @@ use runnel_snapshot::block_store::guest_io::Cursor;
 /// The largest packet with its header where the driver takes large ones (§5.1.6.3.1).
 const LARGE_BYTES: u64 = 65562;
 
-/// The largest frame with its header otherwise.
+/// The largest frame with its header otherwise, unless the driver was told of a larger MTU.
 const FRAME_BYTES: u64 = 1526;
+
+/// What comes before a packet that is as large as the MTU: this header, and Ethernet's.
+const HEADERS_BYTES: u64 = HEADER_BYTES as u64 + 14;
 
 /// Packets moved in one direction before other devices of the loop get their turn.
 const PACKETS_PER_CALL_MAX: usize = 128;
@@ -56,8 +59,13 @@ impl ActiveNet {
         metrics: Arc<NetMetrics>,
         large_packets: bool,
         mergeable: bool,
+        mtu: u16,
     ) -> Self {
-        let packet_bytes_max = if large_packets { LARGE_BYTES } else { FRAME_BYTES };
+        let packet_bytes_max = if large_packets {
+            LARGE_BYTES
+        } else {
+            FRAME_BYTES.max(HEADERS_BYTES + u64::from(mtu))
+        };
         Self {
             backend,
             metrics,

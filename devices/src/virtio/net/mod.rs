@@ -19,7 +19,7 @@ use runnel_snapshot::block_store::GuestSlice;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 
 use super::{ActiveDevice, VirtioDevice, counter, read_config_bytes};
@@ -41,6 +41,9 @@ const HEADER_BYTES: usize = 12;
 const QUEUE_SIZES: &[u16] = &[256, 256];
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+
+/// The smallest MTU that a device may tell of (§5.1.4.1).
+const MTU_MIN: u16 = 68;
 
 /// What the other end may leave to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,6 +109,9 @@ pub struct NetParts {
     pub backend: Arc<dyn Backend>,
     /// The guest's hardware address; without one its driver makes one up.
     pub mac: Option<[u8; 6]>,
+    /// The largest packet that the driver is told of; without one it takes Ethernet's. What is at the other end must
+    /// take as much: nothing here sets it.
+    pub mtu: Option<u16>,
 }
 
 impl fmt::Debug for NetParts {
@@ -113,6 +119,7 @@ impl fmt::Debug for NetParts {
         f.debug_struct("NetParts")
             .field("iface_id", &self.iface_id)
             .field("mac", &self.mac)
+            .field("mtu", &self.mtu)
             .finish_non_exhaustive()
     }
 }
@@ -130,6 +137,14 @@ pub enum NetError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// An MTU that no device may tell of.
+    #[error("interface {iface_id:?}: the image has an MTU of {mtu}, and {MTU_MIN} is the least")]
+    Mtu {
+        /// Which interface.
+        iface_id: String,
+        /// In the image.
+        mtu: u16,
     },
 }
 
@@ -199,9 +214,11 @@ impl VirtioDevice for Net {
             VIRTIO_NET_F_MRG_RXBUF,
         ];
         let mac = self.parts.mac.map(|_| VIRTIO_NET_F_MAC);
+        let mtu = self.parts.mtu.map(|_| VIRTIO_NET_F_MTU);
         always
             .into_iter()
             .chain(mac)
+            .chain(mtu)
             .fold(0, |features, bit| features | 1 << bit)
     }
 
@@ -210,7 +227,11 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: Offset, data: &mut [u8]) {
-        read_config_bytes(&self.parts.mac.unwrap_or_default(), offset, data);
+        // §5.1.4: the address, then status and max_virtqueue_pairs, whose features are not offered, then the MTU.
+        let mut config = [0; 12];
+        config[..6].copy_from_slice(&self.parts.mac.unwrap_or_default());
+        config[10..].copy_from_slice(&self.parts.mtu.unwrap_or_default().to_le_bytes());
+        read_config_bytes(&config, offset, data);
     }
 
     fn write_config(&mut self, _: Offset, _: &[u8]) {}
@@ -234,6 +255,10 @@ impl VirtioDevice for Net {
             self.metrics(),
             offloads.has_large_packets(),
             features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0,
+            self.parts
+                .mtu
+                .filter(|_| features & (1 << VIRTIO_NET_F_MTU) != 0)
+                .unwrap_or_default(),
         )))
     }
 
@@ -254,13 +279,24 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> NetState {
-        NetState { mac: self.parts.mac }
+        NetState {
+            mac: self.parts.mac,
+            mtu: self.parts.mtu,
+        }
     }
 
     fn restore(parts: NetParts, state: NetState) -> Result<Self, NetError> {
-        // The guest knows itself by the address that was saved.
+        if let Some(mtu) = state.mtu.filter(|mtu| *mtu < MTU_MIN) {
+            return Err(NetError::Mtu {
+                iface_id: parts.iface_id,
+                mtu,
+            });
+        }
+        // The guest knows itself by the address that was saved, and its driver has read the MTU for good: one that
+        // was saved without, by a Runnel that had none, goes on without.
         Ok(Self::new(NetParts {
             mac: state.mac,
+            mtu: state.mtu,
             ..parts
         }))
     }

@@ -8,4 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct NetState {
     /// The hardware address that the guest was given.
     pub mac: Option<[u8; 6]>,
+    /// The MTU that the guest was told of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
 }

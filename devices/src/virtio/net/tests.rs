@@ -18,6 +18,7 @@ use crate::interrupt::Interrupt;
 const MRG: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const CHECKSUM: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM;
 const TSO4: u64 = 1 << VIRTIO_NET_F_GUEST_TSO4;
+const MTU: u64 = 1 << VIRTIO_NET_F_MTU;
 const MAC: [u8; 6] = [2, 0, 0, 1, 2, 3];
 
 struct Cable {
@@ -56,15 +57,20 @@ fn place(ram: &Arc<GuestRam>, event_loop: &Arc<EventLoop>) -> Place {
     }
 }
 
-fn parts(cable: &Arc<Cable>, mac: Option<[u8; 6]>) -> Parts {
+fn parts(cable: &Arc<Cable>, mac: Option<[u8; 6]>, mtu: Option<u16>) -> Parts {
     Parts::Net(NetParts {
         iface_id: "eth0".to_owned(),
         backend: Arc::clone(cable) as _,
         mac,
+        mtu,
     })
 }
 
 fn rig(features: u64) -> Rig {
+    rig_with_mtu(features, None)
+}
+
+fn rig_with_mtu(features: u64, mtu: Option<u16>) -> Rig {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     far.set_read_timeout(Some(std::time::Duration::from_secs(20)))
@@ -74,7 +80,7 @@ fn rig(features: u64) -> Rig {
         offloads: Mutex::default(),
     });
     let (ram, event_loop) = (ram(), Arc::new(EventLoop::start("net").unwrap()));
-    let device = registry::build(parts(&cable, Some(MAC)), place(&ram, &event_loop)).unwrap();
+    let device = registry::build(parts(&cable, Some(MAC), mtu), place(&ram, &event_loop)).unwrap();
     Rig {
         driver: Driver::set_up(device, ram, VERSION_1 | features),
         cable,
@@ -321,7 +327,7 @@ fn nothing_is_lost_over_a_save_in_mid_traffic() {
         // Another host's tap; the packet in the old one's queue is handed over by hand here.
         let device = registry::restore(
             saved,
-            parts(&rig.cable, None),
+            parts(&rig.cable, None, None),
             place(&rig.driver.ram, &event_loop),
         )
         .unwrap();
@@ -348,7 +354,70 @@ fn without_an_address_none_is_offered() {
         iface_id: "eth0".to_owned(),
         backend: Arc::clone(&rig(0).cable) as _,
         mac: None,
+        mtu: None,
     });
-    assert_eq!(device.features() & (1 << VIRTIO_NET_F_MAC), 0);
+    assert_eq!(
+        device.features() & (1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_MTU),
+        0
+    );
     assert_eq!(device.metrics().sent_packets.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn an_mtu_is_told_to_the_driver_and_again_after_a_restore_whatever_the_parts_say() {
+    let rig = rig_with_mtu(MTU, Some(9000));
+    let frozen = EventLoop::freeze_all([&*rig.event_loop], &|| false).unwrap();
+    let saved = rig
+        .driver
+        .device
+        .save_section("eth0", &Paused::until(|| ()))
+        .unwrap();
+    let event_loop = Arc::new(EventLoop::start("restored").unwrap());
+    let restored = registry::restore(
+        saved,
+        parts(&rig.cable, None, None),
+        place(&rig.driver.ram, &event_loop),
+    )
+    .unwrap();
+    for device in [&rig.driver.device, &restored] {
+        let mut mtu = [0; 2];
+        device.read(Offset(0x100 + 10), &mut mtu);
+        assert_eq!(u16::from_le_bytes(mtu), 9000);
+        let mut features = [0; 4];
+        device.write(Offset(0x014), &features); // the first word of them
+        device.read(Offset(0x010), &mut features);
+        assert_ne!(u64::from(u32::from_le_bytes(features)) & MTU, 0);
+    }
+    drop(frozen);
+}
+
+#[test]
+fn a_frame_of_the_mtu_waits_for_buffers_in_which_it_fits() {
+    let mut rig = rig_with_mtu(MTU | MRG, Some(9000));
+    rig.offer_buffers(0, 2, 2048);
+    rig.driver.kick(RECEIVE);
+    rig.far.send(&packet(6, 9026)).unwrap();
+    settle(&rig.event_loop);
+    assert!(rig.driver.take_used(RECEIVE).is_empty(), "it would be cut");
+    rig.offer_buffers(2, 3, 2048);
+    rig.driver.kick(RECEIVE);
+    assert_eq!(rig.driver.await_used(RECEIVE, 1).len(), 5);
+}
+
+#[test]
+fn an_image_without_an_mtu_goes_on_without_and_one_with_nonsense_is_refused() {
+    let cable = Arc::clone(&rig(0).cable);
+    let restored = |state: &str| {
+        let parts = NetParts {
+            iface_id: "eth0".to_owned(),
+            backend: Arc::clone(&cable) as _,
+            mac: None,
+            mtu: Some(1400),
+        };
+        Net::restore(parts, serde_json::from_str(state).unwrap())
+    };
+    let old = restored(r#"{"mac": null}"#).unwrap();
+    assert_eq!(old.features() & MTU, 0);
+    let nonsense = restored(r#"{"mac": null, "mtu": 67}"#).unwrap_err();
+    assert!(matches!(nonsense, NetError::Mtu { mtu: 67, .. }), "{nonsense}");
 }
