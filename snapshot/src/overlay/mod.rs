@@ -10,6 +10,7 @@
 //! the image first. Discarded blocks become the overlay's and read as zeros. What the overlay holds is lost with the
 //! machine unless a snapshot takes it along.
 
+mod aside;
 mod content;
 
 pub use content::{IsCancelled, OverImage, OwnPages};
@@ -17,15 +18,16 @@ pub use content::{IsCancelled, OverImage, OwnPages};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::FallocateFlags;
 
 use crate::block_store::{BlockStore, GuestSlice, guest_io};
 use crate::pager::{Fetcher, PageSet};
 use crate::source::{Arrived, ChunkId, SourceVolume, VolumeId};
 use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE, PageIndex};
+use crate::unnamed;
 use crate::volume::VolumeName;
 
 /// A drive whose content is an image's volume, changed by what this machine wrote. See the module.
@@ -36,6 +38,8 @@ pub struct Overlay {
     base: Arc<File>,
     /// Written blocks, at their own offset; everything else is a hole.
     own: File,
+    /// Where that file is, and copies of it are put aside.
+    directory: PathBuf,
     read_only: bool,
     /// Held by whoever changes the overlay, so that taking a block over never undoes a write. Taken before `written`;
     /// its holder may wait for a chunk, readers never take it.
@@ -65,6 +69,19 @@ pub enum OverlayError {
     },
 }
 
+/// An overlay's content as it was at one moment.
+pub struct FrozenOverlay {
+    /// All of the drive.
+    pub content: OverImage,
+    /// Whether the machine must stand still until the content has been read: there was no room to put aside what it
+    /// wrote.
+    pub needs_pause: bool,
+    /// Whether it differs from the image's volume.
+    pub is_changed: bool,
+    /// Bytes that were copied to put them aside.
+    pub copied_bytes: u64,
+}
+
 impl Overlay {
     /// Makes an empty overlay over a volume of the fetcher's source. Its file has no name and vanishes with the
     /// process; it is made in `directory`.
@@ -85,10 +102,7 @@ impl Overlay {
             bytes: about.bytes,
             source,
         };
-        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-        let own = File::from(
-            rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(e.into()))?,
-        );
+        let own = unnamed::create_in(directory).map_err(failed)?;
         own.set_len(about.bytes.next_multiple_of(PAGE_SIZE))
             .map_err(failed)?;
         Ok(Self {
@@ -97,28 +111,43 @@ impl Overlay {
             about: about.clone(),
             base: fetcher.source().page_file(volume),
             own,
+            directory: directory.to_owned(),
             read_only,
             writer: Mutex::default(),
             written: Mutex::new(PageSet::new(about.bytes.div_ceil(PAGE_SIZE))),
         })
     }
 
-    /// The overlay's content, for a snapshot. The machine stands still until it has been read.
+    /// The overlay's content as it is now, for a snapshot; the machine stands still while this is called.
     ///
     /// # Errors
-    /// When the process has too many descriptors.
-    pub fn content(&self, is_cancelled: IsCancelled) -> io::Result<OverImage> {
+    /// When the process has too many descriptors, or the snapshot is called off.
+    pub fn freeze(&self, is_cancelled: IsCancelled) -> io::Result<FrozenOverlay> {
         let own = self.written().clone();
+        let is_changed = !own.is_empty();
+        let aside = if is_changed {
+            aside::put_aside(&self.own, &self.directory, &is_cancelled)?
+        } else {
+            None
+        };
+        let needs_pause = is_changed && aside.is_none();
+        let copied_bytes = aside.as_ref().map_or(0, |aside| aside.copied_bytes);
+        let own_pages = aside.map_or_else(|| self.own.try_clone(), |aside| Ok(aside.file))?;
         let nothing = PageSet::new(self.about.bytes.div_ceil(PAGE_SIZE));
-        let own_pages = Box::new(self.own.try_clone()?);
-        Ok(OverImage::new(
+        let content = OverImage::new(
             &self.fetcher,
             self.volume,
             own,
-            own_pages,
+            Box::new(own_pages),
             nothing,
             is_cancelled,
-        ))
+        );
+        Ok(FrozenOverlay {
+            content,
+            needs_pause,
+            is_changed,
+            copied_bytes,
+        })
     }
 
     /// Whether nothing was written: the drive is still the image's volume.

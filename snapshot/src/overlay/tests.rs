@@ -3,6 +3,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::block_store::GuestRam;
+use crate::capture::content::{Content as _, Found};
 use crate::pager::FetcherSettings;
 use crate::source::PageSource as _;
 use crate::source::model::{ModelSource, id};
@@ -169,5 +170,36 @@ proptest! {
             }
         }
         prop_assert!(rig.read(0, BYTES).unwrap() == disk);
+    }
+}
+
+#[test]
+fn frozen_content_stays_while_the_machine_writes_and_the_images_chunks_come_later() {
+    let rig = rig(false);
+    rig.deliver_all();
+    rig.write(0, &[9; 4096]).unwrap();
+    rig.write(2 * CHUNK + 512, &[8; 512]).unwrap();
+    let expected = rig.read(0, BYTES).unwrap();
+    let frozen = rig.overlay.freeze(Arc::new(|| false)).unwrap();
+    assert!(frozen.is_changed && !frozen.needs_pause);
+    rig.write(0, &[1; 4096]).unwrap();
+    rig.write(3 * CHUNK, &[1; 4096]).unwrap();
+    rig.overlay
+        .discard(ByteRange {
+            start: 2 * CHUNK,
+            len: 4096,
+        })
+        .unwrap();
+    let mut seen = vec![0xFF; BYTES as usize];
+    assert_eq!(frozen.content.read(0, &mut seen).unwrap(), Found::Data);
+    assert!(seen == expected, "the snapshot saw what was written after it");
+}
+
+#[test]
+fn what_was_not_written_needs_no_pause_and_nothing_aside() {
+    for read_only in [false, true] {
+        let frozen = rig(read_only).overlay.freeze(Arc::new(|| false)).unwrap();
+        assert!(!frozen.needs_pause && !frozen.is_changed);
+        assert_eq!(frozen.copied_bytes, 0);
     }
 }

@@ -45,6 +45,9 @@ pub(super) struct DriveContent {
     pub(super) source: VolumeSource,
     /// Whether the machine must stand still until it has been read.
     pub(super) needs_pause: bool,
+    /// Whether whatever volume it becomes will equal the drive for as long as nobody writes to it: the drive is
+    /// read-only, or an overlay in which nothing was written.
+    pub(super) is_unwritten: bool,
 }
 
 /// A file that was captured, so that it need not be captured again while it stays the same.
@@ -78,7 +81,7 @@ pub(super) struct KnownVolumes {
 }
 
 impl KnownVolumes {
-    /// Notes that the drive `id`, a read-only file, was captured as `volume`.
+    /// Notes that the drive `id`, unwritten at the pause, was captured as `volume`.
     pub(super) fn captured(
         &mut self,
         id: &ResourceId,
@@ -86,15 +89,15 @@ impl KnownVolumes {
         layout: &Arc<Layout>,
         volume: &ImageVolume,
     ) {
-        if let Backing::File {
-            store,
-            read_only: true,
-            ..
-        } = backing
-            && let Ok(identity) = FileIdentity::of(store.file())
-        {
-            self.files
-                .insert(id.clone(), (identity, layout.clone(), volume.clone()));
+        match backing {
+            Backing::File { store, .. } => {
+                if let Ok(identity) = FileIdentity::of(store.file()) {
+                    self.files
+                        .insert(id.clone(), (identity, layout.clone(), volume.clone()));
+                }
+            }
+            // What it lies over came from afar, and is here now.
+            Backing::Overlay(_) => self.resumed(id.clone(), layout.clone(), volume.clone()),
         }
     }
 
@@ -143,12 +146,18 @@ pub(super) fn content_of(
                 return Ok(DriveContent {
                     source,
                     needs_pause: false,
+                    is_unwritten: true,
                 });
             }
-            let source = VolumeSource::Content(Arc::new(overlay.content(is_cancelled)?));
+            let frozen = overlay.freeze(is_cancelled)?;
+            tracing::debug!(
+                drive = %id, copied_bytes = frozen.copied_bytes, needs_pause = frozen.needs_pause,
+                "A drive's own blocks are put aside."
+            );
             Ok(DriveContent {
-                source,
-                needs_pause: !overlay.is_read_only(),
+                source: VolumeSource::Content(Arc::new(frozen.content)),
+                needs_pause: frozen.needs_pause,
+                is_unwritten: !frozen.is_changed,
             })
         }
         Backing::File {
@@ -160,6 +169,7 @@ pub(super) fn content_of(
                 return Ok(DriveContent {
                     source,
                     needs_pause: false,
+                    is_unwritten: true,
                 });
             }
             let aside = if *read_only {
@@ -170,7 +180,11 @@ pub(super) fn content_of(
             let needs_pause = !*read_only && aside.is_none();
             let file = aside.map_or_else(|| store.file().try_clone(), Ok)?;
             let source = VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?));
-            Ok(DriveContent { source, needs_pause })
+            Ok(DriveContent {
+                source,
+                needs_pause,
+                is_unwritten: *read_only,
+            })
         }
     }
 }

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
@@ -107,6 +107,7 @@ fn save_image(
     was_running: bool,
     operation: &Operation,
 ) -> Result<(), SaveError> {
+    let begun = Instant::now();
     operation.enter("saving state");
     if let Some(stranger) = excluded
         .iter()
@@ -120,6 +121,7 @@ fn save_image(
     let memory = memory_content(guest, cancelled.clone()).map_err(SaveError::Memory)?;
     let mut volumes = vec![(VolumeName::Memory, VolumeSource::Content(memory))];
     let mut needs_pause = false;
+    let mut unwritten = Vec::new();
     for (id, backing) in guest.drives.iter().filter(|(id, _)| in_image(id)) {
         let content =
             content_of(id, backing, &guest.known, cancelled.clone()).map_err(|source| SaveError::Drive {
@@ -127,6 +129,9 @@ fn save_image(
                 source,
             })?;
         needs_pause |= content.needs_pause;
+        if content.is_unwritten {
+            unwritten.push(id.clone());
+        }
         volumes.push((VolumeName::Drive(id.to_string()), content.source));
     }
     let settings = CaptureSettings::default();
@@ -143,13 +148,17 @@ fn save_image(
         while !work.is_finished() {
             if was_running && !guest.is_running && may_run_on(&progress, needs_pause) {
                 guest.run();
+                tracing::info!(
+                    stood_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    "The machine runs on; its snapshot is being completed."
+                );
             }
             std::thread::sleep(LOOK);
         }
         work.join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
-    remember(guest, directory, &captured)
+    remember(guest, directory, &captured, &unwritten)
 }
 
 /// Whether nothing more is read of a machine whose drives that must stand still, if there are any, come last.
@@ -162,10 +171,15 @@ fn may_run_on(progress: &Progress, drives_need_pause: bool) -> bool {
         .all(|volume| volume.bytes_done == volume.bytes_total)
 }
 
-/// Notes which read-only drives need not be captured again.
-fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured) -> Result<(), SaveError> {
+/// Notes which drives need not be captured again while nobody writes to them.
+fn remember(
+    guest: &mut KvmGuest,
+    directory: &Path,
+    captured: &Captured,
+    unwritten: &[ResourceId],
+) -> Result<(), SaveError> {
     let layout = Arc::new(Layout::open(directory)?);
-    for (id, backing) in &guest.drives {
+    for (id, backing) in guest.drives.iter().filter(|(id, _)| unwritten.contains(id)) {
         let name = VolumeName::Drive(id.to_string());
         if let Some(volume) = captured.volumes.iter().find(|volume| volume.name == name) {
             guest.known.captured(id, backing, &layout, volume);
