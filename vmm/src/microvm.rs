@@ -352,7 +352,18 @@ impl Microvm {
         let cpuid = boot_vcpu
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("read CPUID leaves"))?;
-        Ok(compatibility::record(cpuid.as_slice()))
+        let mut record = compatibility::record(cpuid.as_slice());
+        let xcrs = boot_vcpu
+            .get_xcrs()
+            .map_err(failed("read extended control registers"))?;
+        let xcr0 = xcrs.xcrs.iter().find(|register| register.xcr == 0);
+        record.extend(compatibility::of_vcpu(
+            xcr0.map_or(0, |register| register.value),
+            boot_vcpu.get_tsc_khz().unwrap_or(0),
+        ));
+        let kvm = Kvm::open()?;
+        record.extend([compatibility::of_kvm(&|capability| kvm.extension(capability))]);
+        Ok(record)
     }
 
     /// Lets the devices, and then the vCPUs run.
@@ -465,7 +476,8 @@ pub fn check_compatibility(record: &BTreeMap<String, serde_json::Value>) -> Resu
     let kvm = Kvm::open()?;
     let one = Topology { vcpus: 1, smt: false };
     let offered = cpuid::of_vcpu(&kvm.supported_cpuid()?, 0, one);
-    if compatibility::check(record, offered.as_slice()).is_ok() {
+    let capability = |capability| kvm.extension(capability);
+    if compatibility::check(record, offered.as_slice(), &capability).is_ok() {
         return Ok(());
     }
     // A KVM that runs guests on the bare processor gives them more than it says that it supports, and shows it only
@@ -475,7 +487,7 @@ pub fn check_compatibility(record: &BTreeMap<String, serde_json::Value>) -> Resu
     let given = vcpu
         .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
         .map_err(failed("read CPUID leaves"))?;
-    Ok(compatibility::check(record, given.as_slice())?)
+    Ok(compatibility::check(record, given.as_slice(), &capability)?)
 }
 
 /// Opens the file that the drive's configuration names.

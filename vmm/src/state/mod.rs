@@ -42,7 +42,8 @@ pub enum StateError {
     },
     /// A register that this host does not have, or not with this value.
     #[error(
-        "this host's KVM does not take MSR {index:#x} with the value {value:#x}: resume the machine on a host like its own"
+        "this host's KVM does not take the register {} with the value {value:#x}: resume the machine on a host like its own",
+        msrs::name(*index)
     )]
     Msr {
         /// Which register.

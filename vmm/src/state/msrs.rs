@@ -17,6 +17,42 @@ pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Registers in one call; KVM takes 256.
 const BATCH: usize = 128;
 
+/// What the vendors' manuals and KVM's documentation call those registers that hosts differ in.
+const NAMES: [(u32, &str); 24] = [
+    (IA32_TSC, "IA32_TSC"),
+    (0x3a, "IA32_FEATURE_CONTROL"),
+    (IA32_TSC_ADJUST, "IA32_TSC_ADJUST"),
+    (0x48, "IA32_SPEC_CTRL"),
+    (0x49, "IA32_PRED_CMD"),
+    (0x8b, "IA32_BIOS_SIGN_ID"),
+    (0xce, "MSR_PLATFORM_INFO"),
+    (0x10a, "IA32_ARCH_CAPABILITIES"),
+    (0x122, "IA32_TSX_CTRL"),
+    (0x1a0, "IA32_MISC_ENABLE"),
+    (0x1c4, "IA32_XFD"),
+    (0x1c5, "IA32_XFD_ERR"),
+    (0x277, "IA32_PAT"),
+    (0x345, "IA32_PERF_CAPABILITIES"),
+    (0x6a0, "IA32_U_CET"),
+    (0x6a2, "IA32_S_CET"),
+    (IA32_TSC_DEADLINE, "IA32_TSC_DEADLINE"),
+    (0xda0, "IA32_XSS"),
+    (0xc000_0080, "IA32_EFER"),
+    (0xc000_0103, "IA32_TSC_AUX"),
+    (0xc001_0015, "MSR_K7_HWCR"),
+    (0xc001_011f, "MSR_AMD64_VIRT_SPEC_CTRL"),
+    (0x4b56_4d01, "MSR_KVM_SYSTEM_TIME_NEW"),
+    (0x4b56_4d03, "MSR_KVM_STEAL_TIME"),
+];
+
+/// A register as a message names it: by its name if it is a known one, and its number.
+pub(super) fn name(index: u32) -> String {
+    match NAMES.iter().find(|(number, _)| *number == index) {
+        Some((_, name)) => format!("{name} (MSR {index:#x})"),
+        None => format!("MSR {index:#x}"),
+    }
+}
+
 /// One register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Msr(pub u32, pub u64);
@@ -82,4 +118,16 @@ fn batch_of(msrs: impl Iterator<Item = Msr>) -> Result<Msrs, StateError> {
         what: "MSRs",
         found: entries.len(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_register_that_a_host_lacks_is_refused_by_its_name() {
+        let refusal = |index| StateError::Msr { index, value: 0x1800 }.to_string();
+        assert!(refusal(0xda0).contains("IA32_XSS (MSR 0xda0) with the value 0x1800"));
+        assert!(refusal(0xbeef).contains("the register MSR 0xbeef with"));
+    }
 }
