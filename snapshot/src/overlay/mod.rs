@@ -55,9 +55,7 @@ pub enum OverlayError {
     #[error("the image has no volume {0}")]
     NoVolume(VolumeName),
     /// There is no room, or no permission.
-    #[error(
-        "cannot create an overlay of {bytes} bytes in {directory}; choose another directory for overlays"
-    )]
+    #[error("cannot create an overlay of {bytes} bytes in {directory}: choose another `overlay_directory`")]
     Create {
         /// Where.
         directory: String,

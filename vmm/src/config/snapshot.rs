@@ -137,6 +137,9 @@ pub struct LoadSnapshotBody {
     pub drive_overrides: Vec<DriveOverride>,
     /// Runnel's own: how long a missing chunk may be waited for before the machine counts as stalled.
     pub stall_after_ms: Option<u64>,
+    /// Runnel's own: the directory for what the machine writes to its drives, and without an agent for the pages of
+    /// drives that have arrived.
+    pub overlay_directory: Option<PathBuf>,
 }
 
 /// Why a snapshot cannot be made or loaded that way.
@@ -272,6 +275,8 @@ pub struct LoadSnapshot {
     /// How long a missing chunk may be waited for before the machine counts as stalled; the pager's own idea if
     /// `None`.
     pub stall_after: Option<Duration>,
+    /// Where overlays lie; the directory for temporary files if `None`.
+    pub overlay_directory: Option<PathBuf>,
 }
 
 impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
@@ -339,6 +344,9 @@ impl TryFrom<LoadSnapshotBody> for LoadSnapshot {
             None if body.stall_after_ms.is_some() => {
                 return Err(SnapshotError::Needs("stall_after_ms", "image"));
             }
+            None if body.overlay_directory.is_some() => {
+                return Err(SnapshotError::Needs("overlay_directory", "image"));
+            }
             None => two_files(body.snapshot_path, body.mem_file_path, body.mem_backend)?,
         };
         let taps = body
@@ -361,6 +369,7 @@ impl TryFrom<LoadSnapshotBody> for LoadSnapshot {
             taps,
             drives: distinct("drive_overrides", drives)?,
             stall_after: body.stall_after_ms.map(Duration::from_millis),
+            overlay_directory: body.overlay_directory,
         })
     }
 }

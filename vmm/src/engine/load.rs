@@ -279,7 +279,7 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError>
     let workers = std::thread::available_parallelism()
         .map_or(1, std::num::NonZero::get)
         .min(WORKERS_MAX);
-    let source = ImageSource::new(&image, &SourceSettings::local(workers), &std::env::temp_dir())?;
+    let source = ImageSource::new(&image, &SourceSettings::local(workers), &overlay_directory(load))?;
     source.learn(&state.first_chunks);
     let layout = Arc::new(Layout::open(&path)?);
     let digest = Some(image.digest());
@@ -423,16 +423,19 @@ fn open_drives(
     opened: &Opened,
     known: &mut KnownVolumes,
 ) -> Result<Vec<(ResourceId, Backing)>, LoadError> {
+    let directory = overlay_directory(load);
     let mut drives = Vec::new();
     for (drive, record) in config.drives().iter().zip(records) {
         let is_overridden = load.drives.iter().any(|(id, _)| *id == drive.id);
         let backing = match &opened.fetcher {
             Some(fetcher) if record.in_image && !is_overridden => {
                 let name = VolumeName::Drive(drive.id.to_string());
-                let overlay = Overlay::new(fetcher, &name, &std::env::temp_dir(), drive.is_read_only)
-                    .map_err(|source| LoadError::Overlay {
-                        id: drive.id.clone(),
-                        source,
+                let overlay =
+                    Overlay::new(fetcher, &name, &directory, drive.is_read_only).map_err(|source| {
+                        LoadError::Overlay {
+                            id: drive.id.clone(),
+                            source,
+                        }
                     })?;
                 if let Some((layout, image)) = &opened.at_hand
                     && let Some(volume) = image.volume(&name)
@@ -447,6 +450,10 @@ fn open_drives(
         drives.push((drive.id.clone(), backing));
     }
     Ok(drives)
+}
+
+fn overlay_directory(load: &LoadSnapshot) -> PathBuf {
+    load.overlay_directory.clone().unwrap_or_else(std::env::temp_dir)
 }
 
 fn open_file(drive: &config::Drive, record: &DriveRecord, is_overridden: bool) -> Result<Backing, LoadError> {

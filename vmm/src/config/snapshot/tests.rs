@@ -124,6 +124,14 @@ fn an_image_of_another_host_needs_an_agent() {
     let local = load(r#"{"image": "/srv/image", "stall_after_ms": 1500}"#).unwrap();
     assert_eq!(local.from, LoadFrom::Image(Image::Directory("/srv/image".into())));
     assert_eq!(local.stall_after, Some(Duration::from_millis(1500)));
+    assert_eq!(local.overlay_directory, None);
+    let elsewhere = load(r#"{"image": "/srv/image", "overlay_directory": "/srv/overlays"}"#).unwrap();
+    assert_eq!(elsewhere.overlay_directory, Some("/srv/overlays".into()));
+    let two_files = r#"{"snapshot_path": "s", "mem_file_path": "m", "overlay_directory": "/srv/overlays"}"#;
+    assert_eq!(
+        load(two_files),
+        Err(SnapshotError::Needs("overlay_directory", "image"))
+    );
 }
 
 #[test]
