@@ -1,6 +1,6 @@
 //! `runnel resume`: runs a machine from its image, before the image has arrived.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -50,9 +50,13 @@ pub(crate) struct ResumeArgs {
     #[arg(long = "drive", value_name = "ID=PATH")]
     drives: Vec<Override>,
 
-    /// Set the guest's clock forward by the time that has passed
-    #[arg(long)]
+    /// Let the guest's clock go on from where it was, in place of setting it forward by the time that has passed
+    #[arg(long = "no-clock-realtime", action = clap::ArgAction::SetFalse)]
     clock_realtime: bool,
+
+    /// The directory for what the machine writes to the image's drives; that for temporary files unless given
+    #[arg(long, value_name = "DIRECTORY")]
+    overlay_directory: Option<PathBuf>,
 
     /// How long a missing chunk is waited for before the machine counts as stalled: 30s, 2m [default: 15s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
@@ -88,6 +92,10 @@ impl ResumeArgs {
         });
         if let Some(agent) = agent {
             body["agent_path"] = json!(agent);
+        }
+        if let Some(directory) = &self.overlay_directory {
+            // The monitor need not have this command's working directory.
+            body["overlay_directory"] = json!(std::path::absolute(directory).unwrap_or(directory.clone()));
         }
         if let Some(time) = self.stall_after {
             body["stall_after_ms"] = json!(time.as_millis());
@@ -177,7 +185,8 @@ mod tests {
     fn overrides_become_those_of_the_api() {
         let overrides = ["--tap", "eth0=tap7", "--drive", "scratch=/srv/s"];
         let rest = ["--paused", "--stall-after", "30s"];
-        let args = Line::parse_from([&["x", "./web"][..], &overrides, &rest].concat()).args;
+        let own = ["--no-clock-realtime", "--overlay-directory", "/srv/overlays"];
+        let args = Line::parse_from([&["x", "./web"][..], &overrides, &rest, &own].concat()).args;
         let image = "/images/web".parse().unwrap();
         let body = args.load(&image, Some(Path::new("/run/agent.sock")));
         let expected = json!({
@@ -186,6 +195,7 @@ mod tests {
             "resume_vm": false,
             "clock_realtime": false,
             "stall_after_ms": 30_000,
+            "overlay_directory": "/srv/overlays",
             "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "tap7" }],
             "drive_overrides": [{ "drive_id": "scratch", "path_on_host": "/srv/s" }],
         });
@@ -193,12 +203,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_asked_for_is_left_out() {
+    fn what_is_not_asked_for_is_left_out_and_the_clock_is_right_by_itself() {
         let args = Line::parse_from(["x", "./web"]).args;
         let body = args.load(&"/images/web".parse().unwrap(), None);
         assert_eq!(
             body,
-            json!({ "image": "/images/web", "resume_vm": true, "clock_realtime": false })
+            json!({ "image": "/images/web", "resume_vm": true, "clock_realtime": true })
         );
     }
 }
