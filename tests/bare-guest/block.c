@@ -84,8 +84,8 @@ static int is_ready(void) {
     return 1;
 }
 
-/* One request, from start to end; its status. */
-static u8 request(u32 type, u64 sector, void *data, u32 length) {
+/* Makes a request and does not wait for it; the index of the used ring when it is done. */
+static u16 ask(u32 type, u64 sector, void *data, u32 length) {
     header.type = type;
     header.sector = sector;
     status = 0xff;
@@ -98,6 +98,12 @@ static u8 request(u32 type, u64 sector, void *data, u32 length) {
     available.index = (u16)(available.index + 1);
     __asm__ volatile("lock; addl $0, (%%rsp)" ::: "memory", "cc");
     set(QUEUE_NOTIFY, 0);
+    return expected;
+}
+
+/* One request, from start to end; its status. */
+static u8 request(u32 type, u64 sector, void *data, u32 length) {
+    u16 expected = ask(type, sector, data, length);
     while (used.index != expected) __asm__ volatile("pause" ::: "memory");
     return status;
 }
@@ -116,6 +122,13 @@ u64 block_check(u64 sector, u64 bytes, u64 seed) {
     if (!is_ready()) return sector + 1;
     for (u64 end = sector + bytes / SECTOR; sector < end; sector += PAGE / SECTOR)
         if (request(T_IN, sector, buffer, PAGE) || check_fill((u64)buffer, PAGE, seed + sector)) return sector + 1;
+    return 0;
+}
+
+/* Asks for a page of the drive, to be put at `address`, and goes on. */
+u64 block_ask(u64 sector, u64 address) {
+    if (!is_ready()) return sector + 1;
+    ask(T_IN, sector, (void *)address, PAGE);
     return 0;
 }
 

@@ -139,6 +139,12 @@ void obey(const char *word) {
     } else if (is(word, "poke")) { /* poke:ADDRESS:VALUE */
         *(volatile u64 *)a[0] = a[1];
         done("poke"), end_line();
+    } else if (is(word, "pokebyte")) { /* pokebyte:ADDRESS:VALUE */
+        *(volatile u8 *)a[0] = (u8)a[1];
+        done("pokebyte"), end_line();
+    } else if (is(word, "maphigh")) { /* makes 4 to 6 GiB reachable */
+        map_high();
+        done("maphigh"), end_line();
     } else if (is(word, "peek")) { /* peek:ADDRESS */
         print("peek=");
         print_hex(*(volatile u64 *)a[0]);
@@ -147,6 +153,8 @@ void obey(const char *word) {
         block("diskfill", block_fill(a[0], a[1], a[2]));
     } else if (is(word, "checkdisk")) { /* checkdisk:SECTOR:BYTES:SEED */
         block("checkdisk", block_check(a[0], a[1], a[2]));
+    } else if (is(word, "diskask")) { /* diskask:SECTOR:ADDRESS, without waiting: the device writes there at some time */
+        block("diskask", block_ask(a[0], a[1]));
     } else if (is(word, "checkdiskzero")) { /* checkdiskzero:SECTOR:BYTES */
         block("checkdiskzero", block_check_zero(a[0], a[1]));
     } else if (is(word, "diskdiscard")) { /* diskdiscard:SECTOR:BYTES */

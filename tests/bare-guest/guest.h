@@ -50,6 +50,8 @@ int is_typed(void);
 
 /* memory.c */
 void fill(u64 start, u64 bytes, u64 seed);
+/* Maps 4 to 6 GiB one to one, as the first 4 are at the start. */
+void map_high(void);
 u64 check_fill(u64 start, u64 bytes, u64 seed);
 void stamp(u64 start, u64 bytes, u64 seed);
 u64 check_stamps(u64 start, u64 bytes, u64 seed);
@@ -60,6 +62,7 @@ void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
 /* block.c */
 u64 block_fill(u64 sector, u64 bytes, u64 seed);
 u64 block_check(u64 sector, u64 bytes, u64 seed);
+u64 block_ask(u64 sector, u64 address);
 u64 block_check_zero(u64 sector, u64 bytes);
 u64 block_discard(u64 sector, u64 bytes);
 

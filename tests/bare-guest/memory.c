@@ -77,3 +77,23 @@ void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches) {
         page = (page + step) % count;
     }
 }
+
+#define HIGH_GIB 4
+#define HIGH_GIBS 2
+#define ENTRIES 512
+#define PRESENT_WRITABLE 3
+#define LARGE (1 << 7)
+
+void map_high(void) {
+    static u64 directories[HIGH_GIBS][ENTRIES] __attribute__((aligned(4096)));
+    u64 root;
+    __asm__ volatile("mov %%cr3, %0" : "=r"(root));
+    u64 *level4 = (u64 *)(root & ~0xffful);
+    u64 *level3 = (u64 *)(level4[0] & ~0xffful);
+    for (u64 gib = 0; gib < HIGH_GIBS; gib++) {
+        for (u64 i = 0; i < ENTRIES; i++)
+            directories[gib][i] = (HIGH_GIB + gib) << 30 | i << 21 | LARGE | PRESENT_WRITABLE;
+        level3[HIGH_GIB + gib] = (u64)directories[gib] | PRESENT_WRITABLE;
+    }
+    __asm__ volatile("mov %0, %%cr3" : : "r"(root) : "memory");
+}
