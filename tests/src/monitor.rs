@@ -106,6 +106,14 @@ impl Monitor {
         self.console.wait_for(text)
     }
 
+    /// Waits until the guest has said nothing for as long as `silence`.
+    ///
+    /// # Panics
+    /// When it never stops.
+    pub fn wait_for_silence(&mut self, silence: Duration) {
+        self.console.wait_for_silence(silence);
+    }
+
     /// Types `text` on the guest's console.
     ///
     /// # Panics
@@ -244,6 +252,14 @@ impl Lines {
                 }
                 Err(why) => panic!("{text:?} did not come ({why}) after:\n{}", self.seen.join("\n")),
             }
+        }
+    }
+
+    fn wait_for_silence(&mut self, silence: Duration) {
+        let deadline = Instant::now() + DEADLINE;
+        while let Ok(line) = self.lines.recv_timeout(silence) {
+            self.seen.push(line);
+            assert!(Instant::now() < deadline, "it goes on");
         }
     }
 

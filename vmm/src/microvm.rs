@@ -404,10 +404,19 @@ impl Microvm {
         }
     }
 
-    /// Asks the vCPUs that are in no fault to stand, and does not wait: a stalled machine's. [`unpause`](Self::unpause)
-    /// takes it back.
+    /// Asks the vCPUs that are in no fault to stand, and does not wait: a stalled machine's. Else its guest would see
+    /// processors that vanish for minutes, and call them hung. [`let_go`](Self::let_go) takes it back, and so do
+    /// [`pause`](Self::pause) and [`unpause`](Self::unpause). Devices go on: they wait for nobody.
     pub fn hold(&self) {
         self.vcpus.ask_to_stand();
+    }
+
+    /// Lets vCPUs run that were held; not those of a machine that was paused meanwhile.
+    pub fn let_go(&self) {
+        if self.standing.is_none() {
+            self.vcpus.tell_of_hold();
+            self.vcpus.let_run();
+        }
     }
 
     /// Vouches that the machine stands; `None` if it does not.

@@ -2,6 +2,7 @@
 
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
@@ -21,6 +22,8 @@ pub(crate) struct FakeEngine {
     pub(crate) endless_save: Option<Sender<()>>,
     /// The call that fails.
     pub(crate) fails: Option<&'static str>,
+    /// How often the machine wants to be looked after.
+    pub(crate) look_again: Option<Duration>,
 }
 
 impl FakeEngine {
@@ -93,6 +96,17 @@ impl Guest for FakeGuest {
         begun.send(())?;
         // Disconnected, once the hook has been called.
         wait.recv().map_err(|_| "cancelled".into())
+    }
+
+    fn look_after(&mut self) -> Option<Duration> {
+        let again = self.engine.look_again?;
+        let mut log = self.engine.log.lock().unwrap();
+        log.push("look after");
+        // The third time shows that nothing else woke the thread.
+        if log.iter().filter(|call| **call == "look after").count() == 3 {
+            self.end.end(Ended::Reset);
+        }
+        Some(again)
     }
 
     fn config(&self) -> &MicrovmConfig {

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::sync::Arc;
+use std::time::Duration;
 
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
@@ -62,6 +63,10 @@ pub trait Guest {
     /// # Errors
     /// When it cannot be saved, or the operation was cancelled; nothing is left of the snapshot.
     fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError>;
+
+    /// Looks after a machine whose volumes are on their way: stops what still runs of one that is stalled, and lets it
+    /// go on afterwards. To be called again after what it returns; never if `None`.
+    fn look_after(&mut self) -> Option<Duration>;
 
     /// What the machine is made of.
     fn config(&self) -> &MicrovmConfig;

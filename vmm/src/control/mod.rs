@@ -42,6 +42,7 @@ pub use signals::{SignalError, block_signals, watch_signals};
 pub use status::{InstanceInfo, Status, VmState};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{
     CreateSnapshot, LoadSnapshot, LoggerBody, MachineBody, MicrovmConfig, SaveAs, WholeFile,
@@ -232,6 +233,11 @@ impl<E: Engine> Control<E> {
             }
             Err(error) => Err(operation.fail(Fault::create(error))),
         }
+    }
+
+    /// See [`Guest::look_after`]; `None` if there is no machine.
+    fn look_after(&mut self) -> Option<Duration> {
+        self.guest.as_mut().and_then(|guest| guest.look_after())
     }
 
     /// The machine, once it is there.

@@ -1,6 +1,8 @@
-//! The control thread's loop: requests, the machine's end, and the wish that the monitor end.
+//! The control thread's loop: requests, the machine's end, the wish that the monitor end, and now and then a look at
+//! a machine that may be stalled.
 
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -44,7 +46,7 @@ pub fn run<E: Engine>(control: &mut Control<E>, inbox: &Inbox) -> Result<ExitCod
             wake_on(&sleeper, guest.end().event())?;
             knows_end = true;
         }
-        sleep(&sleeper)?;
+        sleep(&sleeper, control.look_after())?;
     }
 }
 
@@ -53,9 +55,13 @@ fn wake_on(sleeper: &Epoll, event: &EventFd) -> std::io::Result<()> {
     sleeper.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))
 }
 
-/// Waits for any event; which one is found out by looking.
-fn sleep(sleeper: &Epoll) -> std::io::Result<()> {
-    match sleeper.wait(-1, &mut [EpollEvent::default()]) {
+/// Waits for any event, for `pause` at most; which one is found out by looking.
+fn sleep(sleeper: &Epoll, pause: Option<Duration>) -> std::io::Result<()> {
+    // Rounded up: 0 would not wait at all.
+    let milliseconds = pause.map_or(-1, |pause| {
+        i32::try_from(pause.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    });
+    match sleeper.wait(milliseconds, &mut [EpollEvent::default()]) {
         Ok(_) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(()),
         Err(error) => Err(error),

@@ -11,10 +11,13 @@ struct Bench {
 }
 
 fn bench(fails: Option<&'static str>) -> Bench {
-    let engine = FakeEngine {
+    bench_of(FakeEngine {
         fails,
         ..FakeEngine::default()
-    };
+    })
+}
+
+fn bench_of(engine: FakeEngine) -> Bench {
     let log = Arc::clone(&engine.log);
     let status = Status::new("test".parse().unwrap());
     Bench {
@@ -252,6 +255,21 @@ fn the_loop_answers_in_order_and_ends_with_the_machine() {
     assert_eq!(run(&mut bench.control, &inbox).unwrap(), ExitCode::Ok);
     drop(answers);
     assert_eq!(received.iter().collect::<Vec<_>>(), [true; 4]);
+}
+
+#[test]
+fn the_loop_looks_after_a_machine_without_being_asked() {
+    let mut bench = bench_of(FakeEngine {
+        look_again: Some(std::time::Duration::from_micros(1)),
+        ..FakeEngine::default()
+    })
+    .started();
+    let inbox = Inbox::new().unwrap();
+    assert_eq!(run(&mut bench.control, &inbox).unwrap(), ExitCode::Ok);
+    assert_eq!(
+        bench.log(),
+        ["boot", "resume", "look after", "look after", "look after"]
+    );
 }
 
 #[test]

@@ -223,6 +223,7 @@ pub(super) fn load(
         known,
         memory_is_private: true,
         parent: opened.digest,
+        is_held: false,
         fill_is_due: opened.fetcher.is_some(),
         pager,
     })

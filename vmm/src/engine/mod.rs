@@ -13,6 +13,7 @@ pub use save::SaveError;
 pub use watch::watch;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use runnel_devices::virtio::block::FileStore;
 use runnel_snapshot::digest::BlobDigest;
@@ -24,6 +25,13 @@ use crate::exit::EndSignal;
 use crate::microvm::Microvm;
 use crate::pager::Pager;
 use drives::{Backing, KnownVolumes};
+
+/// How often it is looked whether a machine is stalled: well below the time after which it counts as that.
+const LOOK: Duration = Duration::from_millis(200);
+/// How often it is looked whether it no longer is.
+const LOOK_WHILE_HELD: Duration = Duration::from_millis(20);
+/// How often when everything has arrived: a chunk can get lost again, and that is seldom.
+const LOOK_WHEN_COMPLETE: Duration = Duration::from_secs(2);
 
 /// Why a machine on KVM could not do something.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +88,7 @@ impl Engine for KvmEngine {
             memory_is_private: false,
             parent: None,
             fill_is_due: false,
+            is_held: false,
             pager: None,
         }))
     }
@@ -108,6 +117,8 @@ struct KvmGuest {
     memory_is_private: bool,
     /// The image that the machine was resumed from.
     parent: Option<BlobDigest>,
+    /// Whether the vCPUs stand because the machine is stalled, though it counts as running.
+    is_held: bool,
     /// Whether the background fill is still to be started, once the vCPUs run.
     fill_is_due: bool,
     pager: Option<Pager>,
@@ -125,7 +136,10 @@ impl KvmGuest {
                 .as_ref()
                 .is_some_and(|pager| pager.logic().stall().is_some())
         };
-        match self.machine.pause(&is_stalled) {
+        let paused = self.machine.pause(&is_stalled);
+        // Standing, or let run again.
+        self.is_held = false;
+        match paused {
             Ok(()) => {
                 self.is_running = false;
                 Ok(())
@@ -142,6 +156,7 @@ impl KvmGuest {
     fn run(&mut self) {
         self.machine.unpause();
         self.is_running = true;
+        self.is_held = false;
         if std::mem::take(&mut self.fill_is_due)
             && let Some(pager) = &self.pager
         {
@@ -174,6 +189,28 @@ impl Guest for KvmGuest {
 
     fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
         save::save(self, create, operation)
+    }
+
+    fn look_after(&mut self) -> Option<Duration> {
+        let logic = self.pager.as_ref()?.logic();
+        // Some thread of the machine is in a page fault, for a chunk that does not come.
+        let is_stalled = self.is_running && logic.is_awaited() && logic.stall().is_some();
+        let is_complete = logic.fetcher().counters().is_complete();
+        if is_stalled && !self.is_held {
+            tracing::warn!("The machine is stalled: vCPUs that wait for nothing stand too until it goes on.");
+            self.machine.hold();
+        } else if !is_stalled && self.is_held {
+            tracing::info!("The machine is not stalled any more.");
+            if self.is_running {
+                self.machine.let_go();
+            }
+        }
+        self.is_held = is_stalled;
+        Some(match (is_stalled, is_complete) {
+            (true, _) => LOOK_WHILE_HELD,
+            (false, false) => LOOK,
+            (false, true) => LOOK_WHEN_COMPLETE,
+        })
     }
 
     fn config(&self) -> &MicrovmConfig {

@@ -27,7 +27,7 @@ use super::drives::{Backing, content_of};
 use super::memory::memory_content;
 use super::watch::watch;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs};
-use crate::control::{GuestError, Operation};
+use crate::control::{Guest as _, GuestError, Operation};
 use crate::microvm::SaveError as MachineSaveError;
 
 /// How often it is looked whether the machine may run on.
@@ -153,6 +153,8 @@ fn save_image(
                     "The machine runs on; its snapshot is being completed."
                 );
             }
+            // This thread looks after the machine at other times.
+            let _ = guest.look_after();
             std::thread::sleep(LOOK);
         }
         work.join()

@@ -162,6 +162,16 @@ impl Vcpus {
         }
     }
 
+    /// As [`tell_of_pause`](Self::tell_of_pause), while some of them may not stand: those in a fault are left out.
+    pub fn tell_of_hold(&self) {
+        for vcpu in &self.vcpus {
+            if let Ok(fd) = vcpu.fd.try_lock() {
+                // Refused where the guest has no such clock.
+                let _ = fd.kvmclock_ctrl();
+            }
+        }
+    }
+
     fn raise_flags(&self) {
         for vcpu in &self.vcpus {
             vcpu.immediate_exit.set(true);

@@ -1,0 +1,55 @@
+//! A machine whose chunks do not come: whatever is in no fault stands, and goes on by itself.
+
+use std::time::Duration;
+
+use runnel_tests::bare::{about, configure, hear, load, save, start, tell, wait_until, wait_until_stalled};
+use runnel_tests::monitor::Monitor;
+use serde_json::json;
+
+use crate::served::Served;
+
+/// A guest that beats every few milliseconds and is silent for so long stands.
+const SILENCE: Duration = Duration::from_millis(500);
+
+/// A vCPU that waits for nothing, beside a thread of the monitor that is in a fault: the drive's, which puts what the
+/// guest asked for into a page that has not arrived.
+#[test]
+fn a_vcpu_that_is_in_no_fault_stands_while_the_machine_is_stalled() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let image = folder.path().join("image");
+    let mut first = Monitor::start();
+    configure(&first, 1, "fill:8m:4m:7");
+    let drive = json!({"drive_id": "disk", "path_on_host": disk, "is_root_device": false});
+    first.demand("PUT", "/drives/disk", &drive);
+    start(&mut first);
+    tell(&mut first, "diskfill:0:64k:5", "diskfill=right");
+    save(&first, &image);
+    drop(first);
+
+    let mut served = Served::new(&image);
+    let mut machine = load(&served.request(&json!({"stall_after_ms": 200})));
+    // Brings what the guest needs to ask its drive, and to beat.
+    tell(&mut machine, "checkdisk:0:64k:5 count:1", "checkdisk=right");
+    hear(&mut machine, "count=1");
+    served.goes_away();
+    machine.type_line("diskask:0:0x900000 beat");
+    let stalled = wait_until_stalled(&machine);
+    assert_eq!(stalled["volume"], "memory", "{stalled}");
+    machine.wait_for_log("The machine is stalled");
+    machine.wait_for_silence(SILENCE);
+    assert_eq!(about(&machine)["state"], "Running");
+
+    served.comes_back();
+    machine.wait_for_log("The machine is not stalled any more");
+    machine.wait_for_console("count=");
+    machine.type_line("checkfill:0xa00000:64k:7");
+    machine.wait_for_console("checkfill=right");
+    wait_until("nothing is missing", || about(&machine)["stalled"].is_null());
+    // A machine that was held is paused and goes on like any other.
+    machine.demand("PATCH", "/vm", &json!({"state": "Paused"}));
+    machine.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
+    machine.type_line("sum:8m:4k");
+    machine.wait_for_console("sum=");
+}
