@@ -3,5 +3,6 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
+mod drives;
 mod served;
 mod stalls;
