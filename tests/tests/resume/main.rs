@@ -4,5 +4,7 @@
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
 mod drives;
+mod memory;
+mod networks;
 mod served;
 mod stalls;
