@@ -1,4 +1,5 @@
-//! `fctools` starts `runnel-vmm` as its Firecracker, configures it, boots the bare guest, pauses it and lets it go on.
+//! `fctools` starts `runnel-vmm` as its Firecracker, configures it, boots the bare guest, pauses it, takes a snapshot,
+//! loads that into another monitor and lets it go on.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,8 +13,11 @@ use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::api::{VmApi, VmApiError};
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
-use fctools::vm::models::{BootSource, Drive, DriveCacheType, EntropyDevice, MachineConfiguration};
+use fctools::vm::models::{
+    BootSource, CreateSnapshot, Drive, DriveCacheType, EntropyDevice, MachineConfiguration, SnapshotType,
+};
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
+use fctools::vm::snapshot::PrepareVmFromSnapshotOptions;
 use fctools::vm::{Vm, VmState};
 use fctools::vmm::arguments::{VmmApiSocket, VmmArguments};
 use fctools::vmm::executor::unrestricted::UnrestrictedVmmExecutor;
@@ -21,7 +25,7 @@ use fctools::vmm::installation::VmmInstallation;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::system::ResourceSystem;
 use fctools::vmm::resource::{MovedResourceType, Resource, ResourceType};
-use futures_util::io::{AsyncBufReadExt, BufReader};
+use futures_util::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tempfile::TempDir;
 
 /// Far longer than anything here takes: a test that waits so long has failed.
@@ -95,13 +99,23 @@ async fn machine(folder: &TempDir, init_method: InitMethod) -> Machine {
 }
 
 async fn end(mut machine: Machine) {
+    kill(&mut machine).await;
+    machine.cleanup().await.unwrap();
+}
+
+/// Ends the monitor, whose machine is paused or runs, and leaves the machine's files where they are.
+async fn kill(machine: &mut Machine) {
+    let method = if machine.get_state() == VmState::Paused {
+        VmShutdownMethod::Kill
+    } else {
+        VmShutdownMethod::PauseThenKill
+    };
     let kill = VmShutdownAction {
-        method: VmShutdownMethod::PauseThenKill,
+        method,
         timeout: Some(DEADLINE),
         graceful: false,
     };
     machine.shutdown([kill]).await.unwrap();
-    machine.cleanup().await.unwrap();
 }
 
 /// Waits until the guest has said that it listens.
@@ -149,6 +163,60 @@ async fn the_client_boots_pauses_and_resumes_a_machine() {
         assert!(!machine.get_info().await.unwrap().is_paused);
         end(machine).await;
     }
+}
+
+#[tokio::test]
+async fn the_client_snapshots_a_machine_and_runs_it_in_another_monitor() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = machine(&folder, InitMethod::ViaApiCalls).await;
+    wait_for_guest(&mut first).await;
+    first.pause().await.unwrap();
+    let mut produced = |name: &str| {
+        let path = folder.path().join(name);
+        let resources = first.get_resource_system_mut();
+        resources.create_resource(path, ResourceType::Produced).unwrap()
+    };
+    let create = CreateSnapshot {
+        snapshot_type: Some(SnapshotType::Full),
+        snapshot: produced("state"),
+        mem_file: produced("memory"),
+    };
+    let snapshot = first.create_snapshot(create).await.unwrap();
+    // Its drive is writable, and one machine at a time has it.
+    kill(&mut first).await;
+
+    let socket = VmmApiSocket::Enabled(folder.path().join("second.sock"));
+    let options = PrepareVmFromSnapshotOptions {
+        executor: UnrestrictedVmmExecutor::new(VmmArguments::new(socket)),
+        process_spawner: DirectProcessSpawner,
+        runtime: TokioRuntime,
+        moved_resource_type: MovedResourceType::Copied,
+        ownership_model: VmmOwnershipModel::Shared,
+        track_dirty_pages: Some(true),
+        resume_vm: None,
+        network_overrides: Vec::new(),
+    };
+    let mut second = snapshot.prepare_vm(&mut first, options).await.unwrap();
+    second.start(DEADLINE).await.unwrap();
+    assert!(second.get_info().await.unwrap().is_paused);
+    // The client takes what it has loaded for running, and lets go on only what it has paused itself.
+    second.pause().await.unwrap();
+    second.resume().await.unwrap();
+    assert!(!second.get_info().await.unwrap().is_paused);
+    let configured = second.get_machine_configuration().await.unwrap();
+    assert_eq!(configured.track_dirty_pages, Some(true));
+
+    let mut pipes = second.take_pipes().unwrap();
+    pipes.stdin.write_all(b"checkdisk:0:0:0\n").await.unwrap();
+    let mut line = String::new();
+    let mut lines = BufReader::new(pipes.stdout);
+    tokio::time::timeout(DEADLINE, lines.read_line(&mut line))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(line, "checkdisk=right\n");
+    end(second).await;
+    first.cleanup().await.unwrap();
 }
 
 #[tokio::test]
