@@ -16,7 +16,8 @@ use runnel_vmm::exit::{EndSignal, Ended};
 use runnel_vmm::layout::{self, RamLayout};
 use runnel_vmm::memory;
 use runnel_vmm::microvm::{self, Microvm, Saved};
-use runnel_vmm::state::Resumption;
+use runnel_vmm::state::vcpu::{Vcpu, VcpuState};
+use runnel_vmm::state::{self, Msr, Resumption};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -244,6 +245,104 @@ fn a_machine_may_be_resumed_where_it_was_saved_and_not_where_a_feature_is_missin
         refusal.contains("cpuid.7.0.ebx bit") || refusal.contains("avx512"),
         "{refusal}"
     );
+}
+
+#[test]
+fn what_a_machine_was_saved_with_is_recorded_and_an_older_record_asks_for_less() {
+    let mut bare = Bare::started("");
+    bare.machine.pause(&|| false).unwrap();
+    let mut record = bare.machine.compatibility().unwrap();
+    let new = [
+        "cpuid.physical_address_bits",
+        "xcr0",
+        "kvm.capabilities",
+        "tsc.khz",
+    ];
+    for name in new {
+        assert!(record.contains_key(name), "{name}: {record:?}");
+    }
+    assert_eq!(record["kvm.capabilities"]["KVM_CAP_IRQCHIP"], 1);
+    record.insert("cpuid.physical_address_bits".to_owned(), 64.into());
+    record.insert("xcr0".to_owned(), "0x8000000000000001".into());
+    let refusal = microvm::check_compatibility(&record).unwrap_err().to_string();
+    assert!(refusal.contains("physical addresses of 64 bits"), "{refusal}");
+    assert!(refusal.contains("xcr0 bit 63"), "{refusal}");
+    record.retain(|name, _| !new.contains(&name.as_str()));
+    microvm::check_compatibility(&record).unwrap();
+}
+
+/// The sections of `remains`, its only vCPU changed.
+fn with_vcpu(remains: &Remains, change: impl FnOnce(&mut VcpuState)) -> Vec<SavedSection> {
+    let mut sections: Vec<SavedSection> = serde_json::from_str(&remains.sections).unwrap();
+    let section = sections
+        .iter_mut()
+        .find(|section| section.kind == "vcpu")
+        .unwrap();
+    let mut state = section.clone().state_of::<Vcpu<'_>>().unwrap();
+    change(&mut state);
+    *section = SavedSection::of::<Vcpu<'_>>(section.id.clone(), &state).unwrap();
+    sections
+}
+
+#[test]
+fn a_register_that_this_host_does_not_take_is_refused_by_its_name() {
+    const IA32_XSS: u32 = 0xda0;
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let remains = bare.save(of_64_mib());
+    let sections = with_vcpu(&remains, |vcpu| {
+        vcpu.msrs.retain(|msr| msr.0 != IA32_XSS);
+        vcpu.msrs.push(Msr(IA32_XSS, u64::MAX));
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = of_64_mib();
+    config.serial = Serial::Socket(folder.path().join("console"));
+    let saved = Saved {
+        config: &config,
+        ram: Arc::new(memory::resumed(remains.layout, &remains.ram).unwrap()),
+        layout: remains.layout,
+        sections,
+        stores: &mut microvm::open_file,
+        clock: Resumption::WhereItWas,
+    };
+    let refusal = Microvm::restore(saved, &EndSignal::new().unwrap())
+        .unwrap_err()
+        .to_string();
+    assert!(refusal.contains("IA32_XSS (MSR 0xda0)"), "{refusal}");
+}
+
+#[test]
+fn a_deadline_that_was_lost_while_saving_is_due_at_once_on_resume() {
+    const IA32_TSC_DEADLINE: u32 = 0x6e0;
+    const VECTOR: u8 = 0xec;
+    // Registers of the local APIC: the timer, and the word of requests that holds the vector.
+    const TIMER: usize = 0x320;
+    const REQUEST: usize = 0x200 + VECTOR as usize / 32 * 16 + VECTOR as usize % 32 / 8;
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let remains = bare.save(of_64_mib());
+    let sections = with_vcpu(&remains, |vcpu| {
+        // TSC-deadline mode, not masked, and neither a deadline nor its interrupt: it fired between two reads.
+        for (byte, value) in [VECTOR, 0, 4, 0].into_iter().enumerate() {
+            vcpu.lapic.regs[TIMER + byte] = value.cast_signed();
+        }
+        for msr in vcpu.msrs.iter_mut().filter(|msr| msr.0 == IA32_TSC_DEADLINE) {
+            msr.1 = 0;
+        }
+    });
+    let remains = Remains {
+        sections: serde_json::to_string(&sections).unwrap(),
+        ..remains
+    };
+    let resumed = Bare::restore(&remains);
+    let mut sections = resumed.machine.save().unwrap();
+    let vcpu = state::take::<Vcpu<'_>>(&mut sections, "0").unwrap();
+    let is_requested = vcpu.lapic.regs[REQUEST].cast_unsigned() >> (VECTOR % 8) & 1 == 1;
+    let is_due = vcpu
+        .msrs
+        .iter()
+        .any(|msr| msr.0 == IA32_TSC_DEADLINE && msr.1 != 0);
+    assert!(is_requested || is_due, "the tick is lost for good");
 }
 
 #[test]

@@ -25,6 +25,7 @@ use vcpu::{Vcpu, VcpuState};
 
 pub use clock::{Clock, Resumption};
 pub use interrupts::{Interrupts, Timer};
+pub use msrs::Msr;
 
 /// Why what the kernel holds cannot be saved or restored.
 #[derive(Debug, thiserror::Error)]
