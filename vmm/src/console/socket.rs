@@ -35,7 +35,7 @@ pub(super) struct ConsoleSocket {
     line: Mutex<Line>,
     /// Told when the queue is no longer full.
     room: Condvar,
-    /// Tells the console's thread that something is in the queue.
+    /// Tells the console's thread that something is in the queue, or that a client has come.
     wake: EventFd,
 }
 
@@ -68,6 +68,9 @@ impl ConsoleSocket {
         {
             line.client = Some(client);
             line.send_queue();
+            // The console's thread may be waiting at the listener, where nobody is any more: it is to wait for the
+            // client instead. Fails only if the counter is full, and then it is awake.
+            let _ = self.wake.write(1);
         }
         line
     }
@@ -227,6 +230,21 @@ mod tests {
         }
         assert!(heard == said);
         assert!(!socket.wait().unwrap().to_write);
+    }
+
+    #[test]
+    fn a_client_that_the_guests_output_met_first_is_listened_to_all_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console");
+        let socket = Arc::new(ConsoleSocket::bind(&path).unwrap());
+        let at_the_listener = socket.wait().unwrap().fd;
+        let _client = UnixStream::connect(&path).unwrap();
+        SocketSink(Arc::clone(&socket)).write_all(b"hello").unwrap();
+        assert!(
+            socket.wake.read().is_ok(),
+            "whoever waits at the listener waits for ever"
+        );
+        assert_ne!(socket.wait().unwrap().fd, at_the_listener);
     }
 
     #[test]
