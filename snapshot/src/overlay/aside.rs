@@ -60,9 +60,9 @@ pub(super) fn put_aside(
 fn copy(own: &File, aside: &File, is_cancelled: &IsCancelled) -> io::Result<Option<u64>> {
     let about = own.metadata()?;
     let room = rustix::fs::fstatvfs(aside)?;
-    let free = room.f_bavail.saturating_mul(room.f_frsize);
     // st_blocks counts units of 512 bytes, whatever the file system's are.
-    if about.blocks().saturating_mul(512) > free / ROOM_SHARE {
+    let needed = about.blocks().saturating_mul(512);
+    if !fits(needed, room.f_bavail.saturating_mul(room.f_frsize)) {
         return Ok(None);
     }
     aside.set_len(about.size())?;
@@ -84,6 +84,10 @@ fn copy(own: &File, aside: &File, is_cancelled: &IsCancelled) -> io::Result<Opti
         }
     }
     Ok(Some(copied))
+}
+
+fn fits(needed_bytes: u64, free_bytes: u64) -> bool {
+    needed_bytes <= free_bytes / ROOM_SHARE
 }
 
 #[cfg(test)]
@@ -110,6 +114,13 @@ mod tests {
         assert_eq!(aside.file.metadata().unwrap().size(), 64 << 20);
         assert!(aside.file.metadata().unwrap().blocks() * 512 < 1 << 20);
         assert!(aside.copied_bytes < 1 << 20);
+    }
+
+    #[test]
+    fn a_copy_leaves_the_machine_as_much_room_as_it_takes() {
+        assert!(fits(0, 0));
+        assert!(fits(1 << 20, 2 << 20));
+        assert!(!fits((1 << 20) + 512, 2 << 20));
     }
 
     #[test]
