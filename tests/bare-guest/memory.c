@@ -42,9 +42,10 @@ u64 sum(u64 start, u64 bytes) {
     return sum;
 }
 
-/* A step that shares no factor with the count comes by every page once, in an order that no read-ahead guesses. */
+/* A step that shares no factor with the count comes by every page once. One of the golden section keeps the first pages,
+   however many they are, about as far apart as they can be: none is in what was read ahead for another. */
 static u64 scattered_step(u64 count) {
-    u64 step = count > 3 ? count * 5 / 8 : 1;
+    u64 step = count > 3 ? count * 618034 / 1000000 : 1;
     for (;; step--) {
         u64 a = step, b = count;
         while (b) {

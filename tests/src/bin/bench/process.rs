@@ -12,7 +12,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use runnel_tests::lab::hosts::{Host, spawn_bound};
-use runnel_tests::monitor;
 use serde_json::{Value, json};
 
 /// Far longer than anything here takes.
@@ -87,8 +86,7 @@ impl Vmm {
     /// # Errors
     /// When it does not.
     pub(crate) fn demand(&self, verb: &str, path: &str, body: &Value) -> io::Result<Value> {
-        // Firecracker refuses a GET with a body, and keeps connections: it is asked as its own tests ask.
-        let (status, answer) = ask(&self.socket, verb, path, body)?;
+        let (status, answer) = request(&self.socket, verb, path, body)?;
         if matches!(status, 200 | 204) {
             return Ok(answer);
         }
@@ -170,16 +168,13 @@ pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> io::Result<bool>
     Ok(())
 }
 
-fn ask(socket: &Path, verb: &str, path: &str, body: &Value) -> io::Result<(u16, Value)> {
-    if verb != "GET" {
-        return request(socket, verb, path, body);
-    }
-    Ok(monitor::ask(socket, verb, path, body))
-}
-
-/// Like [`monitor::ask`], but over a connection that the server does not close: Firecracker keeps it open.
+/// Like [`monitor::ask`](runnel_tests::monitor::ask), but over a connection that the server need not close: Firecracker
+/// keeps it open. A body of `null` is none.
 fn request(socket: &Path, verb: &str, path: &str, body: &Value) -> io::Result<(u16, Value)> {
-    let body = body.to_string();
+    let body = match body {
+        Value::Null => String::new(),
+        body => body.to_string(),
+    };
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(DEADLINE))?;
     let length = body.len();
