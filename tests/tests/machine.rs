@@ -136,6 +136,11 @@ impl Bare {
     }
 
     fn restore(remains: &Remains) -> Self {
+        Self::restore_of(remains, serde_json::from_str(&remains.sections).unwrap())
+    }
+
+    /// With other sections than those that were saved.
+    fn restore_of(remains: &Remains, sections: Vec<SavedSection>) -> Self {
         Self::made(
             |config| {
                 let serial = config.serial.clone();
@@ -147,7 +152,7 @@ impl Bare {
                     config,
                     ram: Arc::new(memory::resumed(remains.layout, &remains.ram).unwrap()),
                     layout: remains.layout,
-                    sections: serde_json::from_str(&remains.sections).unwrap(),
+                    sections,
                     stores: &mut microvm::open_file,
                     clock: Resumption::WhereItWas,
                 };
@@ -389,6 +394,32 @@ fn the_bare_guest_fills_memory_and_switches_itself_off() {
     assert_eq!(bare.line(), "count=1");
     assert_eq!(bare.line(), "count=2");
     assert_eq!(bare.end.wait(DEADLINE), Some(&Ended::PowerOff));
+}
+
+#[test]
+fn a_guest_that_jumps_to_the_bios_resets_the_machine() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let remains = bare.save(of_64_mib());
+    let mut sections: Vec<SavedSection> = serde_json::from_str(&remains.sections).unwrap();
+    let vcpu = sections
+        .iter_mut()
+        .find(|section| section.kind == "vcpu")
+        .unwrap();
+    let mut state: VcpuState = serde_json::from_value(vcpu.state.take()).unwrap();
+    // Real mode, as a guest leaves paging and protection for it.
+    (state.regs.rip, state.regs.rflags) = (0xfff0, 2);
+    let sregs = &mut state.sregs;
+    (sregs.cr0, sregs.cr4, sregs.efer) = (0x10, 0, 0);
+    for (segment, selector) in [(&mut sregs.cs, 0xf000), (&mut sregs.ds, 0), (&mut sregs.ss, 0)] {
+        (segment.selector, segment.base) = (selector, u64::from(selector) << 4);
+        (segment.limit, segment.l, segment.db, segment.g) = (0xffff, 0, 0, 0);
+    }
+    vcpu.state = serde_json::to_value(&state).unwrap();
+
+    let mut resets = Bare::restore_of(&remains, sections);
+    resets.machine.unpause();
+    assert_eq!(resets.end.wait(DEADLINE), Some(&Ended::Reset));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! 0x0000_0000  real-mode vectors; boot structures (GDT, zero page, page tables, command line)
 //! 0x0009_fc00  end of low RAM (where firmware's EBDA would be); reserved up to 1 MiB
 //! 0x000e_0000  RSDP, then the other ACPI tables, then the page of VMGenID
+//! 0x000f_fff0  the reset vector: what a guest that jumps to the BIOS finds
 //! 0x0010_0000  kernel, initrd, the guest's memory
 //! 0xc000_0000  the hole: virtio-mmio devices ...
 //! 0xfec0_0000  ... I/O APIC, local APICs, KVM's own pages
@@ -41,7 +42,9 @@ pub const RSDP: Span = Span::new(0xe_0000, 64);
 pub const ACPI_TABLES: Span = Span::new(0xe_1000, 64 * KIB);
 /// The page whose first 16 bytes are the VM generation identifier. A page of its own, so that writing a new one at
 /// every resume touches (and makes private) nothing else.
-pub const VMGENID: Span = Span::new(0xf_f000, PAGE_SIZE);
+pub const VMGENID: Span = Span::new(0xf_e000, PAGE_SIZE);
+/// The last 16 bytes before 1 MiB, ffff:0000 and f000:fff0 in real mode: where a PC's BIOS begins.
+pub const RESET_VECTOR: Span = Span::new(0xf_fff0, 16);
 
 /// Where kernels are loaded, and RAM begins again after the first MiB.
 pub const HIGH_RAM_START: u64 = MIB;
@@ -235,7 +238,9 @@ const _: () = {
     assert!(LOW_RAM_END <= RSDP.start);
     assert!(RSDP.is_before(ACPI_TABLES));
     assert!(ACPI_TABLES.is_before(VMGENID));
-    assert!(VMGENID.end() <= HIGH_RAM_START);
+    // What is in VMGenID's page is not fetched at a resume: the code must lie in another.
+    assert!(VMGENID.end() <= RESET_VECTOR.start / PAGE_SIZE * PAGE_SIZE);
+    assert!(RESET_VECTOR.end() == HIGH_RAM_START);
     assert!(HIGH_RAM_START < RAM_BYTES_MIN);
     assert!(HOLE.end() == 4 * GIB);
     assert!(VIRTIO_MMIO.is_before(IO_APIC));

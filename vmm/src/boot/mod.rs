@@ -1,10 +1,11 @@
-//! Putting a kernel into guest RAM so that a vCPU can enter it: kernel, initial RAM disk, command line, zero page and
-//! the tables of long mode. Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst).
+//! Putting a kernel into guest RAM so that a vCPU can enter it: kernel, initial RAM disk, command line, zero page, the
+//! tables of long mode, and what it finds where it looks for a BIOS. Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst).
 //!
 //! **Never**: touches a vCPU; what it comes to is an [`Entry`].
 
 mod kernel;
 pub mod long_mode;
+mod reset_vector;
 mod zero_page;
 
 use std::fs::File;
@@ -120,6 +121,10 @@ pub fn load(ram: &GuestRam, layout: RamLayout, source: Source<'_>) -> Result<Ent
     })?;
     long_mode::write_tables(ram).map_err(|source| BootError::Write {
         what: "page tables",
+        source,
+    })?;
+    reset_vector::write(ram).map_err(|source| BootError::Write {
+        what: "reset vector",
         source,
     })?;
     Ok(Entry {

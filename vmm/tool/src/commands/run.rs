@@ -16,7 +16,7 @@ use crate::size::parse_mebibytes;
 use crate::state::{MachineName, Record, StateFolder};
 
 /// What Linux needs to be told to speak on the serial console, and to end the monitor when it panics.
-const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+const CMDLINE: &str = "console=ttyS0 panic=-1";
 
 const HELP: &str = "\
 The guest's serial console is joined to this terminal. Ctrl-] leaves it, and the machine runs on; a hang-up or a
