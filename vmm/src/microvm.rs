@@ -289,13 +289,16 @@ impl Microvm {
         let board = Builder::restore(parts, &mut sections)?;
         let fds = (0..config.machine.vcpus.get()).map(|number| vm.create_vcpu(number));
         let fds: Vec<VcpuFd> = fds.collect::<Result<_, _>>()?;
+        let saved_clock = state::take::<Clock<'_>>(&mut sections, "")?;
+        let lead = saved_clock.lead(clock);
         for (fd, number) in fds.iter().zip(0u32..) {
-            let saved = state::take::<state::vcpu::Vcpu<'_>>(&mut sections, &number.to_string())?;
+            let mut saved = state::take::<state::vcpu::Vcpu<'_>>(&mut sections, &number.to_string())?;
+            saved.set_forward(lead);
             state::vcpu::Vcpu::restore((fd, &host), saved)?;
         }
         Interrupts::restore(&vm, state::take::<Interrupts<'_>>(&mut sections, "")?)?;
         Timer::restore(&vm, state::take::<Timer<'_>>(&mut sections, "")?)?;
-        Clock::restore((&vm, clock), state::take::<Clock<'_>>(&mut sections, "")?)?;
+        Clock::restore((&vm, lead), saved_clock)?;
         if let Some(unknown) = sections.first() {
             return Err(RestoreError::UnknownSection {
                 kind: unknown.kind.clone(),

@@ -1,6 +1,6 @@
 //! KVM's clock, from which guests read the time that has passed since they booted.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use runnel_snapshot::machine::Paused;
@@ -37,11 +37,27 @@ pub enum Resumption {
     Forward,
 }
 
+impl ClockState {
+    /// By how much the machine's clocks are to be ahead of what they showed. Never behind.
+    #[must_use]
+    pub fn lead(self, resumption: Resumption) -> Duration {
+        self.lead_at(resumption, wall_ns())
+    }
+
+    fn lead_at(self, resumption: Resumption, now_ns: u64) -> Duration {
+        match resumption {
+            Resumption::WhereItWas => Duration::ZERO,
+            Resumption::Forward => Duration::from_nanos(now_ns.saturating_sub(self.host_wall_ns)),
+        }
+    }
+}
+
 impl<'a> Section for Clock<'a> {
     const KIND: &'static str = "clock";
     const VERSION: u32 = 1;
     type State = ClockState;
-    type Deps = (&'a Vm, Resumption);
+    /// Whose, and by how much it is to be ahead: the time stamp counters are as much ahead.
+    type Deps = (&'a Vm, Duration);
     type Error = StateError;
 
     fn save(&self, _: &Paused<'_>) -> Result<ClockState, StateError> {
@@ -54,23 +70,14 @@ impl<'a> Section for Clock<'a> {
         })
     }
 
-    fn restore((vm, resumption): Self::Deps, state: ClockState) -> Result<Self, StateError> {
+    fn restore((vm, lead): Self::Deps, state: ClockState) -> Result<Self, StateError> {
+        let lead_ns = u64::try_from(lead.as_nanos()).unwrap_or(u64::MAX);
         let clock = kvm_clock_data {
-            clock: at_resume(state, resumption, wall_ns()),
+            clock: state.guest_ns.saturating_add(lead_ns),
             ..Default::default()
         };
         vm.fd().set_clock(&clock).map_err(failed("set the clock"))?;
         Ok(Self { vm })
-    }
-}
-
-/// What the guest's clock is to show when the host's shows `now_ns`. Never less than it showed.
-fn at_resume(state: ClockState, resumption: Resumption, now_ns: u64) -> u64 {
-    match resumption {
-        Resumption::WhereItWas => state.guest_ns,
-        Resumption::Forward => state
-            .guest_ns
-            .saturating_add(now_ns.saturating_sub(state.host_wall_ns)),
     }
 }
 
@@ -89,9 +96,10 @@ mod tests {
             guest_ns: 5_000,
             host_wall_ns: 1_000_000,
         };
-        assert_eq!(at_resume(state, Resumption::WhereItWas, 2_000_000), 5_000);
-        assert_eq!(at_resume(state, Resumption::Forward, 1_600_000), 605_000);
+        let lead_ns = |resumption, now_ns| state.lead_at(resumption, now_ns).as_nanos();
+        assert_eq!(lead_ns(Resumption::WhereItWas, 2_000_000), 0);
+        assert_eq!(lead_ns(Resumption::Forward, 1_600_000), 600_000);
         // A host whose clock is behind.
-        assert_eq!(at_resume(state, Resumption::Forward, 400_000), 5_000);
+        assert_eq!(lead_ns(Resumption::Forward, 400_000), 0);
     }
 }
