@@ -5,13 +5,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
+use crate::lab;
+
 /// The program `name`, of the package of the same name, built in the same profile as the test that asks for it. Built
-/// once more if need be, so that no test runs an old one.
+/// once more if need be, so that no test runs an old one; in the nested host, the one that was carried along.
 ///
 /// # Panics
 /// When it cannot be built.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
+    if lab::is_nested() {
+        return lab::program(name); // carried along: there is nothing to build with
+    }
     static BUILT: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     // target/<profile>/deps/<test>
     let test = std::env::current_exe().expect("a test knows where it is");
@@ -29,11 +34,7 @@ pub fn program(name: &str) -> PathBuf {
 }
 
 fn build(package: &str, folder: &Path) {
-    let Some(cargo) = option_env!("CARGO").map(Path::new).filter(|cargo| cargo.exists()) else {
-        // Carried into a nested host, where there is nothing to build with.
-        return;
-    };
-    let mut build = Command::new(cargo);
+    let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--offline", "--bins", "--package", package]);
     build.args(folder.ends_with("release").then_some("--release"));
     // Where this test was built, wherever that is.

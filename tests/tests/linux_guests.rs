@@ -6,15 +6,17 @@
 )]
 
 use std::fs::File;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use runnel_tests::lab::linux_guest::LinuxGuest;
 use runnel_tests::lab::suite::Suite;
+use runnel_tests::lab::tap::Tap;
 use runnel_tests::lab::{Level, level};
 
 fn main() -> ExitCode {
     Suite {
+        carries: false,
         host_kernels: &["6.12-cloud", "6.1-cloud"],
         memory_mib: 3072,
         deadline: Duration::from_secs(900),
@@ -77,7 +79,7 @@ fn finds_every_device_and_switches_off(kernel: &str, release: &str) {
         .vcpus(2)
         .drive("data", &writable, false)
         .drive("fixed", &read_only, true)
-        .interface(tap.name, "06:00:ac:10:00:02")
+        .interface(tap.name(), "06:00:ac:10:00:02")
         .entropy()
         .start();
 
@@ -136,33 +138,4 @@ fn what_is_typed_on_the_console_arrives() {
     guest.expect_all(&[("exit", "1")]);
     guest.type_line("off");
     assert_eq!(guest.end().code(), Some(0));
-}
-
-/// A tap of this host, until it is dropped.
-struct Tap {
-    name: &'static str,
-}
-
-impl Tap {
-    fn new(name: &'static str, address: &str) -> Self {
-        let tap = Self { name };
-        ip(&["tuntap", "add", "dev", name, "mode", "tap"]);
-        ip(&["address", "add", address, "dev", name]);
-        ip(&["link", "set", name, "up"]);
-        tap
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        // Not `ip()`: a panic while another unwinds would abort the suite.
-        let _ = Command::new("ip").args(["link", "delete", self.name]).status();
-    }
-}
-
-fn ip(arguments: &[&str]) {
-    assert!(
-        Command::new("ip").args(arguments).status().unwrap().success(),
-        "ip {arguments:?}"
-    );
 }

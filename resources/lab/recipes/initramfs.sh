@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# initramfs.sh KERNEL FOLDER OUT: an initramfs of busybox, FOLDER/initramfs-init as /init, and the modules named in
-# FOLDER/modules with all that they depend on, uncompressed, numbered in the order in which they must be loaded.
+# initramfs.sh KERNEL FOLDER OUT: an initramfs of busybox, FOLDER/initramfs-init as /init, FOLDER/*.c as programs, and
+# the modules named in FOLDER/modules with all that they depend on, uncompressed, numbered in the order in which they
+# must be loaded.
 . "$(dirname "$0")/../common.sh"
 kernel=$lab_dir/kernel/$1 folder=$2 out=$3
 
@@ -15,6 +16,10 @@ for applet in $(busybox --list); do
 done
 ln -s bin "$root/sbin"
 install -m 755 "$folder/initramfs-init" "$root/init"
+for source in "$folder"/*.c; do
+    [ -e "$source" ] || continue
+    "${CC:-gcc}" -std=gnu11 -O2 -Wall -Wextra -Werror -static -s -o "$root/bin/$(basename "$source" .c)" "$source"
+done
 
 # modules.dep lists what a module needs, what is needed first standing last. A name that the kernel does not have as a
 # module is built into it, or it has not got it: /init finds out.

@@ -12,6 +12,7 @@ pub mod linux_guest;
 pub mod nested;
 pub mod relay;
 pub mod suite;
+pub mod tap;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -98,6 +99,22 @@ pub fn thing(name: &str) -> PathBuf {
     let made = made.unwrap_or_else(|error| panic!("cannot run {}: {error}", need.display()));
     assert!(made.status.success(), "cannot make {name}: {}", made.status);
     PathBuf::from(String::from_utf8_lossy(&made.stdout).trim_end())
+}
+
+/// The folder of what was carried, beside the tests in the nested host.
+const CARRIED: &str = "carried";
+
+/// What the tests left in the nested host before this one, in a suite that [carries](suite::Suite::carries): a folder.
+/// `None` where there is no nested host.
+#[must_use]
+pub fn carried() -> Option<PathBuf> {
+    is_nested().then(|| Path::new("/lab/in").join(CARRIED))
+}
+
+/// Where to leave what is to be carried to the next nested host. `None` where there is no nested host.
+#[must_use]
+pub fn leave() -> Option<PathBuf> {
+    is_nested().then(|| PathBuf::from("/lab/scratch/out"))
 }
 
 /// A script of `resources/lab`.

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use super::nested::NestedHost;
-use super::{Level, is_full, is_nested, level, program, thing};
+use super::{CARRIED, Level, is_full, is_nested, level, program, thing};
 
 /// One test: its name, by behaviour, and what panics if the behaviour is another.
 pub type Test = (&'static str, fn());
@@ -30,6 +30,8 @@ pub struct Suite {
     pub things: &'static [&'static str],
     /// The tests, in order. They run one after the other: the machine is slow enough with one guest.
     pub tests: &'static [Test],
+    /// Whether what the tests leave in [`leave`](super::leave) is [carried](super::carried) to the next nested host.
+    pub carries: bool,
 }
 
 impl Suite {
@@ -79,18 +81,29 @@ impl Suite {
 
     fn run_nested(&self, arguments: &[String]) -> ExitCode {
         let work = env::temp_dir().join(format!("runnel-suite-{}", std::process::id()));
-        let result = self.stage(&work, arguments).map(|(script, files)| {
+        let result = self.stage(&work, arguments).and_then(|(script, files)| {
             let mut code = ExitCode::SUCCESS;
             for kernel in self.host_kernels {
                 println!("\nin a nested host, Debian's kernel {kernel}:");
-                let host = NestedHost::of(kernel)
+                let mut host = NestedHost::of(kernel)
                     .memory_mib(self.memory_mib)
                     .deadline(self.deadline);
+                let mut files = files.clone();
+                let (carried, left) = (work.join(CARRIED), work.join("left"));
+                if self.carries {
+                    fs::create_dir_all(&carried)?;
+                    files.push(carried.clone());
+                    host = host.take(&left);
+                }
                 if !host.run(&script, &files).success() {
                     code = ExitCode::FAILURE;
                 }
+                if self.carries {
+                    fs::remove_dir_all(&carried)?;
+                    fs::rename(&left, &carried)?;
+                }
             }
-            code
+            Ok(code)
         });
         let _ = fs::remove_dir_all(&work); // nothing hangs on a folder left in /tmp
         result.unwrap_or_else(|error| {
