@@ -5,6 +5,7 @@ pub mod bare;
 pub mod lab;
 pub mod monitor;
 mod program;
+pub mod served;
 
 use std::path::Path;
 

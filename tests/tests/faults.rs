@@ -4,91 +4,20 @@
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Repositories, ServeSettings};
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::volume::VolumeName;
-use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{
-    about, booted, configure, hear, load, refusal, resumed, save, start, tell, wait_until, wait_until_stalled,
+    about, configure, hear, refusal, resumed, save, start, tell, wait_until, wait_until_stalled,
 };
 use runnel_tests::monitor::{Monitor, Question};
+use runnel_tests::served::{Served, TRICKLE};
 use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// Bytes a second of background fill, so few that all but what is demanded stays away for the length of a test.
-const TRICKLE: [&str; 2] = ["--fill-rate", "256"];
-
-/// An image of a machine that has 4 MiB of pattern at 8 MiB and a counter at 3, served; and folders for agents.
-struct Rig {
-    image: PathBuf,
-    server: Option<ImageServer>,
-    address: SocketAddr,
-    agents: AgentFolders,
-    _folder: TempDir,
-}
-
-impl Rig {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let image = folder.path().join("bare");
-        save(&booted("fill:8m:4m:7 count:3"), &image);
-        let server = serve(&image, ([127, 0, 0, 1], 0).into());
-        Self {
-            image,
-            address: server.address(),
-            server: Some(server),
-            agents: AgentFolders::new(),
-            _folder: folder,
-        }
-    }
-
-    fn request(&self, more: &Value) -> Value {
-        let image = format!("http://{}/bare", self.address);
-        let mut request = json!({"image": image, "agent_path": self.agents.socket()});
-        request
-            .as_object_mut()
-            .unwrap()
-            .extend(more.as_object().unwrap().clone());
-        request
-    }
-
-    fn stop_server(&mut self) {
-        self.server.take().unwrap().stop();
-    }
-
-    fn start_server(&mut self) {
-        self.server = Some(serve(&self.image, self.address));
-    }
-}
-
-fn serve(image: &Path, listen: SocketAddr) -> ImageServer {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let mut repositories = Repositories::default();
-        repositories.add(image).unwrap();
-        let settings = ServeSettings {
-            listen,
-            repositories,
-            token: None,
-            tls: None,
-            insecure: false,
-            connections_max: CONNECTIONS_MAX,
-        };
-        match ImageServer::start(settings) {
-            Ok(server) => return server,
-            // Connections of the server before may still hold the port.
-            Err(error) => assert!(Instant::now() < deadline, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 fn progress(monitor: &Monitor) -> Value {
     monitor.demand("GET", "/snapshot/progress", &Value::Null)
@@ -110,15 +39,15 @@ fn names_in(folder: &Path) -> Vec<String> {
 #[test]
 fn an_agent_killed_ten_times_over_loses_nothing_that_the_guest_waits_for() {
     const PIECE: u64 = 256 << 10;
-    let rig = Rig::new();
-    let mut agent = rig.agents.start(&TRICKLE);
-    let mut machine = load(&rig.request(&json!({"resume_vm": true})));
+    let rig = Served::new();
+    let mut agent = rig.agents().start(&TRICKLE);
+    let mut machine = rig.load(&json!({"resume_vm": true}));
     for round in 0..10 {
         // Memory that nobody has touched yet: its chunks are asked for while the agent dies.
         let at = (8 << 20) + round * PIECE;
         machine.type_line(&format!("checkfill:{at}:{PIECE}:7"));
         drop(agent);
-        agent = rig.agents.start(&TRICKLE);
+        agent = rig.agents().start(&TRICKLE);
         hear(&mut machine, "checkfill=right");
     }
     tell(&mut machine, "count:1", "count=4");
@@ -128,19 +57,19 @@ fn an_agent_killed_ten_times_over_loses_nothing_that_the_guest_waits_for() {
 
 #[test]
 fn an_agent_that_stays_away_stalls_the_machine_and_a_new_one_is_asked_again() {
-    let rig = Rig::new();
-    let agent = rig.agents.start(&TRICKLE);
-    let mut machine = load(&rig.request(&json!({})));
+    let rig = Served::new();
+    let agent = rig.agents().start(&TRICKLE);
+    let mut machine = rig.load(&json!({}));
     // Before it runs, and with it the fill: the guest asks for what is not here.
     drop(agent);
     machine.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
     machine.type_line("checkfill:8m:1m:7");
     let stalled = wait_until_stalled(&machine);
     assert!(stalled["reason"].as_str().unwrap().contains("agent"), "{stalled}");
-    let image = rig.image.with_file_name("again");
+    let image = rig.image().with_file_name("again");
     let refused = refusal(&machine, "PUT", "/snapshot/create", &json!({"image_path": image}));
     assert!(refused.contains("stalled"), "{refused}");
-    let _agent = rig.agents.start(&[]);
+    let _agent = rig.agents().start(&[]);
     hear(&mut machine, "checkfill=right");
     wait_until("it is not stalled", || about(&machine)["stalled"].is_null());
     save(&machine, &image);
@@ -149,19 +78,19 @@ fn an_agent_that_stays_away_stalls_the_machine_and_a_new_one_is_asked_again() {
 
 #[test]
 fn a_second_agent_over_the_same_pages_is_refused_and_the_first_goes_on() {
-    let rig = Rig::new();
-    let _agent = rig.agents.start(&[]);
-    let said = rig.agents.refusal();
+    let rig = Served::new();
+    let _agent = rig.agents().start(&[]);
+    let said = rig.agents().refusal();
     assert!(said.contains("another agent"), "{said}");
-    let mut machine = load(&rig.request(&json!({"resume_vm": true})));
+    let mut machine = rig.load(&json!({"resume_vm": true}));
     tell(&mut machine, "checkfill:8m:1m:7", "checkfill=right");
 }
 
 #[test]
 fn a_stalled_machine_ends_when_it_is_told_to() {
-    let mut rig = Rig::new();
-    let _agent = rig.agents.start(&TRICKLE);
-    let mut machine = load(&rig.request(&json!({"stall_after_ms": 300})));
+    let mut rig = Served::new();
+    let _agent = rig.agents().start(&TRICKLE);
+    let mut machine = rig.load(&json!({"stall_after_ms": 300}));
     // Before it runs, and with it the fill: the guest asks for what is not here.
     rig.stop_server();
     machine.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
@@ -175,13 +104,13 @@ fn a_stalled_machine_ends_when_it_is_told_to() {
 
 #[test]
 fn a_snapshot_that_is_called_off_leaves_machine_and_disk_as_they_were() {
-    let mut rig = Rig::new();
-    let _agent = rig.agents.start(&TRICKLE);
-    let mut machine = load(&rig.request(&json!({"stall_after_ms": 600_000})));
+    let mut rig = Served::new();
+    let _agent = rig.agents().start(&TRICKLE);
+    let mut machine = rig.load(&json!({"stall_after_ms": 600_000}));
     // With the server away the snapshot has something to wait for.
     rig.stop_server();
-    let before = names_in(rig.image.parent().unwrap());
-    let image = rig.image.with_file_name("again");
+    let before = names_in(rig.image().parent().unwrap());
+    let image = rig.image().with_file_name("again");
     let snapshot = Question::put(
         machine.socket(),
         "PUT",
@@ -195,7 +124,7 @@ fn a_snapshot_that_is_called_off_leaves_machine_and_disk_as_they_were() {
     let (status, fault) = snapshot.answer();
     assert_eq!(status, 400, "{fault}");
     assert_eq!(progress(&machine)["operation"]["state"], "cancelled");
-    assert_eq!(names_in(rig.image.parent().unwrap()), before);
+    assert_eq!(names_in(rig.image().parent().unwrap()), before);
     assert_eq!(about(&machine)["state"], "Paused");
     let again = machine.ask("DELETE", "/snapshot/create", &Value::Null);
     assert_eq!(again.0, 400, "there is nothing to call off any more");
@@ -208,13 +137,13 @@ fn a_snapshot_that_is_called_off_leaves_machine_and_disk_as_they_were() {
 
 #[test]
 fn a_load_that_is_called_off_leaves_a_monitor_that_loads_something_else() {
-    let rig = Rig::new();
-    let _agent = rig.agents.start(&[]);
+    let rig = Served::new();
+    let _agent = rig.agents().start(&[]);
     // Takes connections, and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let image = format!("http://{}/bare", silent.local_addr().unwrap());
     let mut monitor = Monitor::start();
-    let request = json!({"image": image, "agent_path": rig.agents.socket(), "resume_vm": true});
+    let request = json!({"image": image, "agent_path": rig.agents().socket(), "resume_vm": true});
     let loading = Question::put(monitor.socket(), "PUT", "/snapshot/load", &request);
     wait_for_phase(&monitor, "opening");
     monitor.demand("DELETE", "/snapshot/load", &Value::Null);

@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Repositories, ServeSettings};
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{configure, save, start, tell};
 use runnel_tests::monitor::{Monitor, Question};
+use runnel_tests::served::serve;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -167,20 +167,6 @@ fn a_monitor_that_ends_in_any_phase_of_a_load_leaves_nothing_in_the_way() {
     let mut monitor = ground.monitor();
     monitor.demand("PUT", "/snapshot/load", &ground.local());
     tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
-}
-
-fn serve(image: &Path) -> ImageServer {
-    let mut repositories = Repositories::default();
-    repositories.add(image).unwrap();
-    ImageServer::start(ServeSettings {
-        listen: ([127, 0, 0, 1], 0).into(),
-        repositories,
-        token: None,
-        tls: None,
-        insecure: false,
-        connections_max: CONNECTIONS_MAX,
-    })
-    .unwrap()
 }
 
 #[test]

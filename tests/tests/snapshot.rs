@@ -2,49 +2,11 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
-use std::path::Path;
-
 use runnel_snapshot::state::MachineState;
-use runnel_tests::bare_guest;
+use runnel_tests::bare::{MIB, about, booted, load, refusal, resumed, save, tell};
 use runnel_tests::monitor::Monitor;
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
-
-const MIB: u64 = 64;
-
-/// A machine whose memory is partly filled, listening for words.
-fn booted(words: &str) -> Monitor {
-    let mut monitor = Monitor::start();
-    monitor.demand(
-        "PUT",
-        "/machine-config",
-        &json!({"vcpu_count": 1, "mem_size_mib": MIB}),
-    );
-    monitor.demand(
-        "PUT",
-        "/boot-source",
-        &json!({"kernel_image_path": bare_guest(), "boot_args": words}),
-    );
-    monitor.demand("PUT", "/actions", &json!({"action_type": "InstanceStart"}));
-    monitor.wait_for_console("listening=1");
-    monitor
-}
-
-fn save(monitor: &Monitor, image: &Path) {
-    monitor.demand("PUT", "/snapshot/create", &json!({"image_path": image}));
-}
-
-fn load(request: &Value) -> Monitor {
-    let monitor = Monitor::start();
-    monitor.demand("PUT", "/snapshot/load", request);
-    monitor
-}
-
-fn tell(monitor: &mut Monitor, words: &str, answer: &str) {
-    monitor.type_line(words);
-    let name = answer.split('=').next().unwrap();
-    assert_eq!(monitor.wait_for_console(&format!("{name}=")), answer, "{words}");
-}
 
 fn folder() -> TempDir {
     tempfile::tempdir().unwrap()
@@ -56,9 +18,9 @@ fn a_machine_goes_on_in_another_monitor_and_the_first_one_too() {
     let image = folder.path().join("image");
     let mut first = booted("fill:8m:4m:7 count:3");
     save(&first, &image);
-    assert_eq!(first.demand("GET", "/", &Value::Null)["state"], "Running");
+    assert_eq!(about(&first)["state"], "Running");
 
-    let mut second = load(&json!({"image": image, "resume_vm": true}));
+    let mut second = resumed(&image);
     tell(&mut second, "count:1", "count=4");
     tell(&mut second, "checkfill:8m:4m:7", "checkfill=right");
     tell(&mut second, "fill:8m:4m:9", "fill=done");
@@ -75,12 +37,12 @@ fn a_resumed_machine_is_saved_again_whole_although_most_of_it_was_never_touched(
     let first = booted("fill:8m:4m:7 fill:20m:2m:8 count:1");
     save(&first, &images[0]);
     drop(first);
-    let mut second = load(&json!({"image": images[0], "resume_vm": true}));
+    let mut second = resumed(&images[0]);
     tell(&mut second, "fill:20m:1m:9", "fill=done");
     save(&second, &images[1]);
     drop(second);
     std::fs::remove_dir_all(&images[0]).unwrap();
-    let mut third = load(&json!({"image": images[1], "resume_vm": true}));
+    let mut third = resumed(&images[1]);
     tell(&mut third, "checkfill:20m:1m:9", "checkfill=right");
     tell(&mut third, "checkfill:21m:1m:8", "checkfill=right");
     tell(&mut third, "checkfill:8m:4m:7", "checkfill=right");
@@ -93,8 +55,8 @@ fn firecrackers_two_files_hold_a_machine_and_memory_is_raw() {
     let (state, memory) = (folder.path().join("state"), folder.path().join("memory"));
     let first = booted("fill:8m:1m:7 poke:0x1000000:77 count:5");
     let files = json!({"snapshot_path": state, "mem_file_path": memory});
-    let (status, fault) = first.ask("PUT", "/snapshot/create", &files);
-    assert_eq!(status, 400, "{fault}");
+    let reason = refusal(&first, "PUT", "/snapshot/create", &files);
+    assert!(reason.contains("pause it first"), "{reason}");
     first.demand("PATCH", "/vm", &json!({"state": "Paused"}));
     first.demand("PUT", "/snapshot/create", &files);
     drop(first);
@@ -104,7 +66,7 @@ fn firecrackers_two_files_hold_a_machine_and_memory_is_raw() {
     assert_eq!(raw[0x100_0000], 77);
     let backend = json!({"backend_type": "File", "backend_path": memory});
     let mut second = load(&json!({"snapshot_path": state, "mem_backend": backend}));
-    assert_eq!(second.demand("GET", "/", &Value::Null)["state"], "Paused");
+    assert_eq!(about(&second)["state"], "Paused");
     second.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
     tell(&mut second, "count:1", "count=6");
     tell(&mut second, "poke:0x1000000:78", "poke=done");
@@ -134,15 +96,8 @@ fn a_host_that_cannot_carry_the_machine_refuses_it_by_the_name_of_what_it_lacks(
 
     let second = Monitor::start();
     let backend = json!({"backend_type": "File", "backend_path": memory});
-    let (status, fault) = second.ask(
-        "PUT",
-        "/snapshot/load",
-        &json!({"snapshot_path": state, "mem_backend": backend}),
-    );
-    assert_eq!(status, 400);
-    assert!(
-        fault["fault_message"].as_str().unwrap().contains("AcmeChips"),
-        "{fault}"
-    );
-    assert_eq!(second.demand("GET", "/", &Value::Null)["state"], "Not started");
+    let files = json!({"snapshot_path": state, "mem_backend": backend});
+    let reason = refusal(&second, "PUT", "/snapshot/load", &files);
+    assert!(reason.contains("AcmeChips"), "{reason}");
+    assert_eq!(about(&second)["state"], "Not started");
 }
