@@ -127,6 +127,10 @@ struct Pending {
     fills: bool,
     /// Since when somebody waits for it; `None` for prefetch.
     demanded: Option<Instant>,
+    /// Whether one of them waits until it is here; a guest's access cannot be taken back.
+    is_needed: bool,
+    /// How many of them may give up.
+    may_give_up: usize,
     failed: Option<(ChunkFailure, u32)>,
     /// When to ask again, after a failure.
     retry_at: Option<Instant>,
@@ -248,6 +252,11 @@ impl Fetcher {
     /// Somebody waits for this chunk: asks for it, and its neighbours, before everything else. Answers at once; if
     /// the chunk is not here yet the volume's hook hears of it, or [`wait`](Self::wait) returns.
     pub fn demand(&self, id: ChunkId) -> Option<Arrived> {
+        self.demand_as(id, |pending| pending.is_needed = true)
+    }
+
+    /// [`demand`](Self::demand), for a wait that `note` puts down.
+    fn demand_as(&self, id: ChunkId, note: impl FnOnce(&mut Pending)) -> Option<Arrived> {
         if let Some(arrived) = self.state(id) {
             return Some(arrived);
         }
@@ -259,6 +268,7 @@ impl Fetcher {
             }
             let now = Instant::now();
             let pending = queue.pending.entry(id).or_insert_with(Pending::new);
+            note(pending);
             if pending.demanded.is_some() {
                 return None;
             }
@@ -339,12 +349,13 @@ impl Fetcher {
                 id.chunk
             )));
         }
-        if let Some(arrived) = self.demand(id) {
+        if let Some(arrived) = self.demand_as(id, |pending| pending.may_give_up += 1) {
             return Ok(arrived);
         }
         let begun = Instant::now();
         loop {
             if give_up() {
+                self.work.lock().give_up(id);
                 return Err(std::io::Error::other("given up while waiting for a chunk"));
             }
             let mut queue = self.work.lock();
@@ -358,10 +369,9 @@ impl Fetcher {
             let hopeless = failure.is_some_and(|(failure, _)| !failure.transient);
             if queue.stopping || hopeless || begun.elapsed() >= self.settings.stall_after {
                 let name = &self.volumes[usize::from(id.volume.0)].about.name;
-                return Err(std::io::Error::other(format!(
-                    "{} of {name} cannot be had: {reason}",
-                    id.chunk
-                )));
+                let error = format!("{} of {name} cannot be had: {reason}", id.chunk);
+                queue.give_up(id);
+                return Err(std::io::Error::other(error));
             }
             queue = self
                 .work
@@ -598,6 +608,8 @@ impl Pending {
             urgency: Urgency::Fill,
             fills: false,
             demanded: None,
+            is_needed: false,
+            may_give_up: 0,
             failed: None,
             retry_at: None,
         }
@@ -619,6 +631,18 @@ impl Queue {
             },
         );
         true
+    }
+
+    /// One who may give up does. Nobody is kept waiting by a chunk that nobody waits for: it goes on as prefetch.
+    fn give_up(&mut self, id: ChunkId) {
+        let Some(pending) = self.pending.get_mut(&id) else {
+            return;
+        };
+        pending.may_give_up = pending.may_give_up.saturating_sub(1);
+        if pending.may_give_up == 0 && !pending.is_needed {
+            pending.demanded = None;
+            pending.urgency = pending.urgency.min(Urgency::Soon);
+        }
     }
 }
 

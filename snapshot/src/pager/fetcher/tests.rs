@@ -158,6 +158,47 @@ fn a_silent_source_stalls_the_machine() {
 }
 
 #[test]
+fn who_gives_up_waiting_leaves_no_stall_behind() {
+    let source = source(&[8]);
+    let settings = FetcherSettings {
+        stall_after: Duration::ZERO,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    assert!(fetcher.wait_unless(id(0, 5), &|| true).is_err(), "given up");
+    assert_eq!(fetcher.stall(), None);
+    assert!(fetcher.wait_unless(id(0, 5), &|| false).is_err(), "it stays away");
+    assert_eq!(fetcher.stall(), None);
+    // It still comes, as what was prefetched does, and is asked for first again once it is waited for.
+    source.asked();
+    fetcher.demand(id(0, 5));
+    assert_eq!(source.asked(), [(id(0, 5), Urgency::Demand)]);
+    source.deliver(id(0, 5));
+    assert_eq!(fetcher.wait(id(0, 5)).unwrap(), Arrived::Data);
+}
+
+#[test]
+fn who_gives_up_waiting_takes_no_other_wait_with_him() {
+    let source = source(&[8]);
+    let settings = FetcherSettings {
+        stall_after: Duration::ZERO,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source, settings).unwrap();
+    fetcher.demand(id(0, 5));
+    assert!(fetcher.wait_unless(id(0, 5), &|| false).is_err());
+    assert_eq!(fetcher.stall().unwrap().chunk, ChunkIndex(5));
+    // Nor does a second one who gives up end the wait of a first one who has not.
+    let both = || {
+        assert!(fetcher.wait_unless(id(0, 6), &|| true).is_err());
+        assert_eq!(fetcher.stall().unwrap().chunks_waited_for, 2);
+        true
+    };
+    assert!(fetcher.wait_unless(id(0, 6), &both).is_err());
+    assert_eq!(fetcher.stall().unwrap().chunks_waited_for, 1);
+}
+
+#[test]
 fn fill_fetches_every_chunk_of_every_volume_within_its_window() {
     let source = source(&[5, 4]);
     let settings = FetcherSettings {
