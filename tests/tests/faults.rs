@@ -15,6 +15,7 @@ use runnel_snapshot::volume::VolumeName;
 use runnel_tests::bare::{
     about, configure, hear, refusal, resumed, save, start, tell, wait_until, wait_until_stalled,
 };
+use runnel_tests::lab::skip;
 use runnel_tests::monitor::{Monitor, Question};
 use runnel_tests::served::{Served, TRICKLE};
 use serde_json::{Value, json};
@@ -163,7 +164,7 @@ fn a_load_that_is_called_off_leaves_a_monitor_that_loads_something_else() {
 #[test]
 fn a_snapshot_that_the_disk_has_no_room_for_fails_and_the_machine_runs_on() {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: only root can mount a small file system");
+        skip("only root can mount a small file system");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

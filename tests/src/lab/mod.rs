@@ -32,10 +32,17 @@ pub fn has(level: Level) -> bool {
         return true;
     }
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    let reason = format!("{test} needs {level}, and this machine has {found}");
+    skip(&format!("{test} needs {level}, and this machine has {found}"));
+    false
+}
+
+/// Says why something is not tested here.
+///
+/// # Panics
+/// Under `RUNNEL_LAB=full`, where everything must be.
+pub fn skip(reason: &str) {
     assert!(!is_full(), "{reason}; under RUNNEL_LAB=full that is a failure");
     println!("skipped: {reason}");
-    false
 }
 
 /// Whether everything must run, as in CI.
