@@ -1,6 +1,6 @@
 //! A `runnel-agent` process under test, in folders of its own.
 
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -56,8 +56,19 @@ impl AgentFolders {
     /// When it does not.
     #[must_use]
     pub fn start(&self, arguments: &[&str]) -> Agent {
+        self.start_by(arguments, |mut command| command.spawn())
+    }
+
+    /// As [`start`](Self::start), spawned by `spawn`: on another host.
+    ///
+    /// # Panics
+    /// When it does not listen.
+    #[must_use]
+    pub fn start_by(&self, arguments: &[&str], spawn: impl FnOnce(Command) -> io::Result<Child>) -> Agent {
         let socket = self.socket();
-        let agent = self.command(&socket, arguments).stdin(Stdio::null()).spawn();
+        let mut command = self.command(&socket, arguments);
+        command.stdin(Stdio::null());
+        let agent = spawn(command);
         let mut agent = Agent {
             child: agent.expect("runnel-agent starts"),
         };
@@ -104,6 +115,14 @@ const EPROTOTYPE: i32 = 91;
 #[derive(Debug)]
 pub struct Agent {
     child: Child,
+}
+
+impl Agent {
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
 }
 
 impl Drop for Agent {

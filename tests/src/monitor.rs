@@ -1,7 +1,7 @@
 //! A `runnel-vmm` process under test: started in a folder of its own, talked to over its API, gone when dropped.
 
 use std::fmt;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -63,17 +63,34 @@ impl Monitor {
         Self::run(first, socket, &[])
     }
 
-    fn run(mut command: Command, socket: &Path, arguments: &[&str]) -> Self {
-        let mut child = command
+    fn run(command: Command, socket: &Path, arguments: &[&str]) -> Self {
+        Self::run_on(command, socket, arguments, |mut command| command.spawn())
+    }
+
+    /// As [`start_at`](Self::start_at), spawned by `spawn`: on another host, with another environment.
+    ///
+    /// # Panics
+    /// When there is no such program.
+    #[must_use]
+    pub fn spawn_at(socket: &Path, spawn: impl FnOnce(Command) -> io::Result<Child>) -> Self {
+        Self::run_on(Command::new(program("runnel-vmm")), socket, &[], spawn)
+    }
+
+    fn run_on(
+        mut command: Command,
+        socket: &Path,
+        arguments: &[&str],
+        spawn: impl FnOnce(Command) -> io::Result<Child>,
+    ) -> Self {
+        command
             .arg("--api-sock")
             .arg(socket)
             .args(["--log-path", "/dev/stderr", "--level", "Debug", "--show-level"])
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("runnel-vmm starts");
+            .stderr(Stdio::piped());
+        let mut child = spawn(command).expect("runnel-vmm starts");
         let log = Lines::of(child.stderr.take().expect("it is piped"));
         let console = Lines::of(child.stdout.take().expect("it is piped"));
         Self {

@@ -1,8 +1,9 @@
 //! Monitors that are ended and killed in every phase of saving and of resuming: nothing of theirs is in the way of the
 //! next one at the same paths, with the same tap and over the same agent.
 //!
-//! The signal is sent as soon as the log says that a phase has begun. Some phases take less than a signal does: where
-//! the signals arrived is printed.
+//! The signal is sent as soon as the log says that a phase has begun. Some phases take less than a signal does, so each
+//! is aimed at twice: as it runs, wherever that hits, and held at its beginning until the signal is there. The counts are
+//! of the phases that the signals arrived in.
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
@@ -13,7 +14,8 @@ use std::path::{Path, PathBuf};
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_tests::agent::AgentFolders;
-use runnel_tests::bare::{configure, save, start, tell};
+use runnel_tests::bare::{configure, save, start, tell, wait_until, wait_until_stalled};
+use runnel_tests::lab::skip;
 use runnel_tests::monitor::{Monitor, Question};
 use runnel_tests::served::serve;
 use rustix::process::{Pid, Signal, kill_process};
@@ -25,21 +27,30 @@ const KILLS: usize = 10;
 
 const SIGNALS: [(&str, Signal); 2] = [("TERM", Signal::TERM), ("KILL", Signal::KILL)];
 
+/// What makes a monitor wait at the beginning of a phase until it is told to end.
+const HOLD: &str = "RUNNEL_HOLD_PHASE";
+
 /// Where every monitor of a test has its socket and its image.
 struct Ground {
     folder: TempDir,
     image: PathBuf,
+    tap: &'static str,
 }
 
 impl Ground {
     /// With an image of a machine that has something of everything: vCPUs, a drive, and a tap if the host has any.
-    fn new(tap: &str) -> Self {
+    fn new(tap: &'static str) -> Self {
+        Self::with_pattern(tap, "4m")
+    }
+
+    /// With so much of pattern 7 at 8 MiB.
+    fn with_pattern(tap: &'static str, length: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("bare");
         let drive = folder.path().join("drive");
         fs::write(&drive, vec![7; 4 << 20]).unwrap();
         let mut machine = Monitor::start();
-        configure(&machine, 16, "fill:8m:4m:7 count:3");
+        configure(&machine, 16, &format!("fill:8m:{length}:7 count:3"));
         machine.demand(
             "PUT",
             "/drives/data",
@@ -48,14 +59,21 @@ impl Ground {
         if rustix::process::geteuid().is_root() && Path::new("/dev/net/tun").exists() {
             let interface = json!({"iface_id": "eth0", "host_dev_name": tap});
             machine.demand("PUT", "/network-interfaces/eth0", &interface);
+        } else {
+            skip("only root can make a tap: nothing is known of what becomes of it");
         }
         start(&mut machine);
         save(&machine, &image);
-        Self { folder, image }
+        Self { folder, image, tap }
     }
 
     fn monitor(&self) -> Monitor {
-        let mut monitor = Monitor::start_at(&self.folder.path().join("api.sock"), &[]);
+        self.monitor_held_in("")
+    }
+
+    fn monitor_held_in(&self, phase: &str) -> Monitor {
+        let socket = self.folder.path().join("api.sock");
+        let mut monitor = Monitor::spawn_at(&socket, |mut command| command.env(HOLD, phase).spawn());
         monitor.wait_for_log("Listening on API socket");
         monitor
     }
@@ -72,7 +90,11 @@ impl Ground {
             assert!(!monitor.socket().exists());
         }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        assert!(!mounts.contains(self.folder.path().to_str().unwrap()), "{mounts}");
+        let folder = self.folder.path().to_str().unwrap();
+        assert!(!mounts.contains(folder), "{mounts}");
+        assert_eq!(processes_about(&format!("{folder}/api.sock")), [0; 0]);
+        let tap = Path::new("/sys/class/net").join(self.tap);
+        wait_until("the tap is gone", || !tap.exists());
         log
     }
 
@@ -84,6 +106,17 @@ impl Ground {
             .filter(|name| name.contains(".partial-"))
             .collect()
     }
+}
+
+/// Processes whose command lines name `path`.
+fn processes_about(path: &str) -> Vec<i32> {
+    let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+        let pid = entry.unwrap().file_name().to_str()?.parse().ok()?;
+        // It may end meanwhile.
+        let words = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        String::from_utf8_lossy(&words).contains(path).then_some(pid)
+    });
+    pids.collect()
 }
 
 fn pid(monitor: &Monitor) -> Pid {
@@ -99,27 +132,46 @@ fn signal_in_phase(monitor: &Monitor, operation: &str, phase: &str, signal: Sign
     });
 }
 
-/// The phase of `operation` that a log ends in.
-fn last_phase(log: &str, operation: &str) -> Option<String> {
+/// The phase of `operation` that a signal arrived in: the last one before the monitor says that it has it, or, of a
+/// monitor that says nothing any more, the last one.
+fn phase_hit(log: &str, operation: &str) -> Option<String> {
     let said = format!("{operation} of a snapshot: ");
-    let line = log.lines().rfind(|line| line.contains(&said))?;
+    let before = log.split("Received signal").next()?;
+    let line = before.lines().rfind(|line| line.contains(&said))?;
     Some(line.split_once(&said)?.1.trim().to_owned())
 }
 
-/// Aims every signal at every phase. `attempt` does so once, and says which phase the signal arrived in.
-fn hit_all(phases: &[&str], mut attempt: impl FnMut(&str, Signal) -> Option<String>) {
-    let mut hits: BTreeMap<(String, &str), usize> = BTreeMap::new();
-    for (name, signal) in SIGNALS {
-        for phase in phases {
-            for _ in 0..KILLS {
-                let hit = attempt(phase, signal).expect("every attempt comes as far as some phase");
-                *hits.entry((hit, name)).or_default() += 1;
+/// How often a signal arrived in a phase.
+#[derive(Default)]
+struct Hits(BTreeMap<(String, &'static str), usize>);
+
+impl Hits {
+    /// Aims every signal at every phase [`KILLS`] times. `attempt` does so once, and says where the signal arrived.
+    fn aim(&mut self, phases: &[&str], mut attempt: impl FnMut(&str, Signal) -> Option<String>) {
+        for (name, signal) in SIGNALS {
+            for phase in phases {
+                for _ in 0..KILLS {
+                    let hit = attempt(phase, signal).expect("every attempt comes as far as some phase");
+                    *self.0.entry((hit, name)).or_default() += 1;
+                }
             }
-            eprintln!("SIG{name} as {phase} began: {KILLS} times");
         }
     }
-    for ((phase, signal), count) in &hits {
-        eprintln!("SIG{signal} arrived while {phase}: {count} times");
+
+    /// Prints them, and holds them against what there must be.
+    fn suffice(&self, phases: &[&str]) {
+        for ((phase, signal), count) in &self.0 {
+            eprintln!("SIG{signal} arrived while {phase}: {count} times");
+        }
+        for phase in phases {
+            for (signal, _) in SIGNALS {
+                let count = self.0.get(&((*phase).to_owned(), signal)).copied().unwrap_or(0);
+                assert!(
+                    count >= KILLS,
+                    "SIG{signal} arrived while {phase} only {count} times"
+                );
+            }
+        }
     }
 }
 
@@ -128,25 +180,27 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
     let ground = Ground::new("rnlkill0");
     let target = ground.folder.path().join("target");
     let create = json!({"image_path": target});
-    hit_all(
-        &["pausing", "saving state", "copying", "publishing"],
-        |phase, signal| {
-            let mut monitor = ground.monitor();
-            monitor.demand("PUT", "/snapshot/load", &ground.local());
-            signal_in_phase(&monitor, "Create", phase, signal);
-            let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/create", &create);
-            let log = ground.ended(&mut monitor, signal);
-            if signal == Signal::TERM {
-                assert_eq!(ground.partials(), [""; 0]);
-            }
-            if target.exists() {
-                // Then all of it.
-                Image::open_directory(&target, &Wanted::Only).unwrap();
-                fs::remove_dir_all(&target).unwrap();
-            }
-            last_phase(&log, "Create")
-        },
-    );
+    let attempt = |held: &str, phase: &str, signal: Signal| {
+        let mut monitor = ground.monitor_held_in(held);
+        monitor.demand("PUT", "/snapshot/load", &ground.local());
+        signal_in_phase(&monitor, "Create", phase, signal);
+        let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/create", &create);
+        let log = ground.ended(&mut monitor, signal);
+        if signal == Signal::TERM {
+            assert_eq!(ground.partials(), [""; 0]);
+        }
+        if target.exists() {
+            // Then all of it.
+            Image::open_directory(&target, &Wanted::Only).unwrap();
+            fs::remove_dir_all(&target).unwrap();
+        }
+        phase_hit(&log, "Create")
+    };
+    let phases = ["pausing", "saving state", "copying", "publishing"];
+    let mut hits = Hits::default();
+    hits.aim(&phases, |phase, signal| attempt("", phase, signal));
+    hits.aim(&phases, |phase, signal| attempt(phase, phase, signal));
+    hits.suffice(&phases);
     let mut monitor = ground.monitor();
     monitor.demand("PUT", "/snapshot/load", &ground.local());
     save(&monitor, &target);
@@ -157,13 +211,17 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
 #[test]
 fn a_monitor_that_ends_in_any_phase_of_a_load_leaves_nothing_in_the_way() {
     let ground = Ground::new("rnlkill1");
-    hit_all(&["opening", "restoring"], |phase, signal| {
-        let mut monitor = ground.monitor();
+    let attempt = |held: &str, phase: &str, signal: Signal| {
+        let mut monitor = ground.monitor_held_in(held);
         signal_in_phase(&monitor, "Load", phase, signal);
         let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/load", &ground.local());
-        let log = ground.ended(&mut monitor, signal);
-        last_phase(&log, "Load")
-    });
+        phase_hit(&ground.ended(&mut monitor, signal), "Load")
+    };
+    let phases = ["opening", "restoring"];
+    let mut hits = Hits::default();
+    hits.aim(&phases, |phase, signal| attempt("", phase, signal));
+    hits.aim(&phases, |phase, signal| attempt(phase, phase, signal));
+    hits.suffice(&phases);
     let mut monitor = ground.monitor();
     monitor.demand("PUT", "/snapshot/load", &ground.local());
     tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
@@ -171,30 +229,44 @@ fn a_monitor_that_ends_in_any_phase_of_a_load_leaves_nothing_in_the_way() {
 
 #[test]
 fn a_monitor_that_ends_while_its_pages_come_leaves_nothing_in_the_way_of_the_next_one() {
-    let ground = Ground::new("rnlkill2");
+    /// What comes along with a chunk that is waited for: each round finds memory that nobody has.
+    const NEIGHBOURHOOD: u64 = 1 << 20;
+    let ground = Ground::with_pattern("rnlkill2", "40m");
     let server = serve(&ground.image);
     let agents = AgentFolders::new();
-    // So slow that the fill is never over, and so are the first faults: each round finds pages that nobody has.
-    let _agent = agents.start(&["--fill-rate", "64"]);
+    // So slow that the fill is never over.
+    let agent = agents.start(&["--fill-rate", "64"]);
+    let agent_pid = Pid::from_raw(agent.pid().try_into().unwrap()).unwrap();
     let image = format!("http://{}/bare", server.address());
-    let request = json!({"image": image, "agent_path": agents.socket(), "resume_vm": true});
+    // A machine that counts as stalled as soon as it waits shows that it does.
+    let request = json!({
+        "image": image, "agent_path": agents.socket(), "resume_vm": true, "stall_after_ms": 0
+    });
     let mut round = 0;
-    hit_all(&["first faults", "fill"], |phase, signal| {
+    let phases = ["first faults", "fill"];
+    let mut hits = Hits::default();
+    hits.aim(&phases, |phase, signal| {
         let mut monitor = ground.monitor();
         monitor.demand("PUT", "/snapshot/load", &request);
-        let at = (8 << 20) + round * (64 << 10);
+        let at = (8 << 20) + round * NEIGHBOURHOOD;
         round += 1;
-        monitor.type_line(&format!("checkfill:{at}:4096:7"));
         if phase == "fill" {
-            assert_eq!(monitor.wait_for_console("checkfill="), "checkfill=right");
+            tell(&mut monitor, &format!("checkfill:{at}:4096:7"), "checkfill=right");
+        } else {
+            // Nothing comes while the agent stands still: the guest waits for a chunk when the signal is there.
+            kill_process(agent_pid, Signal::STOP).unwrap();
+            monitor.type_line(&format!("checkfill:{at}:4096:7"));
+            let _ = wait_until_stalled(&monitor);
         }
         let progress = monitor.demand("GET", "/snapshot/progress", &Value::Null);
         let memory = &progress["volumes"][0];
         let is_filling = memory["bytes_resident"].as_u64().unwrap() < memory["bytes_total"].as_u64().unwrap();
         kill_process(pid(&monitor), signal).unwrap();
         ground.ended(&mut monitor, signal);
+        kill_process(agent_pid, Signal::CONT).unwrap();
         is_filling.then(|| phase.to_owned())
     });
+    hits.suffice(&phases);
     let mut monitor = ground.monitor();
     monitor.demand("PUT", "/snapshot/load", &request);
     tell(&mut monitor, "checkfill:8m:1m:7", "checkfill=right");

@@ -20,6 +20,7 @@
 
 mod fault;
 mod guest;
+mod hold;
 mod inbox;
 mod operation;
 mod request;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::fault::Fault;
+use super::hold::hold;
 
 /// What is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -109,9 +110,11 @@ impl Operation {
     /// [`enter`](Self::enter), for threads that outlive this borrow.
     pub fn phases(&self) -> impl Fn(&'static str) + Send + Sync + use<> {
         let (kind, shared) = (self.kind, Arc::clone(&self.phase));
+        let is_cancelled = Arc::clone(&self.is_cancelled);
         move |phase| {
             *shared.lock().unwrap_or_else(PoisonError::into_inner) = phase;
             tracing::debug!("{kind:?} of a snapshot: {phase}");
+            hold(phase, &is_cancelled);
         }
     }
 
