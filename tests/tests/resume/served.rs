@@ -2,14 +2,11 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Repositories, ServeSettings};
+use runnel_agent::serve::ImageServer;
 use runnel_tests::agent::{Agent, AgentFolders};
+use runnel_tests::served::{TRICKLE, serve, serve_at};
 use serde_json::{Value, json};
-
-/// Bytes a second of background fill.
-const TRICKLE: [&str; 2] = ["--fill-rate", "256"];
 
 /// The server can go away and come back.
 pub(crate) struct Served {
@@ -23,7 +20,7 @@ pub(crate) struct Served {
 impl Served {
     /// Serves the image in the directory `image`.
     pub(crate) fn new(image: &Path) -> Self {
-        let server = serve(image, ([127, 0, 0, 1], 0).into());
+        let server = serve(image);
         let agents = AgentFolders::new();
         Self {
             image: image.to_owned(),
@@ -52,28 +49,6 @@ impl Served {
     }
 
     pub(crate) fn comes_back(&mut self) {
-        self.server = Some(serve(&self.image, self.address));
-    }
-}
-
-fn serve(image: &Path, listen: SocketAddr) -> ImageServer {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let mut repositories = Repositories::default();
-        repositories.add(image).unwrap();
-        let settings = ServeSettings {
-            listen,
-            repositories,
-            token: None,
-            tls: None,
-            insecure: false,
-            connections_max: CONNECTIONS_MAX,
-        };
-        match ImageServer::start(settings) {
-            Ok(server) => return server,
-            // Connections of the server before may still hold the port.
-            Err(error) => assert!(Instant::now() < deadline, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
+        self.server = Some(serve_at(&self.image, self.address));
     }
 }
