@@ -152,6 +152,15 @@ impl Host {
             .expect("the interface has counters")
     }
 
+    /// Takes this host off the network (`down`), or puts it back (`up`): what is sent meanwhile is lost, and connections
+    /// are not told.
+    ///
+    /// # Errors
+    /// When there is no such network.
+    pub fn set_link(&self, state: &str) -> Result<(), HostsError> {
+        self.command("ip", &["link", "set", INTERFACE, state])
+    }
+
     fn command(&self, program: &str, arguments: &[&str]) -> Result<(), HostsError> {
         let text = format!("{program} {}", arguments.join(" "));
         let mut command = Command::new(program);
