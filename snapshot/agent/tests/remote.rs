@@ -187,13 +187,14 @@ fn a_read_that_would_take_two_round_trips_is_cut_into_parts_over_connections_tha
     let before = server.requests().len();
     read(100, 40_000);
     let requests = server.requests().split_off(before);
-    assert_eq!(requests.len(), 3, "{requests:?}");
+    // Three parts of a first window each; two, if the last connection to become free is the one that brought the manifest.
+    assert!((2..=3).contains(&requests.len()), "{requests:?}");
     let connections: std::collections::BTreeSet<_> =
         requests.iter().map(|request| request.connection).collect();
-    assert_eq!(connections.len(), 3);
+    assert_eq!(connections.len(), requests.len());
     // What fits into the first window is not cut.
     read(50_000, 10_000);
-    assert_eq!(server.requests().len(), before + 4);
+    assert_eq!(server.requests().len(), before + requests.len() + 1);
 }
 
 #[test]
