@@ -178,6 +178,7 @@ pub(super) fn content_of(
                 put_aside(store.file(), path)
             };
             let needs_pause = !*read_only && aside.is_none();
+            tracing::debug!(drive = %id, read_only, needs_pause, "A file behind a drive is to be captured.");
             let file = aside.map_or_else(|| store.file().try_clone(), Ok)?;
             let source = VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?));
             Ok(DriveContent {
