@@ -12,8 +12,8 @@ build: ## the programs, optimized, in target/release
 	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent
 
 setup: ## Debian packages, kernels and guests that tests and the demo use; they do it themselves if need be
-	@resources/lab/need kernel/6.1-cloud kernel/6.12-cloud host/6.1-cloud host/6.12-cloud host-root \
-		guest/6.1-cloud guest/6.12-cloud >/dev/null
+	@resources/lab/need kernel/6.1-cloud kernel/6.1 kernel/6.12-cloud host/6.1-cloud host/6.12-cloud host-root \
+		guest/6.1-cloud guest/6.1 guest/6.12-cloud registry >/dev/null
 
 demo: ## a Debian guest goes on on another host before it has arrived there; report in target/demo (10 to 20 minutes)
 	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent --package runnel-tests --bins

@@ -23,8 +23,10 @@ fn main() -> ExitCode {
         programs: &["runnel-vmm"],
         things: &[
             "kernel/6.1-cloud",
+            "kernel/6.1",
             "kernel/6.12-cloud",
             "guest/6.1-cloud",
+            "guest/6.1",
             "guest/6.12-cloud",
         ],
         tests: &[
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
             (
                 "what_is_typed_on_the_console_arrives",
                 what_is_typed_on_the_console_arrives,
+            ),
+            (
+                "debian_6_1_of_the_full_flavour_finds_every_device_and_its_generation_identifier",
+                debian_6_1_of_the_full_flavour_finds_every_device_and_its_generation_identifier,
             ),
         ],
     }
@@ -137,5 +143,15 @@ fn what_is_typed_on_the_console_arrives() {
     guest.type_line("false");
     guest.expect_all(&[("exit", "1")]);
     guest.type_line("off");
+    assert_eq!(guest.end().code(), Some(0));
+}
+
+/// Debian's third kernel: that for hardware, with the driver that its cloud flavour leaves out.
+fn debian_6_1_of_the_full_flavour_finds_every_device_and_its_generation_identifier() {
+    finds_every_device_and_switches_off("6.1", "6.1.");
+    let mut guest = LinuxGuest::new("6.1", "kernel,off").start();
+    let release = guest.expect("kernel.release");
+    assert!(!release.contains("cloud"), "{release}");
+    guest.expect_all(&[("kernel.vmgenid", "1")]);
     assert_eq!(guest.end().code(), Some(0));
 }
