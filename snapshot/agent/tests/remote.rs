@@ -159,9 +159,19 @@ fn a_read_that_would_take_two_round_trips_is_cut_into_parts_over_connections_tha
     let body = whole.clone();
     // Four requests at a time: so many connections are open when they have been answered.
     let four = std::sync::Barrier::new(4);
+    let (parts, another) = (std::sync::Mutex::new(0), std::sync::Condvar::new());
     let server = registry(&stored, move |request, _| {
-        if request.range().unwrap().0 < 4 {
+        let start = request.range().unwrap().0;
+        if start < 4 {
             four.wait();
+        }
+        // A part is answered once another is asked for: that cannot be over the same connection.
+        if (100..40_100).contains(&start) {
+            let mut parts = parts.lock().unwrap();
+            *parts += 1;
+            another.notify_all();
+            let patience = Duration::from_secs(30);
+            drop(another.wait_timeout_while(parts, patience, |parts| *parts < 2));
         }
         Reply::part(request, &body)
     });
@@ -191,7 +201,8 @@ fn a_read_that_would_take_two_round_trips_is_cut_into_parts_over_connections_tha
     assert!((2..=3).contains(&requests.len()), "{requests:?}");
     let connections: std::collections::BTreeSet<_> =
         requests.iter().map(|request| request.connection).collect();
-    assert_eq!(connections.len(), requests.len());
+    // One that has brought its part may bring another.
+    assert!(connections.len() > 1, "{requests:?}");
     // What fits into the first window is not cut.
     read(50_000, 10_000);
     assert_eq!(server.requests().len(), before + requests.len() + 1);
