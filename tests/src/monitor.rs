@@ -123,12 +123,13 @@ impl Monitor {
         self.console.wait_for(text)
     }
 
-    /// Waits until the guest has said nothing for as long as `silence`.
+    /// Waits until the guest has said nothing for as long as `silence`; returns what it has said since it was last
+    /// listened to.
     ///
     /// # Panics
     /// When it never stops.
-    pub fn wait_for_silence(&mut self, silence: Duration) {
-        self.console.wait_for_silence(silence);
+    pub fn wait_for_silence(&mut self, silence: Duration) -> String {
+        self.console.wait_for_silence(silence)
     }
 
     /// Types `text` on the guest's console.
@@ -272,12 +273,14 @@ impl Lines {
         }
     }
 
-    fn wait_for_silence(&mut self, silence: Duration) {
+    fn wait_for_silence(&mut self, silence: Duration) -> String {
         let deadline = Instant::now() + DEADLINE;
+        let before = self.seen.len();
         while let Ok(line) = self.lines.recv_timeout(silence) {
             self.seen.push(line);
             assert!(Instant::now() < deadline, "it goes on");
         }
+        self.seen[before..].join("\n")
     }
 
     /// All lines until the end.

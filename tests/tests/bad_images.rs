@@ -1,24 +1,36 @@
-//! Images that are damaged, incomplete or of another time: refused by name before anything runs, or, where that
-//! shows only as bytes are needed, a machine that waits and says for what, and never sees a wrong byte.
+//! Images that are damaged, forged, incomplete or of another time: refused by name before anything runs, or, where
+//! that shows only as bytes are needed, a machine that waits and says for what, and never sees a wrong byte.
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::image::manifest::{ImageManifest, ManifestDraft};
 use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::index::Entry;
+use runnel_snapshot::index::{Entry, INDEX_BLOB_HEADER, IndexBuilder, StoredChunk};
+use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::verify::{VerifyProgress, verify};
 use runnel_snapshot::volume::VolumeName;
 use runnel_tests::bare::{
     about, booted, hear, load, refusal, resumed, save, tell, wait_until, wait_until_stalled,
 };
 use runnel_tests::monitor::Monitor;
+use runnel_tests::served::{Served, TRICKLE};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+/// A guest that has nothing to wait for answers sooner.
+const SILENCE: Duration = Duration::from_millis(500);
 
 /// An image of a machine that has 4 MiB of pattern at 8 MiB.
 struct Victim {
@@ -74,6 +86,63 @@ impl Victim {
         listing["manifests"][0]["digest"] = json!(digest.to_string());
         listing["manifests"][0]["size"] = json!(bytes.len());
         fs::write(index, listing.to_string()).unwrap();
+    }
+
+    /// Changes what the manifest's author would write, and signs for it: every digest on the way is right.
+    fn forge(&self, forge: impl FnOnce(&mut ImageManifest)) {
+        let mut manifest = ImageManifest::clone(&self.open().manifest);
+        forge(&mut manifest);
+        let draft = ManifestDraft {
+            state: manifest.state,
+            state_inline: manifest.state_inline,
+            volumes: manifest.volumes,
+            working_set: manifest.working_set,
+            parent: manifest.parent,
+        };
+        self.replace_manifest(&serde_json::from_slice(&draft.to_bytes().unwrap()).unwrap());
+    }
+
+    /// Lets the index of memory say something else of `chunk`, and returns the index's digest.
+    fn forge_entry(&self, chunk: ChunkIndex, forge: impl FnOnce(&mut StoredChunk)) -> BlobDigest {
+        let image = self.open();
+        let volume = image.volume(&VolumeName::Memory).unwrap();
+        let index = image.index(volume);
+        let mut bytes = INDEX_BLOB_HEADER.to_vec();
+        let mut builder = IndexBuilder::new(volume.root.volume_bytes(), volume.root.chunk_size(), 1).unwrap();
+        let mut forge = Some(forge);
+        for number in 0..volume.root.chunks() {
+            let mut entry = index.entry(ChunkIndex(number)).unwrap();
+            if let (Entry::Data(stored), true) = (&mut entry, number == chunk.0) {
+                forge.take().unwrap()(stored);
+            }
+            let write = |segment: &[u8]| {
+                bytes.extend_from_slice(segment);
+                Ok::<_, ()>(())
+            };
+            builder.push(entry, write).unwrap();
+        }
+        let root = builder.finish();
+        let blob = Blob {
+            digest: self.add(&bytes),
+            bytes: bytes.len() as u64,
+        };
+        self.add(&root.to_bytes());
+        self.forge(|manifest| {
+            let volumes = manifest.volumes.iter_mut();
+            let memory = volumes
+                .into_iter()
+                .find(|volume| volume.name == VolumeName::Memory);
+            let memory = memory.unwrap();
+            (memory.index, memory.root) = (blob, root);
+        });
+        blob.digest
+    }
+
+    /// What `runnel verify` finds.
+    fn findings(&self) -> Vec<String> {
+        let layout = Layout::open(&self.path).unwrap();
+        let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
+        report.findings.iter().map(|finding| finding.trace()).collect()
     }
 
     fn add(&self, bytes: &[u8]) -> BlobDigest {
@@ -206,6 +275,68 @@ fn an_image_of_a_newer_runnel_is_refused_and_says_so() {
 }
 
 #[test]
+fn an_index_of_a_newer_runnel_is_refused_and_says_so() {
+    let victim = Victim::new();
+    let mut manifest = victim.manifest();
+    let layers = manifest["layers"].as_array_mut().unwrap();
+    let root = layers.iter_mut().find(|layer| !layer["data"].is_null()).unwrap();
+    let mut bytes = BASE64.decode(root["data"].as_str().unwrap()).unwrap();
+    bytes[4] += 1;
+    root["data"] = json!(BASE64.encode(&bytes));
+    root["digest"] = json!(victim.add(&bytes).to_string());
+    victim.replace_manifest(&manifest);
+    let reason = victim.refused(&Monitor::start());
+    assert!(
+        reason.contains("volume memory")
+            && reason.contains("index has version 2")
+            && reason.contains("newer Runnel"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_section_of_a_newer_runnel_and_an_unknown_one_are_refused_by_name() {
+    let victim = Victim::new();
+    let monitor = Monitor::start();
+    let image = victim.open();
+    let state = MachineState::decode(image.manifest.state_inline.as_ref().unwrap()).unwrap();
+    let refused = |forge: &dyn Fn(&mut MachineState)| {
+        let mut newer = state.clone();
+        forge(&mut newer);
+        let bytes = newer.encode().unwrap();
+        let blob = Blob {
+            digest: victim.add(&bytes),
+            bytes: bytes.len() as u64,
+        };
+        victim.forge(|manifest| (manifest.state, manifest.state_inline) = (blob, Some(bytes)));
+        victim.refused(&monitor)
+    };
+    let serial = |state: &MachineState| {
+        let mut sections = state.sections.iter();
+        sections.position(|section| section.kind == "serial").unwrap()
+    };
+    let reason = refused(&|state| {
+        let serial = serial(state);
+        state.sections[serial].version += 1;
+    });
+    assert!(
+        reason.contains("section \"serial\" has version 2") && reason.contains("newer Runnel"),
+        "{reason}"
+    );
+    let reason = refused(&|state| {
+        let mut other = state.sections[serial(state)].clone();
+        other.kind = "teleporter".into();
+        state.sections.push(other);
+    });
+    assert!(reason.contains("teleporter"), "{reason}");
+    let reason = refused(&|state| state.format_version += 1);
+    assert!(
+        reason.contains("version 2") && reason.contains("newer Runnel"),
+        "{reason}"
+    );
+}
+
+#[test]
 fn a_directory_that_is_no_image_and_none_at_all_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let monitor = Monitor::start();
@@ -267,6 +398,64 @@ fn a_flipped_byte_in_the_index_stalls_the_machine_which_goes_on_when_it_is_repai
     let index = victim.open().volume(&VolumeName::Memory).unwrap().index.digest;
     let at = middle(&victim.blob(&index));
     stalls_until_repaired(&victim, &index, at, None);
+}
+
+/// The guest waits for what an index, forged with all its digests, places where it cannot be.
+fn stalls_at_forged(forge: impl FnOnce(&mut StoredChunk), words: &str) {
+    let victim = Victim::new();
+    let (chunk, ..) = victim.frame_holding(9 << 20);
+    let index = victim.forge_entry(chunk, forge);
+    let mut machine = resumed(&victim.path);
+    machine.type_line("checkfill:8m:4m:7");
+    let stalled = wait_until_stalled(&machine);
+    let reason = stalled["reason"].as_str().unwrap();
+    assert_eq!(stalled["volume"], "memory", "{stalled}");
+    assert!(
+        reason.contains(&index.hex())
+            && reason.contains(words)
+            && reason.contains(&format!("chunk {}", chunk.0)),
+        "{reason}"
+    );
+    let findings = victim.findings();
+    assert!(
+        findings
+            .iter()
+            .any(|finding| finding.contains(&index.hex()) && finding.contains(words)),
+        "{findings:?}"
+    );
+    // It did not get past what it cannot have.
+    assert_eq!(machine.wait_for_silence(SILENCE), "");
+}
+
+#[test]
+fn frames_that_overlap_stall_the_machine_and_are_named() {
+    stalls_at_forged(|stored| stored.frame.start -= 1, "over that of its chunk");
+}
+
+#[test]
+fn a_frame_outside_its_layer_stalls_the_machine_and_is_named() {
+    stalls_at_forged(|stored| stored.frame.start = 1 << 40, "outside of it");
+}
+
+#[test]
+fn a_layer_that_is_gone_stalls_the_machine_which_goes_on_when_it_is_there_again() {
+    let served = Served::new();
+    let _agent = served.agents().start(&TRICKLE);
+    let mut machine = served.load(&json!({"stall_after_ms": 500}));
+    let image = Image::open_directory(served.image(), &Wanted::Only).unwrap();
+    let layer = image.volume(&VolumeName::Memory).unwrap().layers[0].digest;
+    let path = served.image().join("blobs/sha256").join(layer.hex());
+    let aside = path.with_extension("aside");
+    fs::rename(&path, &aside).unwrap();
+    machine.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
+    machine.type_line("checkfill:8m:256k:7");
+    let stalled = wait_until_stalled(&machine);
+    let reason = stalled["reason"].as_str().unwrap();
+    assert_eq!(stalled["volume"], "memory", "{stalled}");
+    assert!(stalled["chunk"].is_u64(), "{stalled}");
+    assert!(reason.contains(&layer.hex()), "{reason}");
+    fs::rename(&aside, &path).unwrap();
+    hear(&mut machine, "checkfill=right");
 }
 
 #[test]

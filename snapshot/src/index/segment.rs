@@ -52,6 +52,22 @@ pub enum SegmentError {
         /// The bytes of the layer.
         frame: ByteRange,
     },
+    /// Two chunks share bytes of a layer. Each chunk has a frame of its own, so one of them is not where it is said.
+    #[error(
+        "{segment} of the index places the frame of its chunk {chunk} at {frame} of layer {layer}, over that of its chunk {other}"
+    )]
+    Overlap {
+        /// Which segment.
+        segment: SegmentIndex,
+        /// The chunk whose frame begins later.
+        chunk: u32,
+        /// The other chunk.
+        other: u32,
+        /// Which layer.
+        layer: u16,
+        /// The bytes of the layer that `chunk` is said to have.
+        frame: ByteRange,
+    },
 }
 
 /// A run of chunks of one kind.
@@ -63,7 +79,7 @@ struct Run {
     data: Option<u32>,
 }
 
-/// A segment, checked: every frame lies in its layer. At most 8192 chunks, so at most half a MiB.
+/// A segment, checked: every frame lies in its layer, and over no other. At most 8192 chunks, so at most half a MiB.
 #[derive(Debug)]
 pub struct Segment {
     chunks_covered: u32,
@@ -121,6 +137,8 @@ struct Parser<'a> {
     layer_ends: Vec<u64>,
     frame_bytes_max: u64,
     next_chunk: u32,
+    /// Whether some run begins before the end of the one before it in its layer.
+    goes_back: bool,
     segment: Segment,
 }
 
@@ -134,6 +152,7 @@ impl<'a> Parser<'a> {
             layer_ends: vec![0; layer_bytes.len()],
             frame_bytes_max: frame_bytes_max(root.chunk_size()),
             next_chunk: 0,
+            goes_back: false,
             segment: Segment {
                 chunks_covered,
                 runs: Vec::new(),
@@ -152,7 +171,36 @@ impl<'a> Parser<'a> {
         if self.next_chunk != self.segment.chunks_covered {
             return Err(self.malformed("it ends before the segment does"));
         }
+        // Frames that only go on cannot meet, and a layer that is written in order has no others.
+        if self.goes_back {
+            self.find_overlap()?;
+        }
         Ok(self.segment)
+    }
+
+    fn find_overlap(&self) -> Result<(), SegmentError> {
+        let mut frames: Vec<(StoredChunk, u32)> = (0..self.segment.chunks_covered)
+            .filter_map(|chunk| match self.segment.entry(chunk) {
+                Some(Entry::Data(stored)) => Some((stored, chunk)),
+                _ => None,
+            })
+            .collect();
+        frames.sort_unstable_by_key(|(stored, _)| (stored.layer, stored.frame.start));
+        for pair in frames.windows(2) {
+            if let [(before, other), (after, chunk)] = pair
+                && before.layer == after.layer
+                && before.frame.start + before.frame.len > after.frame.start
+            {
+                return Err(SegmentError::Overlap {
+                    segment: self.number,
+                    chunk: *chunk,
+                    other: *other,
+                    layer: after.layer.0,
+                    frame: after.frame,
+                });
+            }
+        }
+        Ok(())
     }
 
     fn run(&mut self) -> Result<(), SegmentError> {
@@ -198,6 +246,7 @@ impl<'a> Parser<'a> {
         let start = end
             .checked_add_signed(delta)
             .ok_or_else(|| self.malformed("an offset is negative"))?;
+        self.goes_back |= delta < 0;
         let mut frame = ByteRange { start, len: 0 };
         for _ in 0..chunks {
             frame.len = self.number()?;

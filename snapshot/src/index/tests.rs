@@ -133,6 +133,22 @@ fn hostile_segments_are_refused_even_when_their_root_vouches_for_them() {
     assert!(refused(&[zero_run(7), data_run(1, 0, 0, &[0])]).contains("frame"));
     assert!(refused(&[zero_run(7), data_run(1, 0, 0, &[1 << 40])]).contains("frame"));
     assert!(refused(&[zero_run(7), data_run(1, 0, 0, &[])]).contains("number"));
+    assert!(refused(&[data_run(4, 0, 0, &[10; 4]), data_run(4, 0, -1, &[10; 4])]).contains("chunk 4 at"));
+    assert!(
+        refused(&[data_run(4, 0, 50, &[10; 4]), data_run(4, 0, -79, &[10; 4])]).contains("of its chunk 7")
+    );
+    assert!(refused(&[data_run(4, 0, 0, &[10; 4]), data_run(4, 0, -40, &[10; 4])]).contains("over that"));
+    // Hot chunks laid together come in an order of their own; and layers do not meet.
+    parse_vouched(&[data_run(4, 0, 50, &[10; 4]), data_run(4, 0, -90, &[10; 4])].concat()).unwrap();
+    parse_vouched(
+        &[
+            data_run(4, 0, 50, &[10; 4]),
+            data_run(3, 1, 50, &[10; 3]),
+            data_run(1, 1, -80, &[50]),
+        ]
+        .concat(),
+    )
+    .unwrap();
     let mut cut = data_run(8, 0, 0, &[1, 1, 1, 1, 1, 1, 1, 1]);
     cut.pop();
     assert!(refused(&[cut]).contains("digest"));
@@ -150,15 +166,19 @@ fn the_run_kind_of_diff_chunks_is_refused_by_name() {
 }
 
 fn entries() -> impl Strategy<Value = Vec<Entry>> {
-    let entry =
-        (any::<bool>(), 0_u16..2, 0_u64..1 << 39, 1_u64..66_000).prop_map(|(zero, layer, start, len)| {
+    // Frames in any order, each in a place of its own.
+    let places = Just((0_u64..1 << 12).collect::<Vec<_>>()).prop_shuffle();
+    let kinds = proptest::collection::vec((any::<bool>(), 0_u16..2, 1_u64..66_000), 1..3000);
+    (places, kinds).prop_map(|(places, kinds)| {
+        let entry = |(place, (zero, layer, len))| {
             if zero {
                 Entry::Zero
             } else {
-                data(layer, start, len)
+                data(layer, place * 100_000_000, len)
             }
-        });
-    proptest::collection::vec(entry, 1..3000)
+        };
+        places.into_iter().zip(kinds).map(entry).collect()
+    })
 }
 
 proptest! {
