@@ -4,10 +4,13 @@
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 
-use runnel_tests::bare::{about, configure, refusal, start, tell};
-use runnel_tests::monitor::Monitor;
+use runnel_tests::bare::{about, booted, configure, refusal, start, tell, wait_until};
+use runnel_tests::monitor::{Monitor, ask};
 use serde_json::{Value, json};
 
 fn drive(path: &Path, is_read_only: bool) -> Value {
@@ -146,4 +149,114 @@ fn readers_share_a_drive_and_keep_writers_off() {
     configure(&writer, 1, "");
     put_drive(&writer, &path, false);
     assert!(refused_start(&writer).contains("locked by another machine"));
+}
+
+/// The paths of the API, and some that it does not have.
+const PATHS: [&str; 18] = [
+    "/",
+    "/version",
+    "/machine-config",
+    "/boot-source",
+    "/drives/rootfs",
+    "/drives/",
+    "/network-interfaces/eth0",
+    "/entropy",
+    "/serial",
+    "/logger",
+    "/actions",
+    "/vm",
+    "/vm/config",
+    "/snapshot/create",
+    "/snapshot/load",
+    "/snapshot/progress",
+    "/no/such/path",
+    "/../etc/passwd",
+];
+
+/// Bodies that no request has: of the wrong type, with fields of nobody's, or with values that nothing takes.
+fn wrong_bodies() -> Vec<Value> {
+    let mut deep = json!({});
+    for _ in 0..100 {
+        deep = json!({"state": deep});
+    }
+    vec![
+        json!([]),
+        json!(7),
+        json!("Paused"),
+        json!({"no_such_field": true}),
+        json!({"state": "Flying"}),
+        json!({"action_type": "Fly", "state": 3}),
+        json!({"mem_size_mib": -1, "vcpu_count": "two"}),
+        json!({"drive_id": "x".repeat(10_000)}),
+        json!({"image": 7, "snapshot_path": []}),
+        deep,
+    ]
+}
+
+/// Bytes that are no request of HTTP, or only part of one.
+const NO_REQUESTS: [&str; 6] = [
+    "\r\n\r\n",
+    "GET / HTTP/9.9\r\n\r\n",
+    "\u{0}\u{1}\u{2}\u{3} rubbish",
+    "PUT /vm HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+    "PUT /vm HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n{}",
+    "PUT /vm HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n{}",
+];
+
+fn send_what_is_no_request(socket: &Path) {
+    for bytes in NO_REQUESTS {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.write_all(bytes.as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        // A reset connection is an answer, too.
+        let _ = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(
+            answer.is_empty() || answer.starts_with("HTTP/1.1 4"),
+            "{bytes:?}: {answer}"
+        );
+    }
+}
+
+#[test]
+fn a_barrage_of_bad_requests_leaves_a_running_guest_and_its_monitor_as_they_were() {
+    let mut machine = booted("fill:8m:256k:7 count:3");
+    let seen = |machine: &Monitor| {
+        ["/", "/vm/config", "/machine-config"].map(|path| machine.demand("GET", path, &Value::Null))
+    };
+    let descriptors = |machine: &Monitor| {
+        let folder = format!("/proc/{}/fd", machine.pid());
+        fs::read_dir(folder).unwrap().count()
+    };
+    let (before, open_before) = (seen(&machine), descriptors(&machine));
+    let socket = machine.socket().to_owned();
+    thread::scope(|scope| {
+        for verb in ["GET", "PUT", "PATCH", "DELETE"] {
+            let socket = &socket;
+            scope.spawn(move || {
+                for path in PATHS {
+                    for body in wrong_bodies() {
+                        let (status, answer) = ask(socket, verb, path, &body);
+                        assert!(
+                            (400..500).contains(&status),
+                            "{verb} {path} {body}: {status} {answer}"
+                        );
+                        let fault = answer["fault_message"].as_str().or(answer["error"].as_str());
+                        assert!(
+                            !fault.unwrap_or_default().is_empty(),
+                            "{verb} {path} {body}: {answer}"
+                        );
+                    }
+                }
+            });
+        }
+        scope.spawn(|| send_what_is_no_request(&socket));
+    });
+    assert_eq!(seen(&machine), before);
+    wait_until("its connections are closed", || {
+        descriptors(&machine) == open_before
+    });
+    tell(&mut machine, "checkfill:8m:256k:7 count:1", "checkfill=right");
+    machine.wait_for_console("count=4");
 }
