@@ -74,6 +74,10 @@ pub struct Cli {
     #[arg(long, value_name = "BYTES", default_value_t = BODY_BYTES_MAX)]
     pub http_api_max_payload_size: usize,
 
+    /// Print what this host's KVM offers machines, as JSON, and run none.
+    #[arg(long, exclusive = true)]
+    pub describe_host: bool,
+
     /// Accepted, since Firecracker's users give it: this version has no seccomp filters.
     #[arg(long, hide = true)]
     pub no_seccomp: bool,

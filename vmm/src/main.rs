@@ -5,7 +5,7 @@
 
 use std::error::Error;
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::panic;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use runnel_vmm::control::{
 };
 use runnel_vmm::engine::KvmEngine;
 use runnel_vmm::exit::ExitCode;
+use runnel_vmm::kvm;
 use runnel_vmm::logger::{Logger, LoggerError};
 use runnel_vmm::version::{FIRECRACKER_VERSION, RUNNEL_VERSION};
 use rustix::fs::Mode;
@@ -75,6 +76,9 @@ fn main() -> std::process::ExitCode {
             };
         }
     };
+    if cli.describe_host {
+        return describe_host();
+    }
     // A panic unwinds through everything that gives something back: the terminal, the sockets.
     let ended = panic::catch_unwind(|| monitor(&cli));
     let code = match ended {
@@ -89,6 +93,15 @@ fn main() -> std::process::ExitCode {
     };
     tracing::info!("Runnel exiting. exit_code={}", code as u8);
     code.into()
+}
+
+fn describe_host() -> std::process::ExitCode {
+    // All of it has a form in JSON; where nobody reads it, nothing can be done.
+    let description = serde_json::to_string(&kvm::describe()).unwrap_or_default();
+    match writeln!(io::stdout(), "{description}") {
+        Ok(()) => ExitCode::Ok.into(),
+        Err(_) => ExitCode::Failure.into(),
+    }
 }
 
 fn trace(error: &dyn Error) -> String {

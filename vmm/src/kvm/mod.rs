@@ -2,14 +2,17 @@
 //!
 //! **Never**: decides what a machine is made of, or knows a device.
 
+mod description;
 mod immediate_exit;
 mod internal_error;
+mod probe;
 mod vm;
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, MsrList};
 use kvm_ioctls::Cap;
 use vmm_sys_util::errno;
 
+pub use description::{Description, Guests, describe};
 pub use immediate_exit::ImmediateExit;
 pub use internal_error::describe_internal_error;
 pub use vm::{DirtyLog, Vm};
@@ -27,10 +30,10 @@ pub enum KvmError {
         found: i32,
     },
     /// The kernel, or this processor, lacks something.
-    #[error("this host's KVM lacks {capability:?}: Linux 6.1 or later is needed")]
+    #[error("this host's KVM lacks {capabilities:?}: Linux 6.1 or later is needed")]
     Missing {
         /// What it lacks.
-        capability: Cap,
+        capabilities: Vec<Cap>,
     },
     /// A call failed.
     #[error("KVM cannot {operation}")]
@@ -87,13 +90,14 @@ impl Kvm {
         if u32::try_from(found) != Ok(KVM_API_VERSION) {
             return Err(KvmError::Version { found });
         }
-        match NEEDED
+        let capabilities: Vec<Cap> = NEEDED
             .into_iter()
-            .find(|capability| !fd.check_extension(*capability))
-        {
-            Some(capability) => Err(KvmError::Missing { capability }),
-            None => Ok(Self { fd }),
+            .filter(|capability| !fd.check_extension(*capability))
+            .collect();
+        if !capabilities.is_empty() {
+            return Err(KvmError::Missing { capabilities });
         }
+        Ok(Self { fd })
     }
 
     /// The number that KVM answers for `capability`; 0 where it is not there.

@@ -1,72 +1,71 @@
-//! KVM: whether it may be used, and can do what the monitor asks of it (Documentation/virt/kvm/api.rst).
+//! KVM: whether it may be used, can do what the monitor asks of it, and runs Linux. The monitor says it of itself
+//! (`runnel-vmm --describe-host`).
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::process::Command;
+
+use serde::Deserialize;
 
 use super::Finding;
+use crate::program;
 
 const DEVICE: &str = "/dev/kvm";
 
-const GET_API_VERSION: libc::c_ulong = 0xAE00;
-const CHECK_EXTENSION: libc::c_ulong = 0xAE03;
-
-/// The only version there has been since 2.6.22.
-const API_VERSION: libc::c_int = 12;
-
-/// Without these the monitor refuses to start a machine: the same as in `runnel_vmm::kvm`, which is not linked in here.
-const NEEDED: [(&str, libc::c_ulong); 13] = [
-    ("IRQCHIP", 0),
-    ("USER_MEMORY", 3),
-    ("EXT_CPUID", 7),
-    ("MP_STATE", 14),
-    ("IRQFD", 32),
-    ("PIT2", 33),
-    ("IOEVENTFD", 36),
-    ("ADJUST_CLOCK", 39),
-    ("VCPU_EVENTS", 41),
-    ("DEBUGREGS", 50),
-    ("XSAVE", 55),
-    ("XCRS", 56),
-    ("IMMEDIATE_EXIT", 136),
-];
-
-const MAX_VCPUS: libc::c_ulong = 66;
-const TSC_CONTROL: libc::c_ulong = 60;
-
 /// The most vCPUs of a machine.
-const VCPUS_MAX: libc::c_int = 32;
+const VCPUS_MAX: i32 = 32;
+
+/// What the monitor says of this host's KVM: `runnel_vmm::kvm::Description`, which is not linked in here.
+#[derive(Deserialize)]
+struct Description {
+    error: Option<String>,
+    lacks: Vec<String>,
+    guests: Option<String>,
+    vcpus_max: i32,
+    scales_tsc: bool,
+}
 
 pub(super) fn examine() -> Vec<Finding> {
     const CHECK: &str = "kvm";
-    let kvm = match OpenOptions::new().read(true).write(true).open(DEVICE) {
-        Ok(kvm) => kvm,
-        Err(error) => return vec![unusable(CHECK, &error)],
+    // Here rather than by the monitor: what to do depends on why.
+    if let Err(error) = OpenOptions::new().read(true).write(true).open(DEVICE) {
+        return vec![unusable(CHECK, &error)];
+    }
+    let host = match ask_monitor() {
+        Ok(host) => host,
+        Err(reason) => {
+            let found = format!("{DEVICE} can be opened; the monitor does not say more: {reason}");
+            return vec![Finding::warning(
+                CHECK,
+                found,
+                "see what is said of the monitor below",
+            )];
+        }
     };
-    let version = ask(&kvm, GET_API_VERSION, 0);
-    if version != API_VERSION {
-        let found = format!("{DEVICE} speaks version {version} of its interface, not {API_VERSION}");
+    if !host.lacks.is_empty() {
+        let found = format!("{DEVICE} lacks {}", host.lacks.join(", "));
+        return vec![Finding::missing(CHECK, found, "use a newer kernel, 6.1 at least")];
+    }
+    if let Some(error) = host.error {
         return vec![Finding::missing(
             CHECK,
-            found,
+            error,
             "use a kernel's own KVM, 6.1 or newer",
         )];
-    }
-    let lacking: Vec<&str> = NEEDED
-        .iter()
-        .filter(|(_, number)| ask(&kvm, CHECK_EXTENSION, *number) <= 0)
-        .map(|(name, _)| *name)
-        .collect();
-    if !lacking.is_empty() {
-        let found = format!("{DEVICE} lacks {}", lacking.join(", "));
-        return vec![Finding::missing(CHECK, found, "use a newer kernel, 6.1 at least")];
     }
     let access = Finding::ok(
         CHECK,
         format!("{DEVICE} can be used and has all that the monitor needs"),
     );
-    vec![access, hardware(Path::new("/sys/module")), vcpus(&kvm), tsc(&kvm)]
+    vec![access, guests(&host), vcpus(&host), tsc(&host)]
+}
+
+fn ask_monitor() -> Result<Description, String> {
+    let monitor = program::monitor().map_err(|error| error.to_string())?;
+    let output = Command::new(monitor).arg("--describe-host").output();
+    let output = output.map_err(|error| error.to_string())?;
+    serde_json::from_slice(&output.stdout)
+        .map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
 fn unusable(check: &'static str, error: &io::Error) -> Finding {
@@ -83,33 +82,30 @@ fn unusable(check: &'static str, error: &io::Error) -> Finding {
     Finding::missing(check, format!("{DEVICE} cannot be opened: {error}"), advice)
 }
 
-/// Whether guest code runs on the processor. A KVM without hardware virtualization interprets it, and lacks
-/// instructions that every Linux kernel needs.
-fn hardware(modules: &Path) -> Finding {
+/// A KVM without hardware virtualization interprets guest code, and lacks instructions that every kernel needs.
+fn guests(host: &Description) -> Finding {
     const CHECK: &str = "guests";
-    let vendors = ["kvm_intel", "kvm_amd"];
-    match vendors.iter().find(|name| modules.join(name).exists()) {
-        Some(name) => Finding::ok(CHECK, format!("run on the processor, by {name}")),
-        None => Finding::warning(
+    match host.guests.as_deref() {
+        Some("linux") => Finding::ok(CHECK, "Linux runs: a guest's instructions are the processor's"),
+        _ => Finding::warning(
             CHECK,
-            "neither kvm_intel nor kvm_amd is loaded: this KVM may interpret guest code, and then Linux does not run on it",
+            "this KVM interprets guest code and knows too little of it: Linux does not run on it",
             "use a host with VT-x or AMD-V, or nested virtualization switched on if this is a virtual machine",
         ),
     }
 }
 
-fn vcpus(kvm: &File) -> Finding {
-    let most = ask(kvm, CHECK_EXTENSION, MAX_VCPUS);
-    let found = format!("machines of up to {} vCPUs", most.clamp(0, VCPUS_MAX));
-    if most >= VCPUS_MAX {
+fn vcpus(host: &Description) -> Finding {
+    let found = format!("machines of up to {} vCPUs", host.vcpus_max.clamp(0, VCPUS_MAX));
+    if host.vcpus_max >= VCPUS_MAX {
         return Finding::ok("vcpus", found);
     }
     Finding::warning("vcpus", found, "larger machines need another kernel's KVM")
 }
 
 /// Whether a machine that was saved on a host with another TSC frequency runs here.
-fn tsc(kvm: &File) -> Finding {
-    if ask(kvm, CHECK_EXTENSION, TSC_CONTROL) > 0 {
+fn tsc(host: &Description) -> Finding {
+    if host.scales_tsc {
         return Finding::ok("tsc", "the TSC's frequency can be scaled");
     }
     Finding::warning(
@@ -119,24 +115,25 @@ fn tsc(kvm: &File) -> Finding {
     )
 }
 
-/// Asks the device for a number; negative if it does not know the question.
-fn ask(kvm: &File, request: libc::c_ulong, argument: libc::c_ulong) -> libc::c_int {
-    // SAFETY: both requests take a number, not a pointer, and change nothing.
-    unsafe { libc::ioctl(kvm.as_raw_fd(), request, argument) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::commands::doctor::Verdict;
 
+    fn host(guests: &str) -> Description {
+        Description {
+            error: None,
+            lacks: Vec::new(),
+            guests: Some(guests.into()),
+            vcpus_max: 64,
+            scales_tsc: true,
+        }
+    }
+
     #[test]
-    fn a_kvm_without_the_processors_help_is_warned_about() {
-        let modules = tempfile::tempdir().unwrap();
-        std::fs::create_dir(modules.path().join("kvm_pvm")).unwrap();
-        assert_eq!(hardware(modules.path()).verdict, Verdict::Warning);
-        std::fs::create_dir(modules.path().join("kvm_amd")).unwrap();
-        assert_eq!(hardware(modules.path()).verdict, Verdict::Ok);
+    fn a_kvm_that_does_not_run_linux_is_warned_about() {
+        assert_eq!(guests(&host("bare")).verdict, Verdict::Warning);
+        assert_eq!(guests(&host("linux")).verdict, Verdict::Ok);
     }
 
     #[test]
