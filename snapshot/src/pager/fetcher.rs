@@ -12,9 +12,12 @@
 //! One fetcher serves a whole machine: its memory through [`MemoryPager`](super::MemoryPager), its drives through
 //! overlays that block in [`Fetcher::wait`].
 
-use std::collections::BTreeMap;
+mod queue;
+mod report;
+mod settings;
+
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
@@ -22,89 +25,9 @@ use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
 
 use super::waits::{Histogram, Waits};
-
-/// How a [`Fetcher`] behaves.
-#[derive(Clone, Debug)]
-pub struct FetcherSettings {
-    /// Bytes of the aligned block around a demanded chunk whose chunks are asked for along with it; none if a chunk is as
-    /// large. What a guest touches lies together: a resumed Debian demanded 789 chunks, without neighbours, until it
-    /// served a web page; played back, that sequence leaves 336 waits with 256 KiB, and 122 with 1 MiB.
-    pub neighbourhood_bytes: u64,
-    /// Whether chunks that nobody asked for are fetched in the background, until the machine has them all.
-    pub fill: bool,
-    /// Background chunks under way at once. The source holds its rate; this only keeps its queue short.
-    pub fill_window: usize,
-    /// The first pause before asking again for a chunk that failed; doubles each time.
-    pub retry_min: Duration,
-    /// The longest such pause.
-    pub retry_max: Duration,
-    /// A demanded chunk that stays away this long stalls the machine, whether its source says why or is silent: an
-    /// outage that is over sooner is a slow page. A failure that no waiting cures stalls it at once.
-    pub stall_after: Duration,
-}
-
-impl FetcherSettings {
-    /// For a source that is a round trip away, where waiting costs more than fetching what may not be needed soon.
-    #[must_use]
-    pub fn far() -> Self {
-        Self {
-            neighbourhood_bytes: 1 << 20,
-            ..Self::default()
-        }
-    }
-}
-
-/// For a source at hand.
-impl Default for FetcherSettings {
-    fn default() -> Self {
-        Self {
-            neighbourhood_bytes: 256 << 10,
-            fill: true,
-            fill_window: 64,
-            retry_min: Duration::from_millis(50),
-            retry_max: Duration::from_secs(2),
-            stall_after: Duration::from_secs(15),
-        }
-    }
-}
-
-/// Why a machine is stalled: the oldest chunk that somebody waits for and that does not come.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stall {
-    /// The volume it belongs to.
-    pub volume: VolumeName,
-    /// The chunk that is missing.
-    pub chunk: ChunkIndex,
-    /// What the source said, or that it says nothing.
-    pub reason: String,
-    /// How long it has been waited for.
-    pub waiting: Duration,
-    /// How many chunks are waited for in all.
-    pub chunks_waited_for: usize,
-}
-
-/// What a fetcher has done so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FetcherCounters {
-    /// Chunks that arrived with data.
-    pub data_chunks: u64,
-    /// Chunks that arrived as zeros.
-    pub zero_chunks: u64,
-    /// Chunks that somebody waited for.
-    pub demanded_chunks: u64,
-    /// Failures that the source reported.
-    pub failures: u64,
-    /// Chunks of all volumes.
-    pub chunks_total: u64,
-}
-
-impl FetcherCounters {
-    /// Whether every chunk has arrived: the machine needs its source no more.
-    #[must_use]
-    pub fn is_complete(&self) -> bool {
-        self.data_chunks + self.zero_chunks == self.chunks_total
-    }
-}
+use queue::{Pending, Queue, Work};
+pub use report::{FetcherCounters, Stall};
+pub use settings::FetcherSettings;
 
 const ABSENT: u8 = 0;
 const DATA: u8 = 1;
@@ -118,56 +41,6 @@ struct Volume {
     /// `ABSENT`, `DATA` or `ZERO`, one a chunk; read without a lock on the fault path.
     chunks: Vec<AtomicU8>,
     on_arrival: OnceLock<ArrivalHook>,
-}
-
-/// A chunk under way.
-struct Pending {
-    urgency: Urgency,
-    /// Whether it takes a place in the fill's window.
-    fills: bool,
-    /// Since when somebody waits for it; `None` for prefetch.
-    demanded: Option<Instant>,
-    /// Whether one of them waits until it is here; a guest's access cannot be taken back.
-    is_needed: bool,
-    /// How many of them may give up.
-    may_give_up: usize,
-    failed: Option<(ChunkFailure, u32)>,
-    /// When to ask again, after a failure.
-    retry_at: Option<Instant>,
-}
-
-#[derive(Default)]
-struct Queue {
-    pending: BTreeMap<ChunkId, Pending>,
-    /// Where the background fill goes on.
-    fill_next: Option<ChunkId>,
-    fill_under_way: usize,
-    /// Something came that the thread should look at; kept here because it may not be waiting yet.
-    news: bool,
-    stopping: bool,
-}
-
-/// The queue and its signal, apart from the fetcher, so that the thread can wait without keeping the fetcher alive.
-#[derive(Default)]
-struct Work {
-    /// Held for bookkeeping only: never while the source, a hook or guest memory is touched.
-    queue: Mutex<Queue>,
-    /// Told of arrivals (for [`Fetcher::wait`]), of work for the thread, and of stopping.
-    changed: Condvar,
-}
-
-impl Work {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        // Every critical section leaves the queue whole, so a panic elsewhere does not spoil it.
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns when there are news, or after `pause`.
-    fn sleep(&self, pause: Duration) {
-        let nothing_new = |queue: &mut Queue| !queue.stopping && !queue.news;
-        let slept = self.changed.wait_timeout_while(self.lock(), pause, nothing_new);
-        slept.unwrap_or_else(PoisonError::into_inner).0.news = false;
-    }
 }
 
 /// See the module.
@@ -598,50 +471,6 @@ impl Volume {
             about: about.clone(),
             chunks: (0..chunks).map(|_| AtomicU8::new(ABSENT)).collect(),
             on_arrival: OnceLock::new(),
-        }
-    }
-}
-
-impl Pending {
-    fn new() -> Self {
-        Self {
-            urgency: Urgency::Fill,
-            fills: false,
-            demanded: None,
-            is_needed: false,
-            may_give_up: 0,
-            failed: None,
-            retry_at: None,
-        }
-    }
-}
-
-impl Queue {
-    /// Notes that a chunk is under way; `false` if it was already.
-    fn add(&mut self, id: ChunkId, urgency: Urgency) -> bool {
-        if self.pending.contains_key(&id) {
-            return false;
-        }
-        self.pending.insert(
-            id,
-            Pending {
-                urgency,
-                fills: urgency == Urgency::Fill,
-                ..Pending::new()
-            },
-        );
-        true
-    }
-
-    /// One who may give up does. Nobody is kept waiting by a chunk that nobody waits for: it goes on as prefetch.
-    fn give_up(&mut self, id: ChunkId) {
-        let Some(pending) = self.pending.get_mut(&id) else {
-            return;
-        };
-        pending.may_give_up = pending.may_give_up.saturating_sub(1);
-        if pending.may_give_up == 0 && !pending.is_needed {
-            pending.demanded = None;
-            pending.urgency = pending.urgency.min(Urgency::Soon);
         }
     }
 }
