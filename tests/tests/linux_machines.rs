@@ -124,7 +124,7 @@ fn comes_back_as_it_was(kernel: &str, vcpus: u8, source: &ClockSource) {
     // Counters are read before the clock, one vCPU after the other, and set so: where the host is emulated that takes
     // so long with four of them that Linux may see the difference.
     let but_for: &[&str] = if is_old || vcpus > 1 { &[" unstable "] } else { &[] };
-    linux.tell("work sleep:5 &");
+    linux.sleep(Duration::from_secs(5));
     let (from, before) = (Instant::now(), linux.clock());
     let mut saved = linux.save("echo typed=$((6 * 7))");
     if is_old {
@@ -158,7 +158,7 @@ fn comes_back_as_it_was(kernel: &str, vcpus: u8, source: &ClockSource) {
     // After ten minutes: all clocks go forward, and what is overdue is done at once.
     // Nothing may compute meanwhile: Linux takes the time for that of the process that runs, and lets it wait.
     linux.tell("killall -USR1 work");
-    linux.tell(&format!("work sleep:{} &", LONG_SLEEP.as_secs()));
+    linux.sleep(LONG_SLEEP);
     let (from, before) = (Instant::now(), linux.clock());
     let mut saved = linux.save("");
     saved.age_clock(AWAY);
@@ -345,6 +345,13 @@ impl Linux {
     /// Types a line.
     fn tell(&mut self, words: &str) {
         writeln!(self.console, "{words}").unwrap();
+    }
+
+    /// Has a process sleep for so long, and waits until it has begun.
+    #[track_caller]
+    fn sleep(&mut self, duration: Duration) {
+        self.tell(&format!("work sleep:{} &", duration.as_secs()));
+        self.value("sleeping");
     }
 
     /// Waits until each of `jobs` of the guest has got on.

@@ -6,7 +6,8 @@
  *     registers             values in every vector register, one process a CPU; ends at SIGUSR1
  *     disk:DEVICE           four processes that write, flush, read and compare past the cache
  *     stream:ADDRESS:PORT   a TCP connection to somebody who sends back what he gets
- *   work sleep:SECONDS      sleeps so long, and prints slept=MILLISECONDS, by the clock that never jumps
+ *   work sleep:SECONDS      prints sleeping=SECONDS, sleeps so long, and prints slept=MILLISECONDS, by the clock that
+ *                           never jumps; from the first line on, a pause of the guest does not put off the end
  *
  * A line counts one up, so that lost and doubled ones are seen. They come in bursts that take the serial port longer
  * than the program. What goes wrong is said as error=..., and that job ends.
@@ -178,9 +179,13 @@ static void send_and_receive(char *address)
 
 static void sleep_for(long seconds)
 {
-	struct timespec from, to;
+	struct timespec from, until, to;
 	clock_gettime(CLOCK_MONOTONIC, &from);
-	nap(seconds * 1000000);
+	until = from;
+	until.tv_sec += seconds;
+	printf("sleeping=%ld\n", seconds);
+	fflush(stdout);
+	while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL)) { }
 	clock_gettime(CLOCK_MONOTONIC, &to);
 	printf("slept=%ld\n", (to.tv_sec - from.tv_sec) * 1000 + (to.tv_nsec - from.tv_nsec) / 1000000);
 }
