@@ -1,6 +1,7 @@
 use std::os::fd::AsFd as _;
 use std::sync::mpsc;
 
+use super::super::message::{BadMessage, Hello, Opened};
 use super::*;
 use crate::protocol::message::OpenedVolume;
 use crate::protocol::{PacketListener, Refused};

@@ -1,0 +1,211 @@
+//! From a socket's path to an open image: what is asked, how long is waited, and what an agent's answer must hold.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::super::message::{
+    AgentStatus, BadMessage, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
+};
+use super::super::socket::PacketSocket;
+use crate::digest::BlobDigest;
+
+/// The longest state or manifest that is taken from an agent.
+const DOCUMENT_BYTES_MAX: u64 = 16 << 20;
+
+/// Why an image could not be opened through an agent.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Nobody listens.
+    #[error("no agent answers at {path}; start one with `runnel agent`")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The agent hung up, or the connection broke.
+    #[error("the agent hung up before it opened the image")]
+    HungUp(#[source] io::Error),
+    /// The agent did not open the image within the time given.
+    #[error("the agent did not open the image within {} ms", .0.as_millis())]
+    TimedOut(Duration),
+    /// The agent says why not.
+    #[error("the agent cannot open the image: {0}")]
+    Refused(String),
+    /// What it sent is no answer.
+    #[error("the agent's answer makes no sense")]
+    Message(#[from] BadMessage),
+    /// What it sent contradicts itself.
+    #[error("the agent's answer makes no sense: {0}")]
+    Answer(&'static str),
+    /// It is not wanted any more.
+    #[error("opening the image was called off")]
+    CalledOff,
+    /// This process lacks something.
+    #[error("cannot talk to the agent")]
+    Local(#[source] io::Error),
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// The agent's socket.
+    pub agent: PathBuf,
+    /// The image, as people write it.
+    pub image: String,
+    /// Whose machine this is, for the agent's log.
+    pub machine: String,
+    /// How long the first opening may take. Later ones have no limit.
+    pub deadline: Duration,
+}
+
+/// An open connection and what came with it.
+pub(super) struct Connection {
+    pub(super) socket: PacketSocket,
+    pub(super) opened: Opened,
+    pub(super) state: Vec<u8>,
+    pub(super) manifest: Vec<u8>,
+    pub(super) page_files: Vec<File>,
+}
+
+impl Connection {
+    /// Connects and asks for the image; waits for as long as `patience` says, or for ever.
+    pub(super) fn open(
+        opening: &Opening,
+        digest: Option<BlobDigest>,
+        patience: Option<&Patience<'_>>,
+    ) -> Result<Self, ConnectError> {
+        let socket = PacketSocket::connect(&opening.agent).map_err(|source| ConnectError::Connect {
+            path: opening.agent.clone(),
+            source,
+        })?;
+        let hello = Hello {
+            protocol: PROTOCOL_VERSION,
+            image: opening.image.clone(),
+            digest,
+            machine: opening.machine.clone(),
+        };
+        socket
+            .send(&FromMonitor::Hello(hello).to_bytes(), &[])
+            .map_err(ConnectError::HungUp)?;
+        if let Some(patience) = patience {
+            wait_readable(&socket, patience)?;
+        }
+        let mut message = Vec::new();
+        let files = socket.receive(&mut message).map_err(ConnectError::HungUp)?;
+        if message.is_empty() {
+            return Err(ConnectError::HungUp(io::ErrorKind::UnexpectedEof.into()));
+        }
+        match FromAgent::parse(&message)? {
+            FromAgent::Opened(opened) => Self::from_answer(socket, opened, files),
+            FromAgent::Refused(refused) => Err(ConnectError::Refused(refused.reason)),
+            FromAgent::Arrived(_) | FromAgent::Failed(..) | FromAgent::Status(_) => {
+                Err(ConnectError::Answer("chunks before the image is open"))
+            }
+        }
+    }
+
+    fn from_answer(socket: PacketSocket, opened: Opened, files: Vec<OwnedFd>) -> Result<Self, ConnectError> {
+        if opened.volumes.len() > VOLUMES_MAX || files.len() != opened.volumes.len() + 2 {
+            return Err(ConnectError::Answer("not one page file a volume"));
+        }
+        let mut files = files.into_iter().map(File::from);
+        let mut document = || match files.next() {
+            Some(file) => read_document(file),
+            None => Err(ConnectError::Answer("a document is missing")),
+        };
+        let (state, manifest) = (document()?, document()?);
+        let page_files: Vec<_> = files.collect();
+        for (file, volume) in page_files.iter().zip(&opened.volumes) {
+            // A page file that is too short would end in SIGBUS.
+            if file.metadata().map_err(ConnectError::Local)?.len() < volume.bytes {
+                return Err(ConnectError::Answer("a page file is shorter than its volume"));
+            }
+        }
+        Ok(Self {
+            socket,
+            opened,
+            state,
+            manifest,
+            page_files,
+        })
+    }
+}
+
+/// How long an answer is waited for.
+pub(super) struct Patience<'a> {
+    pub(super) deadline: Duration,
+    pub(super) give_up: &'a dyn Fn() -> bool,
+}
+
+/// How often it is asked whether to give up.
+const LOOK: Duration = Duration::from_millis(50);
+
+fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), ConnectError> {
+    let timed_out = || ConnectError::TimedOut(patience.deadline);
+    let until = Instant::now() + patience.deadline;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let pause = Timespec::try_from(left.min(LOOK)).map_err(|_| timed_out())?;
+        match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&pause)) {
+            Ok(0) if left.is_zero() => return Err(timed_out()),
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(ConnectError::Local(error.into())),
+        }
+        if (patience.give_up)() {
+            return Err(ConnectError::CalledOff);
+        }
+    }
+}
+
+fn read_document(mut file: File) -> Result<Vec<u8>, ConnectError> {
+    use std::io::Seek as _;
+    let bytes = file.metadata().map_err(ConnectError::Local)?.len();
+    if bytes > DOCUMENT_BYTES_MAX {
+        return Err(ConnectError::Answer("a state or manifest of more than 16 MiB"));
+    }
+    let mut document = Vec::new();
+    file.rewind().map_err(ConnectError::Local)?;
+    file.take(DOCUMENT_BYTES_MAX)
+        .read_to_end(&mut document)
+        .map_err(ConnectError::Local)?;
+    Ok(document)
+}
+
+/// Whether an agent listens at `path`.
+#[must_use]
+pub fn is_answering(path: &Path) -> bool {
+    PacketSocket::connect(path).is_ok()
+}
+
+/// Asks the agent at `path` what it has open.
+///
+/// # Errors
+/// When no agent answers there within `deadline`.
+pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectError> {
+    let socket = PacketSocket::connect(path).map_err(|source| ConnectError::Connect {
+        path: path.to_owned(),
+        source,
+    })?;
+    socket
+        .send(&FromMonitor::Status.to_bytes(), &[])
+        .map_err(ConnectError::HungUp)?;
+    let patience = Patience {
+        deadline,
+        give_up: &|| false,
+    };
+    wait_readable(&socket, &patience)?;
+    let mut message = Vec::new();
+    socket.receive(&mut message).map_err(ConnectError::HungUp)?;
+    match FromAgent::parse(&message)? {
+        FromAgent::Status(status) => Ok(status),
+        _ => Err(ConnectError::Answer("it is no status")),
+    }
+}
