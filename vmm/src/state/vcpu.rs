@@ -1,8 +1,9 @@
 //! A vCPU's section.
 //!
-//! **Order on save**: the run state first, for reading it finishes an INIT under way; MSRs before the local APIC, for
-//! its timer may fire at any time, which sets an interrupt in the APIC and takes the deadline out of its MSR: seen in
-//! this order such a tick comes twice at worst, and never not at all ([`deadline`]); events last, for other calls may
+//! **Order on save**: the run state first, for reading it finishes an INIT under way; then the events once, for
+//! reading them puts what a pending exception carries into CR2 or DR6; MSRs before the local APIC, for its timer may
+//! fire at any time, which sets an interrupt in the APIC and takes the deadline out of its MSR: seen in this order such
+//! a tick comes twice at worst, and never not at all ([`deadline`]); events last and for good, for other calls may
 //! change what is pending.
 //!
 //! **Order on restore**: CPUID first, for everything else is checked against it; the TSC's frequency before its
@@ -74,6 +75,8 @@ impl<'a> Section for Vcpu<'a> {
         let Self { fd, host } = *self;
         // First, for this call finishes an INIT that is under way, and that changes registers.
         let mp_state = fd.get_mp_state().map_err(failed("read a vCPU's run state"))?;
+        let events = || fd.get_vcpu_events().map_err(failed("read pending events"));
+        let _ = events()?; // only for what it does to CR2 and DR6
         let msrs = msrs::read(fd, host)?;
         let lapic = fd.get_lapic().map_err(failed("read the local APIC"))?;
         Ok(VcpuState {
@@ -91,7 +94,7 @@ impl<'a> Section for Vcpu<'a> {
             debug_regs: fd.get_debug_regs().map_err(failed("read debug registers"))?,
             lapic,
             msrs,
-            events: fd.get_vcpu_events().map_err(failed("read pending events"))?,
+            events: events()?,
         })
     }
 
