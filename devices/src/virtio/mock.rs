@@ -2,7 +2,7 @@
 //! does, and misbehaves when told to.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use runnel_snapshot::block_store::GuestRam;
@@ -227,22 +227,27 @@ impl Driver {
     /// Chains that the device has given back: head and bytes written.
     pub(crate) fn take_used(&mut self, queue: usize) -> Vec<(u32, u32)> {
         let (_, avail, used) = rings(queue);
-        let index: u16 = self.ram.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+        let event = avail + 4 + 2 * u64::from(QUEUE_SIZE);
         let state = &mut self.queues[queue];
         let mut taken = Vec::new();
-        while state.seen != index {
-            let at = used + 4 + 8 * u64::from(state.seen % QUEUE_SIZE);
-            let head: u32 = self.ram.read_obj(GuestAddress(at)).unwrap();
-            let len: u32 = self.ram.read_obj(GuestAddress(at + 4)).unwrap();
-            taken.push((head, len));
-            state.seen = state.seen.wrapping_add(1);
+        loop {
+            // «Interrupt me for the next one.» Before looking: one that comes in between says nothing of itself.
+            self.ram
+                .store(state.seen.to_le(), GuestAddress(event), Ordering::SeqCst)
+                .unwrap();
+            fence(Ordering::SeqCst);
+            let index: u16 = self.ram.load(GuestAddress(used + 2), Ordering::Acquire).unwrap();
+            if state.seen == index {
+                return taken;
+            }
+            while state.seen != index {
+                let at = used + 4 + 8 * u64::from(state.seen % QUEUE_SIZE);
+                let head: u32 = self.ram.read_obj(GuestAddress(at)).unwrap();
+                let len: u32 = self.ram.read_obj(GuestAddress(at + 4)).unwrap();
+                taken.push((head, len));
+                state.seen = state.seen.wrapping_add(1);
+            }
         }
-        // «Interrupt me for the next one.»
-        let event = avail + 4 + 2 * u64::from(QUEUE_SIZE);
-        self.ram
-            .store(state.seen.to_le(), GuestAddress(event), Ordering::SeqCst)
-            .unwrap();
-        taken
     }
 
     /// Waits for interrupts until `count` chains have come back.
