@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::mpsc::{Sender, channel};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use runnel_snapshot::block_store::GuestRam;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::transport::MmioDevice;
 use crate::bus::Offset;
@@ -32,18 +35,34 @@ pub(crate) fn ram() -> Arc<GuestRam> {
 
 /// Returns when the loop has dealt with everything that was waiting for it, and with what that led to.
 ///
-/// Not by freezing it, which makes devices put work off.
+/// Not by freezing it, which makes devices put work off; nor by calls from outside, any number of which may be made in
+/// one round.
 pub(crate) fn settle(event_loop: &EventLoop) {
-    struct Nobody;
-    impl MutEventSubscriber for Nobody {
-        fn init(&mut self, _: &mut EventOps<'_>) {}
-        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {}
+    struct Echo {
+        event: EventFd,
+        heard: Sender<()>,
     }
+    impl MutEventSubscriber for Echo {
+        fn init(&mut self, ops: &mut EventOps<'_>) {
+            ops.add(Events::new(&self.event, EventSet::IN)).unwrap();
+        }
+        fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+            self.event.read().unwrap();
+            self.heard.send(()).unwrap();
+        }
+    }
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let (heard, rounds) = channel();
+    let echo = Echo {
+        event: event.try_clone().unwrap(),
+        heard,
+    };
+    let id = event_loop.add(Box::new(echo)).unwrap();
     for _ in 0..4 {
-        // A call from outside is made after the events of its round.
-        let id = event_loop.add(Box::new(Nobody)).unwrap();
-        drop(event_loop.remove(id).unwrap());
+        event.write(1).unwrap();
+        rounds.recv().unwrap();
     }
+    drop(event_loop.remove(id).unwrap());
 }
 
 /// A buffer of a chain.
