@@ -96,11 +96,15 @@ fn main() -> std::process::ExitCode {
 }
 
 fn describe_host() -> std::process::ExitCode {
-    // All of it has a form in JSON; where nobody reads it, nothing can be done.
-    let description = serde_json::to_string(&kvm::describe()).unwrap_or_default();
-    match writeln!(io::stdout(), "{description}") {
+    let printed = serde_json::to_string(&kvm::describe())
+        .map_err(io::Error::from)
+        .and_then(|description| writeln!(io::stdout(), "{description}"));
+    match printed {
         Ok(()) => ExitCode::Ok.into(),
-        Err(_) => ExitCode::Failure.into(),
+        Err(error) => {
+            eprintln!("Error: this host's description cannot be printed: {error}");
+            ExitCode::Failure.into()
+        }
     }
 }
 

@@ -33,20 +33,31 @@ pub struct Description {
 /// Describes this host's KVM. It takes some milliseconds, for a guest of a few instructions is run.
 #[must_use]
 pub fn describe() -> Description {
-    match Kvm::open() {
-        Ok(kvm) => Description {
-            error: None,
-            lacks: Vec::new(),
-            guests: Some(match probe::runs_iret_and_sse(&kvm.fd) {
-                Ok(true) => Guests::Linux,
-                // A KVM that cannot go on with one of these instructions says so with an exit or an error.
-                Ok(false) | Err(_) => Guests::Bare,
-            }),
-            vcpus_max: kvm.extension(Cap::MaxVcpus),
-            scales_tsc: kvm.extension(Cap::TscControl) > 0,
-        },
-        Err(error) => Description {
-            lacks: match &error {
+    let kvm = match Kvm::open() {
+        Ok(kvm) => kvm,
+        Err(error) => return Description::of_unusable(&error),
+    };
+    let (guests, error) = match probe::runs_iret_and_sse(&kvm.fd) {
+        Ok(true) => (Some(Guests::Linux), None),
+        Ok(false) => (Some(Guests::Bare), None),
+        Err(error) => (
+            None,
+            Some(format!("a guest of a few instructions cannot be run: {error}")),
+        ),
+    };
+    Description {
+        error,
+        lacks: Vec::new(),
+        guests,
+        vcpus_max: kvm.extension(Cap::MaxVcpus),
+        scales_tsc: kvm.extension(Cap::TscControl) > 0,
+    }
+}
+
+impl Description {
+    fn of_unusable(error: &KvmError) -> Self {
+        Self {
+            lacks: match error {
                 KvmError::Missing { capabilities } => capabilities.iter().map(name).collect(),
                 _ => Vec::new(),
             },
@@ -54,7 +65,7 @@ pub fn describe() -> Description {
             guests: None,
             vcpus_max: 0,
             scales_tsc: false,
-        },
+        }
     }
 }
 

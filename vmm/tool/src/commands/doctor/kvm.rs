@@ -64,8 +64,11 @@ fn ask_monitor() -> Result<Description, String> {
     let monitor = program::monitor().map_err(|error| error.to_string())?;
     let output = Command::new(monitor).arg("--describe-host").output();
     let output = output.map_err(|error| error.to_string())?;
-    serde_json::from_slice(&output.stdout)
-        .map_err(|_| String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{}: {}", output.status, said.trim()));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|error| format!("it is of another version: {error}"))
 }
 
 fn unusable(check: &'static str, error: &io::Error) -> Finding {
