@@ -6,7 +6,7 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -249,11 +249,16 @@ struct Linux {
     _folder: TempDir,
 }
 
+/// Lines that a failure shows of what came before it.
+const LINES_KEPT: usize = 8;
+
 /// What was heard of the guest, by whichever machine it was printed.
 #[derive(Clone, Default)]
 struct Heard {
     /// Nobody has looked at it yet; the last line may be half of one.
     bytes: Vec<u8>,
+    /// The lines that were looked at last, as they came: a line that is broken shows by what broke it.
+    before: VecDeque<String>,
     /// The number of the last line of counters.
     last: Option<u64>,
 }
@@ -309,14 +314,19 @@ impl Linux {
             }
         };
         let line: Vec<u8> = self.heard.bytes.drain(..=end).collect();
-        let line = String::from_utf8(line).unwrap().trim().to_owned();
-        assert!(!line.starts_with("error="), "{line}");
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let before = &mut self.heard.before;
+        assert!(!line.contains("error="), "{before:?} {line:?}");
         if let Some(work) = counter(&line, "work") {
             let expected = self.heard.last.map_or(1, |last| last + 1);
-            assert_eq!(work, expected, "{line}");
+            assert_eq!(work, expected, "{before:?} {line:?}");
             self.heard.last = Some(work);
         }
-        line
+        before.push_back(line.clone());
+        if before.len() > LINES_KEPT {
+            before.pop_front();
+        }
+        line.trim().to_owned()
     }
 
     /// The next line that begins with `key=`, and what follows.
