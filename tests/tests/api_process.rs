@@ -1,10 +1,13 @@
 //! `runnel-vmm` as a process: its flags, sockets, signals and exit codes.
 
+use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::Command;
 
+use runnel_tests::bare::wait_until;
 use runnel_tests::monitor::{Monitor, ask};
 use runnel_tests::{bare_guest, program};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::{Value, json};
 
 /// A machine with the bare guest, which obeys `words`.
@@ -171,6 +174,32 @@ fn a_signal_ends_the_monitor_in_order_whatever_its_machine_does() {
             assert!(!monitor.socket().exists(), "{signal}");
         }
     }
+}
+
+#[test]
+fn a_console_that_nobody_reads_holds_up_neither_a_pause_nor_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("console");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // Both ends, and nobody reads.
+    let ends = OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", r#"console=$0; exec "$@" >"$console""#])
+        .arg(&pipe);
+    let mut monitor = Monitor::start_by(shell, &folder.path().join("api.sock"));
+    monitor.wait_for_log("Listening on API socket");
+
+    boot(&monitor, "count:0");
+    let takes_more = || {
+        let mut entries = [PollFd::new(&ends, PollFlags::OUT)];
+        poll(&mut entries, Some(&Timespec::default())).unwrap() > 0
+    };
+    wait_until("the pipe is full", || !takes_more());
+    monitor.demand("PATCH", "/vm", &json!({"state": "Paused"}));
+    monitor.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
+    monitor.signal("TERM");
+    assert_eq!(monitor.wait().0.code(), Some(0));
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Where the guest's serial console ends on the host: the monitor's standard input and output, a file, or a socket.
 //!
-//! What the guest prints goes straight from its vCPU's thread into a sink. What a person types comes in through a
-//! thread of its own, which holds back what does not fit into the port's FIFO until the guest has read.
+//! What the guest prints goes from its vCPU's thread into a sink, which never waits for long: where the other end may
+//! be slow, a queue and a thread stand between. What a person types comes in through a thread of its own, which holds
+//! back what does not fit into the port's FIFO until the guest has read.
 
 mod input;
+mod output;
 mod socket;
 mod terminal;
 
@@ -12,13 +14,21 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use runnel_devices::serial::{Serial, Sink};
 
 use crate::config;
 use input::InputThread;
+use output::OutputThread;
 use socket::ConsoleSocket;
 use terminal::RawTerminal;
+
+/// How much of the guest's output is kept for a reader: all messages of a kernel that panicked before anybody looked.
+const QUEUE_BYTES_MAX: usize = 256 << 10;
+
+/// How long a reader that reads nothing may hold up the vCPU that prints, once the queue is full.
+const READER_WAIT: Duration = Duration::from_secs(1);
 
 /// Why the console cannot end where it should.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +57,8 @@ pub enum ConsoleError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// No thread for input.
-    #[error("cannot start the thread of the serial console's input")]
+    /// No thread for input or output.
+    #[error("cannot start a thread for the serial console")]
     Thread(#[source] io::Error),
 }
 
@@ -61,8 +71,12 @@ pub struct Console {
 
 #[derive(Debug)]
 enum End {
-    /// The terminal is in raw mode only once there is a guest that listens.
-    Standard(Option<RawTerminal>),
+    Standard {
+        /// None where output is a file, which takes what it gets at once.
+        _output: Option<OutputThread>,
+        /// In raw mode only once there is a guest that listens.
+        terminal: Option<RawTerminal>,
+    },
     File,
     Socket(Arc<ConsoleSocket>),
 }
@@ -75,11 +89,12 @@ impl Console {
     pub fn open(place: &config::Serial) -> Result<(Self, Sink), ConsoleError> {
         let (end, sink): (End, Sink) = match place {
             config::Serial::Standard => {
-                let output = duplicate(io::stdout()).map_err(|source| ConsoleError::Standard {
-                    stream: "output",
-                    source,
-                })?;
-                (End::Standard(None), Box::new(output))
+                let (output, sink) = standard_output()?;
+                let end = End::Standard {
+                    _output: output,
+                    terminal: None,
+                };
+                (end, sink)
             }
             config::Serial::File(path) => {
                 let failed = |source| ConsoleError::File {
@@ -109,7 +124,7 @@ impl Console {
     /// When there is no thread to be had for it.
     pub fn connect(&mut self, serial: &Arc<Serial>) -> Result<(), ConsoleError> {
         let source: Box<dyn input::Source> = match &mut self.end {
-            End::Standard(terminal) => {
+            End::Standard { terminal, .. } => {
                 let input = duplicate(io::stdin()).map_err(|source| ConsoleError::Standard {
                     stream: "input",
                     source,
@@ -123,6 +138,20 @@ impl Console {
         self.input = Some(InputThread::start(source, Arc::clone(serial)).map_err(ConsoleError::Thread)?);
         Ok(())
     }
+}
+
+/// The monitor's standard output, and the thread that writes to it where a write may take its time.
+fn standard_output() -> Result<(Option<OutputThread>, Sink), ConsoleError> {
+    let failed = |source| ConsoleError::Standard {
+        stream: "output",
+        source,
+    };
+    let output = duplicate(io::stdout()).map_err(failed)?;
+    if output.metadata().map_err(failed)?.is_file() {
+        return Ok((None, Box::new(output)));
+    }
+    let (thread, sink) = OutputThread::start(output).map_err(ConsoleError::Thread)?;
+    Ok((Some(thread), Box::new(sink)))
 }
 
 fn duplicate(stream: impl std::os::fd::AsFd) -> io::Result<File> {

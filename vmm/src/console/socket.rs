@@ -12,19 +12,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::input::{Source, Wait};
-
-/// How much of the guest's output is kept: all messages of a kernel that panicked before anybody looked.
-const QUEUE_BYTES_MAX: usize = 256 << 10;
-
-/// How long a client that reads nothing may hold up the vCPU that prints, once the queue is full.
-const CLIENT_WAIT: Duration = Duration::from_secs(1);
+use super::{QUEUE_BYTES_MAX, READER_WAIT};
 
 /// The socket, and who is there.
 #[derive(Debug)]
@@ -43,6 +37,8 @@ pub(super) struct ConsoleSocket {
 struct Line {
     client: Option<UnixStream>,
     queue: VecDeque<u8>,
+    /// The client has read nothing for [`READER_WAIT`]: until it does, a full queue loses what comes at once.
+    is_given_up: bool,
 }
 
 impl ConsoleSocket {
@@ -67,6 +63,7 @@ impl ConsoleSocket {
             && let Ok((client, _)) = self.listener.accept()
         {
             line.client = Some(client);
+            line.is_given_up = false;
             line.send_queue();
             // The console's thread may be waiting at the listener, where nobody is any more: it is to wait for the
             // client instead. Fails only if the counter is full, and then it is awake.
@@ -85,7 +82,10 @@ impl Line {
                 return;
             }
             match send(client, front, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(sent) => drop(self.queue.drain(..sent)),
+                Ok(sent) => {
+                    self.queue.drain(..sent);
+                    self.is_given_up = false;
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 Err(_) => self.client = None,
@@ -116,13 +116,16 @@ pub(super) struct SocketSink(pub(super) Arc<ConsoleSocket>);
 
 impl Write for SocketSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let full_for_a_client = |line: &mut Line| line.client.is_some() && line.is_full();
+        let is_full_for_a_client = |line: &Line| line.client.is_some() && line.is_full();
         let (mut line, _) = self
             .0
             .room
-            .wait_timeout_while(self.0.line(), CLIENT_WAIT, full_for_a_client)
+            .wait_timeout_while(self.0.line(), READER_WAIT, |line| {
+                is_full_for_a_client(line) && !line.is_given_up
+            })
             .unwrap_or_else(PoisonError::into_inner);
-        if full_for_a_client(&mut line) {
+        if is_full_for_a_client(&line) {
+            line.is_given_up = true;
             return Err(io::ErrorKind::WouldBlock.into());
         }
         line.queue.extend(bytes);
@@ -230,6 +233,23 @@ mod tests {
         }
         assert!(heard == said);
         assert!(!socket.wait().unwrap().to_write);
+    }
+
+    #[test]
+    fn a_client_that_reads_nothing_is_waited_for_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console");
+        let socket = Arc::new(ConsoleSocket::bind(&path).unwrap());
+        let mut client = UnixStream::connect(&path).unwrap();
+        let mut sink = SocketSink(Arc::clone(&socket));
+        while sink.write(&[b'a'; 1024]).is_ok() {}
+        assert!(socket.line().is_given_up, "the next byte would wait again");
+
+        let mut heard = vec![0; QUEUE_BYTES_MAX];
+        client.read_exact(&mut heard[..64 << 10]).unwrap();
+        Arc::clone(&socket).send();
+        assert!(!socket.line().is_given_up);
+        sink.write_all(b"there is room again").unwrap();
     }
 
     #[test]

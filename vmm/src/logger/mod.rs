@@ -20,6 +20,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
@@ -170,6 +171,17 @@ fn open(path: &Path) -> Result<File, LoggerError> {
         })
 }
 
+/// Writes to standard error, if it takes something now: it may be a pipe that nobody empties, and must not be told not
+/// to block, since others have it too.
+fn say(line: &[u8]) -> io::Result<()> {
+    let stderr = io::stderr();
+    let mut entries = [PollFd::new(&stderr, PollFlags::OUT)];
+    if poll(&mut entries, Some(&Timespec::default()))? == 0 {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    stderr.lock().write_all(line)
+}
+
 impl Settings {
     fn wants(&self, event: &Event<'_>) -> bool {
         let metadata = event.metadata();
@@ -196,7 +208,7 @@ impl<S: Subscriber> Layer<S> for Logger {
         // One write a line, so that lines of several threads do not mix.
         let written = match &settings.target {
             Some(file) => (&mut &*file).write_all(line.as_bytes()),
-            None => io::stderr().write_all(line.as_bytes()),
+            None => say(line.as_bytes()),
         };
         if written.is_err() {
             self.shared.missed_lines.fetch_add(1, Ordering::Relaxed);
