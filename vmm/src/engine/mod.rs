@@ -15,8 +15,8 @@ pub use watch::watch;
 use std::sync::Arc;
 use std::time::Duration;
 
-use runnel_devices::virtio::block::FileStore;
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::pager::Stall;
 
 use crate::board::StoreError;
 use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId};
@@ -24,7 +24,8 @@ use crate::control::{Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
 use crate::pager::Pager;
-use drives::{Backing, KnownVolumes};
+use drives::{Backing, KnownVolumes, open_file};
+use paging::stall_of;
 
 /// How often it is looked whether a machine is stalled: well below the time after which it counts as that.
 const LOOK: Duration = Duration::from_millis(200);
@@ -68,12 +69,7 @@ impl Engine for KvmEngine {
         let end = EndSignal::new().map_err(EngineError::Event)?;
         let mut drives = Vec::new();
         let machine = Microvm::build_over(config, &end, &mut |drive| {
-            let store = Arc::new(FileStore::open(&drive.path, drive.is_read_only)?);
-            let backing = Backing::File {
-                store,
-                path: drive.path.clone(),
-                read_only: drive.is_read_only,
-            };
+            let backing = Backing::file(drive, open_file(drive, &drives)?);
             let store = backing.store();
             drives.push((drive.id.clone(), backing));
             Ok::<_, StoreError>(store)
@@ -127,7 +123,7 @@ struct KvmGuest {
 impl KvmGuest {
     /// Stops vCPUs and devices.
     fn stand_still(&mut self) -> Result<(), GuestError> {
-        if let Some(stall) = self.pager.as_ref().and_then(|pager| pager.logic().stall()) {
+        if let Some(stall) = self.stall() {
             return Err(stalled(stall).into());
         }
         let pager = &self.pager;
@@ -144,13 +140,15 @@ impl KvmGuest {
                 self.is_running = false;
                 Ok(())
             }
-            Err(error) => Err(
-                match self.pager.as_ref().and_then(|pager| pager.logic().stall()) {
-                    Some(stall) => stalled(stall).into(),
-                    None => error.into(),
-                },
-            ),
+            Err(error) => Err(match self.stall() {
+                Some(stall) => stalled(stall).into(),
+                None => error.into(),
+            }),
         }
+    }
+
+    fn stall(&self) -> Option<Stall> {
+        stall_of(self.pager.as_ref()?.logic())
     }
 
     fn run(&mut self) {
@@ -165,7 +163,7 @@ impl KvmGuest {
     }
 }
 
-fn stalled(stall: runnel_snapshot::pager::Stall) -> EngineError {
+fn stalled(stall: Stall) -> EngineError {
     EngineError::Stalled {
         volume: stall.volume.to_string(),
         chunk: stall.chunk.to_string(),
