@@ -12,6 +12,7 @@ pub use load::LoadError;
 pub use save::SaveError;
 pub use watch::watch;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::pager::Stall;
 
 use crate::board::StoreError;
-use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId};
+use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId, SaveAs};
 use crate::control::{Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
@@ -43,6 +44,9 @@ pub enum EngineError {
     /// Something that a later version of Runnel does.
     #[error("{0} is not supported by this version of Runnel")]
     Unsupported(&'static str),
+    /// An image is to appear in a directory that is not there.
+    #[error("{0} does not exist: make it first, with `mkdir -p {0}`")]
+    NoDirectory(PathBuf),
     /// A machine that waits for bytes that do not come.
     #[error(
         "the machine is stalled: {chunk} of {volume} is missing ({reason}); try again when GET / no longer says so"
@@ -163,6 +167,20 @@ impl KvmGuest {
     }
 }
 
+/// Refuses an image whose directory is not there before the machine stands still for it.
+fn check_directory(image: &Path) -> Result<(), EngineError> {
+    match image
+        .parent()
+        .filter(|directory| !directory.as_os_str().is_empty())
+    {
+        // Whatever else is wrong with it, making the image tells.
+        Some(directory) if matches!(directory.try_exists(), Ok(false)) => {
+            Err(EngineError::NoDirectory(directory.to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn stalled(stall: Stall) -> EngineError {
     EngineError::Stalled {
         volume: stall.volume.to_string(),
@@ -186,6 +204,9 @@ impl Guest for KvmGuest {
     }
 
     fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
+        if let SaveAs::Image { directory, .. } = &create.save_as {
+            check_directory(directory)?;
+        }
         save::save(self, create, operation)
     }
 
