@@ -11,6 +11,7 @@ mod commands;
 mod console;
 mod credentials;
 mod exit;
+mod fault;
 mod foreground;
 mod images;
 mod monitor;
