@@ -92,10 +92,10 @@ impl RunArgs {
         }
         let mut boot = Boot::new(source, self.vcpus, self.memory);
         for (number, drive) in self.drives.iter().enumerate() {
-            boot.add_drive(number, drive);
+            boot.add_drive(number, drive)?;
         }
         for (number, interface) in self.interfaces.iter().enumerate() {
-            boot.add_interface(number, interface);
+            boot.add_interface(number, interface)?;
         }
         if self.rng {
             boot.add_entropy();
