@@ -146,7 +146,8 @@ fn load(
 ) -> Result<Option<Exit>, Failure> {
     let api = monitor.api();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
-    match operation::run(&api, "/snapshot/load", body, &mut view, signals)? {
+    let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
+    match outcome.map_err(|error| monitor.refused(&error))? {
         // The monitor ends with this command, whatever it is doing.
         Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => Ok(Some(Exit::Signal(signal))),
         Outcome::Done => {

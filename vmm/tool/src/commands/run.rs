@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Failure;
-use crate::api::ApiError;
 use crate::boot::{Boot, DriveFlag, NetFlag};
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, MonitorError};
 use crate::signals::Signals;
 use crate::size::parse_mebibytes;
 use crate::state::{MachineName, Record, StateFolder};
@@ -115,13 +114,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         memory_mib: boot.memory_mib,
         ..Record::now()
     })?;
-    for put in &boot.requests {
-        monitor.api().put(&put.path, &put.body)?;
+    let put = |monitor: &Monitor<'_>, path: &str, body: &Value| {
+        let put = monitor.api().put(path, body);
+        put.map_err(|error| monitor.refused(&error))
+    };
+    for request in &boot.requests {
+        put(&monitor, &request.path, &request.body)?;
     }
     let start = |monitor: &Monitor<'_>| {
-        let instance_start = json!({ "action_type": "InstanceStart" });
-        monitor.api().put("/actions", &instance_start)?;
-        Ok::<_, ApiError>(None)
+        put(monitor, "/actions", &json!({ "action_type": "InstanceStart" }))?;
+        Ok::<_, MonitorError>(None)
     };
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
 }
