@@ -25,7 +25,10 @@ Examples:
     runnel run --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2
     runnel run --kernel vmlinuz --initrd initrd.img --drive path=disk.img,root --net tap=tap0 --rng --name web --detach
     runnel run --config machine.json
-A configuration file is Firecracker's; paths with commas, cache types and CPU options are given there.";
+A configuration file is Firecracker's; paths with commas, cache types and CPU options are given there.
+
+The monitor's log is vmm.log in the machine's folder, $XDG_RUNTIME_DIR/runnel/machines/NAME, and ended/NAME.log beside
+machines once it has ended (in /run/runnel for root without XDG_RUNTIME_DIR).";
 
 /// Boot a machine
 #[derive(Debug, Args)]
@@ -43,7 +46,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT", default_value = CMDLINE)]
     cmdline: String,
 
-    /// Guest memory: a number of MiB, or with K, M or G
+    /// Guest memory, 32M to 64G: a number of MiB, or with K, M or G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_mebibytes)]
     memory: u64,
 
@@ -51,11 +54,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=32))]
     vcpus: u64,
 
-    /// A drive, again for each: [id=ID,]path=PATH[,ro][,root][,partuuid=UUID]
+    /// A drive, again for each: [id=ID,]path=PATH[,ro][,root][,partuuid=UUID]. An id is 1 to 64 letters, digits and '_';
+    /// drive0, drive1, … by position unless given
     #[arg(long = "drive", value_name = "DRIVE")]
     drives: Vec<DriveFlag>,
 
-    /// A network interface, again for each: [id=ID,]tap=TAP[,mac=MAC][,mtu=MTU]
+    /// A network interface, again for each: [id=ID,]tap=TAP[,mac=MAC][,mtu=MTU]. Ids are as drives' are; eth0, eth1, …
+    /// by position unless given
     #[arg(long = "net", value_name = "INTERFACE")]
     interfaces: Vec<NetFlag>,
 
@@ -67,7 +72,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng"])]
     config: Option<PathBuf>,
 
-    /// What the machine is called; m1, m2, … unless given
+    /// What the machine is called, 1 to 64 letters, digits and hyphens; m1, m2, … unless given
     #[arg(long)]
     name: Option<MachineName>,
 
