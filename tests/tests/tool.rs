@@ -371,8 +371,8 @@ impl Drop for AgentOf<'_> {
     fn drop(&mut self) {
         let _ = self.0.run(&["kill", "--all"]);
         let _ = self.0.run(&["agent", "--stop"]);
-        let state = self.0.folder.path().join("runnel");
-        let own = BlobDigest::of(state.as_os_str().as_encoded_bytes()).hex();
+        let socket = self.0.folder.path().join("runnel/agent/agent.sock");
+        let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
         let user = fs::metadata(self.0.folder.path()).unwrap().uid();
         let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
     }
