@@ -300,6 +300,8 @@ fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
 
     user.output(&["snapshot", "web", "web", "--exclude", "data"]);
     user.output(&["kill", "web"]);
+    let inspected = user.output(&["inspect", "web"]);
+    assert!(inspected.contains("--drive data=PATH"), "{inspected}");
     let told = refusal(&user.run(&["resume", "web", "--detach"]));
     assert!(told.contains("`--drive`"), "{told}");
     let told = refusal(&user.run(&["resume", "web", "--detach", "--tap", "eth0=tap0"]));

@@ -84,7 +84,15 @@ impl User {
             version: 1,
             state: Value::Null,
         };
-        let state = MachineState::new(1_700_000_000_000, vec![section("0"), section("1")]);
+        let machine = SavedSection {
+            kind: "machine".into(),
+            state: serde_json::json!({ "drives": [
+                { "id": "root", "in_image": true, "bytes": 2 * CHUNK, "is_read_only": false },
+                { "id": "scratch", "in_image": false, "bytes": 1 << 20, "is_read_only": true },
+            ] }),
+            ..section("")
+        };
+        let state = MachineState::new(1_700_000_000_000, vec![section("0"), section("1"), machine]);
         let mut job = Job::new(CaptureSettings::default(), volumes).unwrap();
         if let Some(parent) = parent {
             job = job.with_parent(parent);
@@ -116,6 +124,8 @@ fn inspect_shows_volumes_zeros_sections_and_lineage() {
     assert_eq!(shown["saved_at_unix_ms"], 1_700_000_000_000_u64);
     assert_eq!(shown["volume_bytes"], 6 * CHUNK);
     assert_eq!(shown["sections"]["vcpu"]["count"], 2);
+    let needed = serde_json::json!([{ "id": "scratch", "bytes": 1 << 20, "is_read_only": true }]);
+    assert_eq!(shown["drives_to_supply"], needed);
     let memory = &shown["volumes"][0];
     assert_eq!(memory["name"], "memory");
     assert_eq!(memory["zero_bytes"], 2 * CHUNK);
@@ -138,6 +148,7 @@ fn inspect_shows_volumes_zeros_sections_and_lineage() {
         "vcpu v1 ×2",
         "50.0 %",
         "parent",
+        "--drive scratch=PATH",
     ] {
         assert!(text.contains(expected), "{expected} is not in\n{text}");
     }
