@@ -281,6 +281,7 @@ fn errors_name_the_next_step() {
         ),
         (&["console", "web"], "runnel ps"),
         (&["kill", "web"], "runnel ps"),
+        (&["kill", "web"], "no machine was ended"),
         (&["agent", "--status"], "runnel resume"),
         (
             &["resume", "http://127.0.0.1:1/web", "--agent", "/nonexistent"],
@@ -310,6 +311,28 @@ fn what_cannot_be_understood_ends_with_2() {
     ] {
         assert_eq!(user.run(arguments).status.code(), Some(2), "{arguments:?}");
     }
+}
+
+#[test]
+fn killing_nobody_is_told_how_to_kill_all() {
+    let user = User::new();
+    let output = user.run(&["kill"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("--all"), "{}", text(&output.stderr));
+    user.output(&["kill", "--all"]);
+}
+
+#[test]
+fn what_is_given_twice_is_refused_before_anything_starts() {
+    let user = User::new();
+    let drives = ["--drive", "id=a,path=one", "--drive", "id=a,path=two"];
+    let output = user.run(&[&["run", "--kernel", "k"], &drives[..]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("a twice"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]
