@@ -13,6 +13,7 @@ mod credentials;
 mod exit;
 mod fault;
 mod foreground;
+mod held;
 mod images;
 mod monitor;
 mod operation;

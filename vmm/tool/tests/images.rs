@@ -239,10 +239,16 @@ fn an_image_of_a_server_is_inspected_without_fetching_it() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
-    let first: Vec<String> = (0..4).map(|_| lines.next().unwrap().unwrap()).collect();
-    let url = serde_json::from_str::<Value>(&first.concat()).unwrap()["url"].clone();
-    let image = format!("{}/web", url.as_str().unwrap());
+    let stdout = server.stdout.take().unwrap();
+    let started = serde_json::Deserializer::from_reader(stdout)
+        .into_iter::<Value>()
+        .next();
+    let started = started.unwrap().unwrap();
+    assert_eq!(
+        started["images"]["web"],
+        user.store().join("web").to_str().unwrap()
+    );
+    let image = format!("{}/web", started["url"].as_str().unwrap());
     let shown = user.json(&["inspect", &image, "--json"]);
     let terminated = Command::new("kill")
         .arg(server.id().to_string())
@@ -255,6 +261,62 @@ fn an_image_of_a_server_is_inspected_without_fetching_it() {
         server.wait().unwrap().code(),
         Some(0),
         "to be ended is no failure"
+    );
+}
+
+#[test]
+fn an_image_that_is_served_says_so_and_is_removed_only_by_force() {
+    let user = User::new();
+    user.capture("web", None);
+    user.capture("db", None);
+    fs::create_dir(user.store().join("Notes")).unwrap();
+    let serve = |images: &[&str]| {
+        let mut serve = user.command(&[&["serve", "--listen", "localhost:0"], images].concat());
+        let mut server = serve.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+        assert!(lines.next().unwrap().unwrap().contains("serving at"));
+        (server, lines)
+    };
+    let end = |mut server: std::process::Child| {
+        let kill = Command::new("kill").arg(server.id().to_string()).status();
+        assert!(kill.unwrap().success());
+        assert!(server.wait().unwrap().success());
+    };
+
+    let (server, mut lines) = serve(&["web"]);
+    assert!(lines.next().unwrap().unwrap().ends_with("/web"));
+    let refused = user.run(&["image", "rm", "db", "web"]);
+    let told = text(&refused.stderr);
+    assert!(told.contains("web is not removed: it is being served"), "{told}");
+    user.output(&["image", "rm", "db"]);
+    end(server);
+
+    let (server, mut lines) = serve(&[]);
+    assert!(lines.next().unwrap().unwrap().ends_with("/web"));
+    assert_eq!(user.run(&["image", "rm", "web"]).status.code(), Some(1));
+    user.output(&["image", "prune", "--older-than", "0s"]);
+    assert!(user.store().join("web").is_dir());
+    user.output(&["image", "rm", "web", "--force"]);
+    end(server);
+    assert_eq!(
+        user.json(&["image", "ls", "--json"])["images"],
+        Value::Array(Vec::new())
+    );
+}
+
+#[test]
+fn a_store_at_a_relative_path_is_refused() {
+    let user = User::new();
+    let output = user
+        .command(&["image", "ls"])
+        .env("RUNNEL_IMAGES", "images")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("absolute path"),
+        "{}",
+        text(&output.stderr)
     );
 }
 
@@ -279,6 +341,9 @@ fn errors_name_the_next_step() {
             &["verify", "http://127.0.0.1:1/web"],
             "give a directory or a name",
         ),
+        (&["inspect", "127.0.0.1:1/web"], "http://127.0.0.1:1/web"),
+        (&["image", "rm", "/srv/web"], "yours to remove"),
+        (&["serve", "web"], "runnel image ls"),
         (&["console", "web"], "runnel ps"),
         (&["kill", "web"], "runnel ps"),
         (&["kill", "web"], "no machine was ended"),
@@ -308,6 +373,7 @@ fn what_cannot_be_understood_ends_with_2() {
         &["resume"],
         &["resume", "web", "--json"],
         &["ps", "--strange"],
+        &["serve", "--listen", "5000"],
     ] {
         assert_eq!(user.run(arguments).status.code(), Some(2), "{arguments:?}");
     }
