@@ -68,28 +68,36 @@ pub(crate) struct ServeArgs {
 
 impl ServeArgs {
     fn repositories(&self) -> Result<Repositories, Failure> {
-        let store = ImageStore::of_this_user()?;
         let mut repositories = Repositories::default();
         if self.images.is_empty() {
+            let store = ImageStore::of_this_user()?;
             store.create()?;
             repositories.add(store.path())?;
         }
         for text in &self.images {
             match text.split_once('=') {
-                Some((name, image)) => repositories.add_named(name, &directory(&store, image)?)?,
-                None => repositories.add(&directory(&store, text)?)?,
+                Some((name, image)) => repositories.add_named(name, &directory(image)?)?,
+                None => repositories.add(&directory(text)?)?,
             }
         }
         Ok(repositories)
     }
 }
 
-/// The directory that is meant: an image of the store, or else what is there or, of a path, will be.
-fn directory(store: &ImageStore, text: &str) -> Result<PathBuf, StoreError> {
-    match store.image(text) {
-        Err(unknown @ StoreError::Unknown { .. }) if !Path::new(text).exists() => Err(unknown),
-        image => Ok(image.unwrap_or_else(|_| text.into())),
+/// The directory that is meant: of a name, an image of the store, or else what is there; a path, which need not be there
+/// yet.
+fn directory(text: &str) -> Result<PathBuf, StoreError> {
+    let path = Path::new(text);
+    if text.contains('/') {
+        return Ok(path.to_owned());
     }
+    ImageStore::of_this_user()?.image(text).or_else(|unknown| {
+        if path.is_dir() {
+            Ok(path.to_owned())
+        } else {
+            Err(unknown)
+        }
+    })
 }
 
 /// Where to listen, as somebody writes it.
