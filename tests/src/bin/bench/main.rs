@@ -85,7 +85,7 @@ const ROUND_TRIPS: usize = 50;
 const TRANSFER_BYTES: u64 = 512 << 20;
 
 fn main() -> ExitCode {
-    match needed().and_then(|()| run()) {
+    match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error}");
@@ -94,8 +94,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether this machine can be measured. Where it cannot there is no report: one that was asked for and is not there is
-/// a failure, and no test that is skipped.
+/// Whether this machine can be measured. Where it cannot there is no report, which is a failure, and no test that is
+/// skipped.
 fn needed() -> Result<(), Box<dyn Error>> {
     let found = level::of_this_machine();
     if found >= Level::Bare {
@@ -110,6 +110,12 @@ fn needed() -> Result<(), Box<dyn Error>> {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let out = output_folder()?;
+    // Whatever happens, the report of another run is not taken for this one's.
+    let report = report_in(&out);
+    if report.exists() {
+        fs::remove_file(report)?;
+    }
+    needed()?;
     // On a disk, as images are; emptied by whoever comes next, if this run is killed.
     let work = out.join("work");
     if work.exists() {
@@ -155,7 +161,7 @@ fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
         "aims": aims(&metrics, &peers, round_trip_ms),
         "meanings": MEANINGS.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     });
-    let path = out.join("report.json");
+    let path = report_in(out);
     fs::write(&path, serde_json::to_vec_pretty(&report)?)?;
     for (name, aim) in report["aims"].as_object().into_iter().flatten() {
         if aim["met"] == false {
@@ -290,6 +296,10 @@ fn about_host() -> Value {
 fn load_average() -> Value {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     json!(text.split(' ').next().and_then(|load| load.parse::<f64>().ok()))
+}
+
+fn report_in(out: &Path) -> PathBuf {
+    out.join("report.json")
 }
 
 /// `target/bench`, wherever `target` is.
