@@ -41,7 +41,7 @@ pub(crate) enum BootError {
     },
     /// A part that this version does not know.
     #[error(
-        "the configuration {path} has a part {part:?}, which this version of Runnel does not know: remove it"
+        "the configuration {path} has a part {part:?}, which is not supported by this version of Runnel: remove it"
     )]
     Unknown {
         /// Which file.
