@@ -25,6 +25,7 @@ test: ## every test of both levels
 	$(CARGO) test --locked --workspace
 
 bench: build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too
+	@resources/lab/need packages >/dev/null
 	RUNNEL_PROGRAMS=$(CURDIR)/target/release $(CARGO) run --locked --package runnel-tests --bin bench
 
 fmt: ## format the sources

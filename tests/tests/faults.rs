@@ -161,6 +161,48 @@ fn a_load_that_is_called_off_leaves_a_monitor_that_loads_something_else() {
     tell(&mut monitor, "checkfill:8m:1m:7", "checkfill=right");
 }
 
+/// A monitor with a file system of that size at `small`: its alone, so that the mount goes with it.
+fn with_small_disk(small: &Path, size: &str) -> Monitor {
+    let mut mounting = Command::new("unshare");
+    mounting.args(["--mount", "sh", "-ec"]);
+    mounting
+        .arg(format!("mount -t tmpfs -o size={size} none \"$0\"; exec \"$@\""))
+        .arg(small);
+    let mut monitor = Monitor::start_by(mounting, &small.with_file_name("api.sock"));
+    monitor.wait_for_log("Listening on API socket");
+    monitor
+}
+
+#[test]
+fn a_machine_whose_drive_has_no_room_to_arrive_says_where() {
+    if !rustix::process::geteuid().is_root() {
+        skip("only root can mount a small file system");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = with_drive(folder.path(), false);
+    tell(&mut first, "diskfill:0:1m:5", "diskfill=right");
+    let image = folder.path().join("image");
+    save(&first, &image);
+    drop(first);
+
+    let small = folder.path().join("small");
+    fs::create_dir(&small).unwrap();
+    let mut machine = with_small_disk(&small, "256k");
+    let load = json!({"image": image, "overlay_directory": small, "stall_after_ms": 500, "resume_vm": true});
+    machine.demand("PUT", "/snapshot/load", &load);
+    machine.type_line("checkdisk:0:1m:5");
+    let stalled = wait_until_stalled(&machine);
+    let reason = stalled["reason"].as_str().unwrap();
+    assert!(
+        reason.ends_with(&format!("make room in {}", small.display())),
+        "{reason}"
+    );
+    assert!(!reason.contains("chunk"), "{reason}");
+    let paused = refusal(&machine, "PATCH", "/vm", &json!({"state": "Paused"}));
+    assert_eq!(paused.matches(reason).count(), 1, "{paused}");
+}
+
 #[test]
 fn a_snapshot_that_the_disk_has_no_room_for_fails_and_the_machine_runs_on() {
     if !rustix::process::geteuid().is_root() {
@@ -176,14 +218,7 @@ fn a_snapshot_that_the_disk_has_no_room_for_fails_and_the_machine_runs_on() {
         .output()
         .unwrap();
     fs::write(&random, noise.stdout).unwrap();
-    // The mount is the monitor's alone, and goes with it.
-    let mut mounting = Command::new("unshare");
-    mounting.args(["--mount", "sh", "-ec"]);
-    mounting
-        .arg("mount -t tmpfs -o size=4m none \"$0\"; exec \"$@\"")
-        .arg(&small);
-    let mut machine = Monitor::start_by(mounting, &folder.path().join("api.sock"));
-    machine.wait_for_log("Listening on API socket");
+    let mut machine = with_small_disk(&small, "4m");
     configure(&machine, 1, "count:3");
     let kernel = runnel_tests::bare_guest();
     let boot = json!({"kernel_image_path": kernel, "initrd_path": random, "boot_args": "count:3"});

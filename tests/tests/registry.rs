@@ -182,8 +182,8 @@ impl Drop for User {
         let _ = self.command(&["kill", "--all"]).output();
         let _ = self.command(&["agent", "--stop"]).output();
         // What the agent leaves in shared memory.
-        let state = self.folder.path().join("runnel");
-        let own = BlobDigest::of(state.as_os_str().as_encoded_bytes()).hex();
+        let socket = self.folder.path().join("runnel/agent/agent.sock");
+        let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
         let user = fs::metadata(self.folder.path()).unwrap().uid();
         let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
     }

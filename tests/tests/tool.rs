@@ -261,6 +261,54 @@ fn a_machine_that_cannot_be_had_leaves_nothing() {
     assert!(!user.machine_folder("web").exists());
 }
 
+/// What a command that must fail says, in one line.
+fn refusal(output: &Output) -> String {
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let told = text(&output.stderr);
+    assert_eq!(told.lines().count(), 1, "{told}");
+    told
+}
+
+#[test]
+fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
+    let user = User::new();
+    let drive = user.folder.path().join("drive");
+    fs::write(&drive, vec![0; 1 << 20]).unwrap();
+    let flag = format!("id=data,path={}", drive.display());
+    let twin = format!("id=twin,path={}", drive.display());
+    let twice = user
+        .boot("", &["--drive", &flag, "--drive", &twin, "--name", "twins"])
+        .output();
+    let told = refusal(&twice.unwrap());
+    assert!(told.contains("given twice to this machine"), "{told}");
+    let log = told.trim_end().rsplit_once(" is ").unwrap().1;
+    assert!(Path::new(log).is_file(), "{told}");
+
+    let more = ["--detach", "--name", "web", "--drive", &flag];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let told = refusal(&user.run(&["snapshot", "web", "web", "--exclude", "nobody"]));
+    assert!(told.contains("`--exclude` names nobody"), "{told}");
+    let nowhere = user.folder.path().join("no/where/web");
+    let told = refusal(&user.run(&["snapshot", "web", nowhere.to_str().unwrap()]));
+    assert!(told.contains("mkdir -p") && told.contains("no/where"), "{told}");
+    let told = refusal(&user.run(&["stop", "web"]));
+    assert!(
+        told.contains("runnel kill web") && told.contains("keyboard"),
+        "{told}"
+    );
+    assert!(!told.contains("Internal"), "{told}");
+
+    user.output(&["snapshot", "web", "web", "--exclude", "data"]);
+    user.output(&["kill", "web"]);
+    let inspected = user.output(&["inspect", "web"]);
+    assert!(inspected.contains("--drive data=PATH"), "{inspected}");
+    let told = refusal(&user.run(&["resume", "web", "--detach"]));
+    assert!(told.contains("`--drive`"), "{told}");
+    let told = refusal(&user.run(&["resume", "web", "--detach", "--tap", "eth0=tap0"]));
+    assert!(told.contains("`--tap` names eth0"), "{told}");
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
 #[test]
 fn firecrackers_configuration_file_boots() {
     let user = User::new();
@@ -371,8 +419,8 @@ impl Drop for AgentOf<'_> {
     fn drop(&mut self) {
         let _ = self.0.run(&["kill", "--all"]);
         let _ = self.0.run(&["agent", "--stop"]);
-        let state = self.0.folder.path().join("runnel");
-        let own = BlobDigest::of(state.as_os_str().as_encoded_bytes()).hex();
+        let socket = self.0.folder.path().join("runnel/agent/agent.sock");
+        let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
         let user = fs::metadata(self.0.folder.path()).unwrap().uid();
         let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
     }

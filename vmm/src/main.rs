@@ -79,14 +79,13 @@ fn main() -> std::process::ExitCode {
     if cli.describe_host {
         return describe_host();
     }
+    let logger = Logger::new(cli.id.clone());
     // A panic unwinds through everything that gives something back: the terminal, the sockets.
-    let ended = panic::catch_unwind(|| monitor(&cli));
+    let ended = panic::catch_unwind(panic::AssertUnwindSafe(|| monitor(&cli, &logger)));
     let code = match ended {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            let trace = trace(&error);
-            tracing::error!("{trace}");
-            eprintln!("Error: {trace}");
+            last_words(&logger, &format!("Error: {}", trace(&error)));
             ExitCode::from(&error)
         }
         Err(_) => ExitCode::Unexpected,
@@ -108,25 +107,37 @@ fn describe_host() -> std::process::ExitCode {
     }
 }
 
+/// Says on standard error why the monitor ends, and in the log, unless that is the same place.
+fn last_words(logger: &Logger, words: &str) {
+    if !logger.is_on_stderr() {
+        tracing::error!("{words}");
+    }
+    eprintln!("{words}");
+}
+
+/// The error and its causes in one line. Some of Firecracker's texts end with their cause; it is not said again.
 fn trace(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text = format!("{text}: {cause}");
+        let more = cause.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
         source = cause.source();
     }
     text
 }
 
-fn monitor(cli: &Cli) -> Result<ExitCode, MonitorError> {
+fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {
     // Whatever the monitor makes (sockets, images, logs) is its owner's alone.
     let strict = Mode::RWXG | Mode::RWXO;
     rustix::process::umask(strict);
     block_signals()?;
-    let logger = set_up_log(cli)?;
+    set_up_log(cli, logger)?;
     tracing::info!("Running Runnel v{RUNNEL_VERSION}, with the API of Firecracker v{FIRECRACKER_VERSION}");
 
-    let (config, must_start) = configure(cli, &logger)?;
+    let (config, must_start) = configure(cli, logger)?;
     let status = Status::new(cli.id.clone());
     let inbox = Inbox::new().map_err(MonitorError::Event)?;
     let server = serve(cli, &inbox, &status)?;
@@ -138,6 +149,7 @@ fn monitor(cli: &Cli) -> Result<ExitCode, MonitorError> {
         }
     })?;
 
+    let logger = logger.clone();
     let set_logger = Box::new(move |body| Ok(logger.update(&body)?));
     let mut control = Control::new(
         KvmEngine {
@@ -161,17 +173,16 @@ fn monitor(cli: &Cli) -> Result<ExitCode, MonitorError> {
     Ok(code)
 }
 
-fn set_up_log(cli: &Cli) -> Result<Logger, MonitorError> {
-    let logger = Logger::new(cli.id.clone());
+fn set_up_log(cli: &Cli, logger: &Logger) -> Result<(), MonitorError> {
     logger.install()?;
     if let Some(body) = cli.logger() {
         logger.update(&body)?;
     }
-    panic::set_hook(Box::new(|info| {
-        tracing::error!("Runnel {info}");
-        eprintln!("{info}");
+    let logger = logger.clone();
+    panic::set_hook(Box::new(move |info| {
+        last_words(&logger, &format!("Runnel {info}"))
     }));
-    Ok(logger)
+    Ok(())
 }
 
 /// The machine of `--config-file`, and whether there is one to start.

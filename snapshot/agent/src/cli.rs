@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::Args;
 
+use runnel_snapshot::digest::BlobDigest;
+
 use crate::agent::AgentSettings;
 use crate::remote::{Credentials, CredentialsError, RemoteSettings};
 
@@ -31,12 +33,12 @@ pub struct AgentArguments {
     pub socket: Option<PathBuf>,
 
     /// Directory for pages of memory, on tmpfs: machines map them, and they outlive the agent [default:
-    /// /dev/shm/runnel-<uid>]
+    /// /dev/shm/runnel-<uid>-<id>, where <id> comes from the socket's path: agents share no directory]
     #[arg(long, value_name = "DIR")]
     pub memory_pages: Option<PathBuf>,
 
-    /// Directory for pages of drives, on a disk [default: $XDG_CACHE_HOME/runnel, ~/.cache/runnel or, for root,
-    /// /var/cache/runnel]
+    /// Directory for pages of drives, on a disk [default: runnel/<id> in $XDG_CACHE_HOME, else in /var/cache for root and
+    /// in ~/.cache for others]
     #[arg(long, value_name = "DIR")]
     pub drive_pages: Option<PathBuf>,
 
@@ -75,10 +77,12 @@ impl AgentArguments {
             Some(path) => path.clone(),
             None => default_socket().ok_or(ArgumentsError::NoSocket)?,
         };
-        let memory = self.memory_pages.clone().unwrap_or_else(default_memory_pages);
+        let own = own_id(&socket);
+        let memory = self.memory_pages.clone();
+        let memory = memory.unwrap_or_else(|| default_memory_pages(&own));
         let drives = match &self.drive_pages {
             Some(path) => path.clone(),
-            None => default_drive_pages().ok_or(ArgumentsError::NoCache)?,
+            None => default_drive_pages(&own).ok_or(ArgumentsError::NoCache)?,
         };
         let credentials = match &self.credentials {
             Some(path) => Credentials::read(path)?,
@@ -115,15 +119,40 @@ fn default_socket() -> Option<PathBuf> {
     Some(runtime.join("runnel/agent/agent.sock"))
 }
 
-fn default_memory_pages() -> PathBuf {
-    // Not the runtime directory: it is a tenth of RAM, and this one half of it.
-    Path::new("/dev/shm").join(format!("runnel-{}", rustix::process::geteuid().as_raw()))
+/// What tells the folders of the agent at that socket from those of others: two would refuse to share.
+fn own_id(socket: &Path) -> String {
+    let path = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
+    let mut digest = BlobDigest::of(path.as_os_str().as_encoded_bytes()).hex();
+    digest.truncate(8);
+    digest
 }
 
-fn default_drive_pages() -> Option<PathBuf> {
-    if is_root() {
-        return Some("/var/cache/runnel".into());
+fn default_memory_pages(own: &str) -> PathBuf {
+    // Not the runtime directory: it is a tenth of RAM, and this one half of it.
+    let user = rustix::process::geteuid().as_raw();
+    Path::new("/dev/shm").join(format!("runnel-{user}-{own}"))
+}
+
+fn default_drive_pages(own: &str) -> Option<PathBuf> {
+    let cache = folder_of("XDG_CACHE_HOME").or_else(|| match is_root() {
+        true => Some("/var/cache".into()),
+        false => Some(folder_of("HOME")?.join(".cache")),
+    })?;
+    Some(cache.join("runnel").join(own))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agents_at_two_sockets_have_folders_of_their_own_and_one_keeps_its() {
+        let settings = |socket: &str| {
+            let own = own_id(Path::new(socket));
+            (default_memory_pages(&own), default_drive_pages(&own))
+        };
+        assert_eq!(settings("/run/a"), settings("/run/a"));
+        assert_ne!(settings("/run/a").0, settings("/run/b").0);
+        assert_ne!(settings("/run/a").1, settings("/run/b").1);
     }
-    let cache = folder_of("XDG_CACHE_HOME").or_else(|| Some(folder_of("HOME")?.join(".cache")))?;
-    Some(cache.join("runnel"))
 }

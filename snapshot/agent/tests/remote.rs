@@ -593,6 +593,15 @@ fn nobody_there_is_a_transient_failure() {
 }
 
 #[test]
+fn a_server_without_tls_that_is_asked_for_it_is_told_from_one_that_is_not_there() {
+    let stored = Stored::new();
+    let server = serve(&[&stored.path()]);
+    let error = failure(open(&format!("https://{}", server.address()), client()));
+    assert!(matches!(error, RemoteError::NoTls { .. }), "{error:?}");
+    assert!(error.to_string().contains("begin with http://"), "{error}");
+}
+
+#[test]
 fn tls_and_a_token_are_spoken_by_both_ends_and_strangers_are_not_trusted() {
     let stored = Stored::new();
     let folder = stored.folder();
@@ -623,6 +632,10 @@ fn tls_and_a_token_are_spoken_by_both_ends_and_strangers_are_not_trusted() {
     let mut read = vec![0; bytes.len()];
     image.blobs.read_range(&layer, 0, &mut read).unwrap();
     assert_eq!(read, bytes);
+
+    let plain = failure(open(&format!("http://127.0.0.1:{port}"), client()));
+    let plain = plain.to_string();
+    assert!(plain.ends_with("begin with https://"), "{plain}");
 
     for wrong in [None, Some("0123456789abcdef0124")] {
         let error = failure(open(&base, trusting(wrong)));

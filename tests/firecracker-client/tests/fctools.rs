@@ -232,6 +232,9 @@ async fn the_client_hears_why_it_was_refused() {
         panic!("{refusal}")
     };
     assert_eq!(status_code.as_u16(), 400);
-    assert_eq!(fault_message, "Invalid request method and/or path: GET balloon.");
+    assert_eq!(
+        fault_message,
+        "GET balloon is not supported by this version of Runnel."
+    );
     end(machine).await;
 }

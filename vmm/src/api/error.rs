@@ -31,6 +31,14 @@ pub enum RequestError {
         /// What, without the first slash.
         path: String,
     },
+    /// Firecracker serves it.
+    #[error("{verb} {path} is not supported by this version of Runnel.")]
+    Later {
+        /// How.
+        verb: Verb,
+        /// What, without the first slash.
+        path: String,
+    },
     /// `/snapshot` and nothing after it.
     #[error("Missing snapshot operation type.")]
     NoSnapshotOperation,

@@ -108,6 +108,19 @@ pub const ROUTES: [Route; 19] = [
     route(Verb::Get, "/snapshot/progress", Endpoint::Progress),
 ];
 
+/// What Firecracker serves and this version of Runnel does not: the methods, and the path's first parts.
+const LATER: [(&[Verb], &str); 9] = [
+    (&[Verb::Get, Verb::Put, Verb::Patch], "/balloon"),
+    (&[Verb::Put], "/cpu-config"),
+    (&[Verb::Patch, Verb::Delete], "/drives"),
+    (&[Verb::Get, Verb::Put, Verb::Patch], "/hotplug/memory"),
+    (&[Verb::Put], "/metrics"),
+    (&[Verb::Get, Verb::Put, Verb::Patch], "/mmds"),
+    (&[Verb::Patch, Verb::Delete], "/network-interfaces"),
+    (&[Verb::Put, Verb::Patch, Verb::Delete], "/pmem"),
+    (&[Verb::Put], "/vsock"),
+];
+
 /// Finds out where a request leads, and to which name if its path has one.
 ///
 /// In Firecracker's order: a body that must or must not be there comes before the path. Slashes before and one
@@ -136,9 +149,18 @@ pub(super) fn resolve(
     if verb == Verb::Put && path.trim_end_matches('/') == "snapshot" {
         return Err(RequestError::NoSnapshotOperation);
     }
-    Err(RequestError::Unknown {
-        verb,
-        path: path.chars().take(200).collect(),
+    let shown = path.chars().take(200).collect();
+    match is_later(verb, path) {
+        true => Err(RequestError::Later { verb, path: shown }),
+        false => Err(RequestError::Unknown { verb, path: shown }),
+    }
+}
+
+/// Whether a later version may serve it: whoever asks for it has made no typing error.
+fn is_later(verb: Verb, path: &str) -> bool {
+    LATER.iter().any(|(verbs, first)| {
+        let rest = path.strip_prefix(first.trim_start_matches('/'));
+        verbs.contains(&verb) && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     })
 }
 
@@ -210,6 +232,30 @@ mod tests {
     }
 
     #[test]
+    fn what_firecracker_serves_and_this_version_does_not_is_no_typing_error() {
+        for (verb, path) in [
+            (Verb::Put, "/vsock"),
+            (Verb::Put, "/cpu-config/"),
+            (Verb::Put, "/metrics"),
+            (Verb::Get, "/mmds"),
+            (Verb::Put, "/mmds/config"),
+            (Verb::Get, "/balloon/hinting/status"),
+            (Verb::Patch, "/hotplug/memory"),
+            (Verb::Put, "/pmem/a"),
+            (Verb::Patch, "/drives/a"),
+            (Verb::Delete, "/network-interfaces/a"),
+        ] {
+            let has_body = matches!(verb, Verb::Put | Verb::Patch);
+            let refusal = resolve(verb, path, has_body).unwrap_err().to_string();
+            let name = path.trim_start_matches('/');
+            assert_eq!(
+                refusal,
+                format!("{verb} {name} is not supported by this version of Runnel.")
+            );
+        }
+    }
+
+    #[test]
     fn unknown_paths_and_wrong_methods_are_refused_in_firecrackers_words() {
         assert_eq!(
             put("/foo"),
@@ -223,6 +269,10 @@ mod tests {
         assert_eq!(
             wrong(Verb::Patch, "/boot-source", true),
             "Invalid request method and/or path: PATCH boot-source."
+        );
+        assert_eq!(
+            put("/vsocks"),
+            Err("Invalid request method and/or path: PUT vsocks.".to_owned())
         );
         assert_eq!(
             wrong(Verb::Get, "/version", true),

@@ -131,7 +131,7 @@ impl<E: Engine> Control<E> {
                 guest.press_ctrl_alt_del().map_err(Fault::internal)?;
                 Ok(Reply::Empty)
             }
-            // There is nothing to flush until metrics exist; Firecracker answers alike if none are configured.
+            // There are no metrics, and nothing to flush: Firecracker answers alike if none are configured.
             Request::FlushMetrics => Ok(Reply::Empty),
             Request::PutLogger(_)
             | Request::PutSerial(_)

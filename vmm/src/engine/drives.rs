@@ -1,13 +1,13 @@
 //! What stands behind a machine's drives, and their content for a snapshot.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use runnel_devices::virtio::block::FileStore;
+use runnel_devices::virtio::block::{FileStore, FileStoreError};
 use runnel_snapshot::block_store::BlockStore;
 use runnel_snapshot::capture::VolumeSource;
 use runnel_snapshot::capture::content::FileContent;
@@ -16,7 +16,7 @@ use runnel_snapshot::image::manifest::ImageVolume;
 use runnel_snapshot::overlay::{IsCancelled, Overlay};
 use rustix::fs::{Mode, OFlags};
 
-use crate::config::ResourceId;
+use crate::config::{Drive, ResourceId};
 
 /// What stands behind a drive.
 #[derive(Clone)]
@@ -32,12 +32,69 @@ pub(super) enum Backing {
 }
 
 impl Backing {
+    pub(super) fn file(drive: &Drive, store: FileStore) -> Self {
+        Self::File {
+            store: Arc::new(store),
+            path: drive.path.clone(),
+            read_only: drive.is_read_only,
+        }
+    }
+
     pub(super) fn store(&self) -> Arc<dyn BlockStore> {
         match self {
             Self::File { store, .. } => store.clone(),
             Self::Overlay(overlay) => overlay.clone(),
         }
     }
+
+    /// Whether it is the file at `path`, by that name or another.
+    fn is_file(&self, path: &Path) -> bool {
+        let identity = |about: io::Result<Metadata>| about.map(|about| (about.dev(), about.ino())).ok();
+        match self {
+            Self::File { store, .. } => {
+                let own = identity(store.file().metadata());
+                own.is_some() && own == identity(fs::metadata(path))
+            }
+            Self::Overlay(_) => false,
+        }
+    }
+}
+
+/// Why a file cannot be behind a drive.
+#[derive(Debug, thiserror::Error)]
+pub enum DriveFileError {
+    /// The file.
+    #[error(transparent)]
+    File(#[from] FileStoreError),
+    /// This machine itself has it locked.
+    #[error(
+        "{} is given twice to this machine, and drive {first} has it already: give each drive a file of its own, \
+         or make both read-only",
+        path.display()
+    )]
+    Twice {
+        /// Which file.
+        path: PathBuf,
+        /// Who has it.
+        first: ResourceId,
+    },
+}
+
+/// Opens the file behind a drive of a machine that has `others` open already.
+pub(super) fn open_file(
+    drive: &Drive,
+    others: &[(ResourceId, Backing)],
+) -> Result<FileStore, DriveFileError> {
+    FileStore::open(&drive.path, drive.is_read_only).map_err(|error| {
+        // To the lock, a machine that meets itself is another one.
+        match others.iter().find(|(_, other)| other.is_file(&drive.path)) {
+            Some((first, _)) if matches!(error, FileStoreError::Locked { .. }) => DriveFileError::Twice {
+                path: drive.path.clone(),
+                first: first.clone(),
+            },
+            _ => error.into(),
+        }
+    })
 }
 
 /// A drive's content as it is at a pause.
@@ -200,4 +257,41 @@ fn put_aside(file: &File, path: &Path) -> Option<File> {
     let aside = File::from(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR).ok()?);
     rustix::fs::ioctl_ficlone(&aside, file).ok()?;
     Some(aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drive(id: &str, path: &Path, is_read_only: bool) -> Drive {
+        Drive {
+            id: id.parse().unwrap(),
+            path: path.to_owned(),
+            is_root: false,
+            partuuid: None,
+            is_read_only,
+            cache_type: Default::default(),
+            io_engine: Default::default(),
+        }
+    }
+
+    #[test]
+    fn a_file_that_one_machine_is_given_twice_is_not_another_machines() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("disk"), folder.path().join("link"));
+        fs::write(&path, [0; 512]).unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let first = drive("a", &path, false);
+        let backing = Backing::file(&first, open_file(&first, &[]).unwrap());
+        let others = vec![(first.id.clone(), backing)];
+        for name in [&path, &link] {
+            let refused = open_file(&drive("b", name, true), &others).err().unwrap();
+            assert!(
+                matches!(&refused, DriveFileError::Twice { first, .. } if first.as_str() == "a"),
+                "{refused}"
+            );
+        }
+        let elsewhere = open_file(&drive("b", &path, false), &[]).err().unwrap();
+        assert!(elsewhere.to_string().contains("another machine"), "{elsewhere}");
+    }
 }

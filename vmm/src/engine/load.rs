@@ -9,8 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use runnel_devices::virtio::block::FileStore;
-use runnel_devices::virtio::block::FileStoreError;
 use runnel_snapshot::block_store::BlockStore as _;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
@@ -27,7 +25,7 @@ use runnel_snapshot::units::PageIndex;
 use runnel_snapshot::volume::VolumeName;
 
 use super::description::{Description, DescriptionError, DriveRecord};
-use super::drives::{Backing, KnownVolumes};
+use super::drives::{self, Backing, DriveFileError, KnownVolumes};
 use super::memory::mappings;
 use super::{EngineError, KvmGuest};
 use crate::config::{self, LoadFrom, LoadSnapshot, MicrovmConfig, ResourceId};
@@ -133,7 +131,7 @@ pub enum LoadError {
         id: ResourceId,
         /// Why.
         #[source]
-        source: FileStoreError,
+        source: DriveFileError,
     },
     /// A drive's file that is another one.
     #[error("drive {id} had {expected} bytes when the machine was saved, and {} has {found}", path.display())]
@@ -446,7 +444,7 @@ fn open_drives(
                 Backing::Overlay(Arc::new(overlay))
             }
             Some(_) if !is_overridden => return Err(LoadError::NotInImage(drive.id.clone())),
-            _ => open_file(drive, record, is_overridden)?,
+            _ => open_file(drive, record, is_overridden, &drives)?,
         };
         drives.push((drive.id.clone(), backing));
     }
@@ -457,8 +455,13 @@ fn overlay_directory(load: &LoadSnapshot) -> PathBuf {
     load.overlay_directory.clone().unwrap_or_else(std::env::temp_dir)
 }
 
-fn open_file(drive: &config::Drive, record: &DriveRecord, is_overridden: bool) -> Result<Backing, LoadError> {
-    let store = FileStore::open(&drive.path, drive.is_read_only).map_err(|source| LoadError::DriveFile {
+fn open_file(
+    drive: &config::Drive,
+    record: &DriveRecord,
+    is_overridden: bool,
+    others: &[(ResourceId, Backing)],
+) -> Result<Backing, LoadError> {
+    let store = drives::open_file(drive, others).map_err(|source| LoadError::DriveFile {
         id: drive.id.clone(),
         source,
     })?;
@@ -479,9 +482,5 @@ fn open_file(drive: &config::Drive, record: &DriveRecord, is_overridden: bool) -
             "the drive was written after the machine was saved: its memory may not fit its file system"
         );
     }
-    Ok(Backing::File {
-        store: Arc::new(store),
-        path: drive.path.clone(),
-        read_only: drive.is_read_only,
-    })
+    Ok(Backing::file(drive, store))
 }

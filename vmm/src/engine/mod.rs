@@ -12,19 +12,21 @@ pub use load::LoadError;
 pub use save::SaveError;
 pub use watch::watch;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use runnel_devices::virtio::block::FileStore;
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::pager::Stall;
 
 use crate::board::StoreError;
-use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId};
+use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId, SaveAs};
 use crate::control::{Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
 use crate::pager::Pager;
-use drives::{Backing, KnownVolumes};
+use drives::{Backing, KnownVolumes, open_file};
+use paging::stall_of;
 
 /// How often it is looked whether a machine is stalled: well below the time after which it counts as that.
 const LOOK: Duration = Duration::from_millis(200);
@@ -42,6 +44,9 @@ pub enum EngineError {
     /// Something that a later version of Runnel does.
     #[error("{0} is not supported by this version of Runnel")]
     Unsupported(&'static str),
+    /// An image is to appear in a directory that is not there.
+    #[error("{0} does not exist: make it first, with `mkdir -p {0}`")]
+    NoDirectory(PathBuf),
     /// A machine that waits for bytes that do not come.
     #[error(
         "the machine is stalled: {chunk} of {volume} is missing ({reason}); try again when GET / no longer says so"
@@ -68,12 +73,7 @@ impl Engine for KvmEngine {
         let end = EndSignal::new().map_err(EngineError::Event)?;
         let mut drives = Vec::new();
         let machine = Microvm::build_over(config, &end, &mut |drive| {
-            let store = Arc::new(FileStore::open(&drive.path, drive.is_read_only)?);
-            let backing = Backing::File {
-                store,
-                path: drive.path.clone(),
-                read_only: drive.is_read_only,
-            };
+            let backing = Backing::file(drive, open_file(drive, &drives)?);
             let store = backing.store();
             drives.push((drive.id.clone(), backing));
             Ok::<_, StoreError>(store)
@@ -127,7 +127,7 @@ struct KvmGuest {
 impl KvmGuest {
     /// Stops vCPUs and devices.
     fn stand_still(&mut self) -> Result<(), GuestError> {
-        if let Some(stall) = self.pager.as_ref().and_then(|pager| pager.logic().stall()) {
+        if let Some(stall) = self.stall() {
             return Err(stalled(stall).into());
         }
         let pager = &self.pager;
@@ -144,13 +144,15 @@ impl KvmGuest {
                 self.is_running = false;
                 Ok(())
             }
-            Err(error) => Err(
-                match self.pager.as_ref().and_then(|pager| pager.logic().stall()) {
-                    Some(stall) => stalled(stall).into(),
-                    None => error.into(),
-                },
-            ),
+            Err(error) => Err(match self.stall() {
+                Some(stall) => stalled(stall).into(),
+                None => error.into(),
+            }),
         }
+    }
+
+    fn stall(&self) -> Option<Stall> {
+        stall_of(self.pager.as_ref()?.logic())
     }
 
     fn run(&mut self) {
@@ -165,7 +167,21 @@ impl KvmGuest {
     }
 }
 
-fn stalled(stall: runnel_snapshot::pager::Stall) -> EngineError {
+/// Refuses an image whose directory is not there before the machine stands still for it.
+fn check_directory(image: &Path) -> Result<(), EngineError> {
+    match image
+        .parent()
+        .filter(|directory| !directory.as_os_str().is_empty())
+    {
+        // Whatever else is wrong with it, making the image tells.
+        Some(directory) if matches!(directory.try_exists(), Ok(false)) => {
+            Err(EngineError::NoDirectory(directory.to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn stalled(stall: Stall) -> EngineError {
     EngineError::Stalled {
         volume: stall.volume.to_string(),
         chunk: stall.chunk.to_string(),
@@ -188,6 +204,9 @@ impl Guest for KvmGuest {
     }
 
     fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
+        if let SaveAs::Image { directory, .. } = &create.save_as {
+            check_directory(directory)?;
+        }
         save::save(self, create, operation)
     }
 

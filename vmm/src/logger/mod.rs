@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::fstat;
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
@@ -146,6 +147,19 @@ impl Logger {
             settings.module.clone_from(&body.module);
         }
         Ok(())
+    }
+
+    /// Whether it goes to standard error, by that name or as the file behind it.
+    #[must_use]
+    pub fn is_on_stderr(&self) -> bool {
+        let settings = self
+            .shared
+            .settings
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = &settings.target else { return true };
+        let [log, stderr] = [fstat(file), fstat(io::stderr())];
+        matches!((log, stderr), (Ok(log), Ok(stderr)) if (log.st_dev, log.st_ino) == (stderr.st_dev, stderr.st_ino))
     }
 
     /// Lines that could not be written.

@@ -9,6 +9,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::fault::reworded;
+
 /// The longest answer that is read: a configuration with every drive there can be takes some 100 KiB.
 const ANSWER_BYTES_MAX: u64 = 4 << 20;
 
@@ -45,13 +47,13 @@ pub(crate) enum ApiError {
         reason: String,
     },
     /// It said no.
-    #[error("{fault}")]
+    #[error("{}", reworded(fault))]
     Refused {
         /// What was asked.
         request: String,
         /// The HTTP status.
         status: u16,
-        /// Its reason.
+        /// Its reason, in the API's words.
         fault: String,
     },
 }

@@ -41,7 +41,7 @@ pub(crate) enum BootError {
     },
     /// A part that this version does not know.
     #[error(
-        "the configuration {path} has a part {part:?}, which this version of Runnel does not know: remove it"
+        "the configuration {path} has a part {part:?}, which is not supported by this version of Runnel: remove it"
     )]
     Unknown {
         /// Which file.
@@ -49,6 +49,17 @@ pub(crate) enum BootError {
         /// Which part.
         part: String,
     },
+    /// Two drives or interfaces of one name, of which the monitor would take the last.
+    #[error("{part} names {id} twice: give each an id of its own")]
+    Twice {
+        /// `--drive`, `--net`, or the part of the configuration.
+        part: &'static str,
+        /// The name.
+        id: String,
+    },
+    /// One tap for two interfaces.
+    #[error("--net names the tap {0} twice: give each interface a tap of its own")]
+    TapTwice(String),
     /// A drive or interface without a usable name.
     #[error("{part} of the configuration needs a {field} of 1 to 64 letters, digits and '_'")]
     Id {
@@ -89,6 +100,17 @@ impl Boot {
         });
     }
 
+    /// Adds something that has a name below `path`; `part` is where the name was given.
+    fn put_named(&mut self, part: &'static str, path: &str, id: &str, body: Value) -> Result<(), BootError> {
+        let path = format!("{path}/{id}");
+        if self.requests.iter().any(|put| put.path == path) {
+            let id = id.to_owned();
+            return Err(BootError::Twice { part, id });
+        }
+        self.put(path, body);
+        Ok(())
+    }
+
     /// A machine of these parts.
     pub(crate) fn new(boot_source: Value, vcpus: u64, memory_mib: u64) -> Self {
         let mut boot = Self {
@@ -109,7 +131,10 @@ impl Boot {
     }
 
     /// Adds a drive.
-    pub(crate) fn add_drive(&mut self, number: usize, drive: &DriveFlag) {
+    ///
+    /// # Errors
+    /// When there is one of that name.
+    pub(crate) fn add_drive(&mut self, number: usize, drive: &DriveFlag) -> Result<(), BootError> {
         let id = drive.id.clone().unwrap_or_else(|| format!("drive{number}"));
         let mut body = json!({
             "drive_id": id,
@@ -120,11 +145,18 @@ impl Boot {
         if let Some(partuuid) = &drive.partuuid {
             body["partuuid"] = json!(partuuid);
         }
-        self.put(format!("/drives/{id}"), body);
+        self.put_named("--drive", "/drives", &id, body)
     }
 
     /// Adds a network interface.
-    pub(crate) fn add_interface(&mut self, number: usize, interface: &NetFlag) {
+    ///
+    /// # Errors
+    /// When there is one of that name, or with that tap.
+    pub(crate) fn add_interface(&mut self, number: usize, interface: &NetFlag) -> Result<(), BootError> {
+        let tap = interface.tap.as_str();
+        if self.requests.iter().any(|put| put.body["host_dev_name"] == tap) {
+            return Err(BootError::TapTwice(tap.to_owned()));
+        }
         let id = interface.id.clone().unwrap_or_else(|| format!("eth{number}"));
         let mut body = json!({ "iface_id": id, "host_dev_name": interface.tap });
         if let Some(mac) = &interface.mac {
@@ -133,7 +165,7 @@ impl Boot {
         if let Some(mtu) = interface.mtu {
             body["mtu"] = json!(mtu);
         }
-        self.put(format!("/network-interfaces/{id}"), body);
+        self.put_named("--net", "/network-interfaces", &id, body)
     }
 
     /// Adds an entropy device.
@@ -196,7 +228,7 @@ impl Boot {
                     .as_str()
                     .filter(|id| is_id(id))
                     .ok_or(BootError::Id { part, field })?;
-                boot.put(format!("{path}/{id}"), body.clone());
+                boot.put_named(part, path, id, body.clone())?;
             }
         }
         if let Some(entropy) = take("entropy") {
@@ -385,9 +417,9 @@ mod tests {
         let drive: DriveFlag = "id=root,path=/srv/a.img,ro,root".parse().unwrap();
         let net: NetFlag = "tap=tap0,mac=06:00:00:00:00:01,mtu=1400".parse().unwrap();
         let mut boot = Boot::new(json!({ "kernel_image_path": "/k" }), 2, 512);
-        boot.add_drive(0, &drive);
-        boot.add_drive(1, &"path=b".parse().unwrap());
-        boot.add_interface(0, &net);
+        boot.add_drive(0, &drive).unwrap();
+        boot.add_drive(1, &"path=b".parse().unwrap()).unwrap();
+        boot.add_interface(0, &net).unwrap();
         boot.add_entropy();
         let paths: Vec<_> = boot.requests.iter().map(|put| put.path.as_str()).collect();
         let expected = [
@@ -407,6 +439,32 @@ mod tests {
             boot.requests[4].body,
             json!({ "iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:00:00:00:01", "mtu": 1400 })
         );
+    }
+
+    #[test]
+    fn what_is_given_twice_is_refused_by_name_and_not_dropped() {
+        let mut boot = Boot::new(json!({ "kernel_image_path": "/k" }), 1, 64);
+        boot.add_drive(0, &"id=drive1,path=a".parse().unwrap()).unwrap();
+        let refused = boot.add_drive(1, &"path=b".parse().unwrap()).unwrap_err();
+        assert!(
+            refused.to_string().contains("--drive names drive1 twice"),
+            "{refused}"
+        );
+        boot.add_interface(0, &"tap=tap0".parse().unwrap()).unwrap();
+        let refused = boot.add_interface(1, &"tap=tap0".parse().unwrap()).unwrap_err();
+        assert!(refused.to_string().contains("tap0"), "{refused}");
+        let refused = boot
+            .add_interface(1, &"id=eth0,tap=tap1".parse().unwrap())
+            .unwrap_err();
+        assert!(
+            refused.to_string().contains("--net names eth0 twice"),
+            "{refused}"
+        );
+
+        let drive = json!({ "drive_id": "a", "path_on_host": "/a", "is_root_device": false });
+        let file = json!({ "boot-source": { "kernel_image_path": "/k" }, "drives": [drive, drive] });
+        let refused = from_file(file).unwrap_err();
+        assert!(refused.to_string().contains("drives names a twice"), "{refused}");
     }
 
     #[test]

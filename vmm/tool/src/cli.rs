@@ -13,13 +13,13 @@ Examples:
     runnel doctor                                     what this host has and lacks
     runnel run --kernel vmlinuz --initrd initrd.img --memory 512M --name web
     runnel snapshot web web-v1                        save it, while it runs, as an image
-    runnel serve ~/images                             let other hosts pull images
+    runnel serve web-v1                               let other hosts pull it
     runnel resume http://10.0.0.1:5000/web-v1         run it here, before it has arrived
 ";
 
 const ENVIRONMENT: &str = "\
 Environment:
-    RUNNEL_IMAGES       the local store of images (`runnel image --help`)
+    RUNNEL_IMAGES       the local store of images, an absolute path (`runnel image --help`)
     RUNNEL_VMM          the monitor; else runnel-vmm beside this program, else in PATH
     REGISTRY_AUTH_FILE  passwords and tokens of registries (`runnel agent --help`)
     XDG_RUNTIME_DIR     what runs is remembered below it, in runnel; root without it uses /run/runnel

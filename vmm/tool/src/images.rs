@@ -16,6 +16,25 @@ pub(crate) enum StoreError {
     /// There is no place for it.
     #[error("there is no folder for images: set RUNNEL_IMAGES to one")]
     NoPlace,
+    /// The variable means another folder in each directory.
+    #[error("RUNNEL_IMAGES is {0:?}: it must be an absolute path")]
+    Relative(PathBuf),
+    /// There is no name.
+    #[error("the image has no name: give one, or a path with a slash in it")]
+    NoName,
+    /// A path, where images of the store are looked after.
+    #[error(
+        "{path:?} is a path, and this is for images of the local store, {store}, by their names: a directory elsewhere is yours to remove"
+    )]
+    NotOfStore {
+        /// The path.
+        path: String,
+        /// The folder.
+        store: PathBuf,
+    },
+    /// A server's image without what says so.
+    #[error("there is no directory {0}: an image of a server begins with its scheme, as in http://{0}")]
+    NoScheme(String),
     /// The name cannot be one.
     #[error(
         "{0:?} cannot be an image's name: lower-case letters and digits, with '.', '_' or '-' between; a directory is written with a slash, as in ./{0}"
@@ -69,12 +88,20 @@ impl ImageStore {
     pub(crate) fn of_this_user() -> Result<Self, StoreError> {
         let folder = |variable: &str| {
             let path = std::env::var_os(variable).map(PathBuf::from);
-            path.filter(|path| path.is_absolute())
+            path.filter(|path| !path.as_os_str().is_empty())
         };
-        let path = folder("RUNNEL_IMAGES").or_else(|| Some(folder("XDG_DATA_HOME")?.join("runnel/images")));
+        if let Some(path) = folder("RUNNEL_IMAGES") {
+            return match path.is_absolute() {
+                true => Ok(Self::at(path)),
+                false => Err(StoreError::Relative(path)),
+            };
+        }
+        // Relative ones do not count, says the XDG base directory specification.
+        let absolute = |variable: &str| folder(variable).filter(|path| path.is_absolute());
+        let path = absolute("XDG_DATA_HOME").map(|data| data.join("runnel/images"));
         let path = path.or_else(|| match rustix::process::geteuid().is_root() {
             true => Some("/var/lib/runnel/images".into()),
-            false => Some(folder("HOME")?.join(".local/share/runnel/images")),
+            false => Some(absolute("HOME")?.join(".local/share/runnel/images")),
         });
         path.map(Self::at).ok_or(StoreError::NoPlace)
     }
@@ -97,6 +124,12 @@ impl ImageStore {
         if is_single_name(name) && is_image(&path) {
             return Ok(path);
         }
+        if bare_name(Path::new(name)).is_none() {
+            return Err(StoreError::NotOfStore {
+                path: name.to_owned(),
+                store: self.path.clone(),
+            });
+        }
         Err(StoreError::Unknown {
             name: name.to_owned(),
             store: self.path.clone(),
@@ -113,6 +146,9 @@ impl ImageStore {
             return Ok(reference);
         };
         let path = match bare_name(&path) {
+            None if lacks_scheme(text) && !path.exists() => {
+                return Err(StoreError::NoScheme(text.to_owned()));
+            }
             None => path,
             Some(name) => match self.image(name) {
                 Ok(path) => path,
@@ -130,6 +166,9 @@ impl ImageStore {
     /// # Errors
     /// When it cannot be a name, or the store not be made.
     pub(crate) fn destination(&self, text: &str) -> Result<PathBuf, StoreError> {
+        if text.is_empty() {
+            return Err(StoreError::NoName);
+        }
         let path = Path::new(text);
         let Some(name) = bare_name(path) else {
             return std::path::absolute(path).map_err(io_error("resolving", path));
@@ -137,10 +176,26 @@ impl ImageStore {
         if !is_single_name(name) {
             return Err(StoreError::BadName(name.to_owned()));
         }
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.path);
-        made.map_err(io_error("creating", &self.path))?;
+        self.create()?;
         Ok(self.path.join(name))
     }
+
+    /// Makes its folder, if it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(crate) fn create(&self) -> Result<(), StoreError> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.path);
+        made.map_err(io_error("creating", &self.path))
+    }
+}
+
+/// Whether `text` begins with a host and a port, as in `10.0.0.1:5000/web`.
+fn lacks_scheme(text: &str) -> bool {
+    let port = text
+        .split_once('/')
+        .and_then(|(server, _)| server.rsplit_once(':'));
+    port.is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
 }
 
 /// The name that a path is, if it is nothing but a name.
@@ -217,5 +272,23 @@ mod tests {
         assert!(store.path().is_dir());
         assert_eq!(store.destination("/srv/web").unwrap(), Path::new("/srv/web"));
         assert!(matches!(store.destination("Web!"), Err(StoreError::BadName(_))));
+        assert!(matches!(store.destination(""), Err(StoreError::NoName)));
+    }
+
+    #[test]
+    fn a_server_without_its_scheme_is_no_directory_that_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = ImageStore::at(folder.path().to_owned());
+        for text in ["10.0.0.1:5000/web", "localhost:5000/team/web", "[::1]:80/web"] {
+            let told = store.resolve(text).unwrap_err().to_string();
+            assert!(told.ends_with(&format!("http://{text}")), "{told}");
+        }
+        for text in ["./a:5000/web", "/srv/a:5000/web", "a:b/web", ":5000/web"] {
+            let reference = store.resolve(text);
+            assert!(
+                matches!(reference, Ok(ImageReference::Directory { .. })),
+                "{text}"
+            );
+        }
     }
 }

@@ -15,6 +15,7 @@ use serde_json::json;
 
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
+use crate::output::trace;
 use crate::process::{Process, ProcessId};
 use crate::program::{self, ProgramError, last_lines};
 use crate::signals::Signals;
@@ -61,6 +62,16 @@ pub(crate) enum MonitorError {
     /// It does not answer.
     #[error("the monitor does not answer; its log is {0}")]
     Silent(PathBuf),
+    /// It refused the machine.
+    #[error("{reason}; the log of {name} is {}", log.display())]
+    Refused {
+        /// What it said.
+        reason: String,
+        /// The machine's name.
+        name: MachineName,
+        /// Where its log will be, since it ends.
+        log: PathBuf,
+    },
     /// It refused to put its console there.
     #[error("the console's socket was refused")]
     Console(#[source] ApiError),
@@ -150,6 +161,15 @@ impl<'s> Monitor<'s> {
     /// Where its log is once it has ended.
     pub(crate) fn ended_log(&self) -> PathBuf {
         self.state.ended_log(&self.folder.name)
+    }
+
+    /// Why this machine, which was to be started, is not.
+    pub(crate) fn refused(&self, error: &ApiError) -> MonitorError {
+        MonitorError::Refused {
+            reason: trace(error),
+            name: self.folder.name.clone(),
+            log: self.ended_log(),
+        }
     }
 
     /// Waits for its end; what was left of the machine is removed. A signal that comes first ends the monitor.

@@ -84,7 +84,15 @@ impl User {
             version: 1,
             state: Value::Null,
         };
-        let state = MachineState::new(1_700_000_000_000, vec![section("0"), section("1")]);
+        let machine = SavedSection {
+            kind: "machine".into(),
+            state: serde_json::json!({ "drives": [
+                { "id": "root", "in_image": true, "bytes": 2 * CHUNK, "is_read_only": false },
+                { "id": "scratch", "in_image": false, "bytes": 1 << 20, "is_read_only": true },
+            ] }),
+            ..section("")
+        };
+        let state = MachineState::new(1_700_000_000_000, vec![section("0"), section("1"), machine]);
         let mut job = Job::new(CaptureSettings::default(), volumes).unwrap();
         if let Some(parent) = parent {
             job = job.with_parent(parent);
@@ -116,6 +124,8 @@ fn inspect_shows_volumes_zeros_sections_and_lineage() {
     assert_eq!(shown["saved_at_unix_ms"], 1_700_000_000_000_u64);
     assert_eq!(shown["volume_bytes"], 6 * CHUNK);
     assert_eq!(shown["sections"]["vcpu"]["count"], 2);
+    let needed = serde_json::json!([{ "id": "scratch", "bytes": 1 << 20, "is_read_only": true }]);
+    assert_eq!(shown["drives_to_supply"], needed);
     let memory = &shown["volumes"][0];
     assert_eq!(memory["name"], "memory");
     assert_eq!(memory["zero_bytes"], 2 * CHUNK);
@@ -138,6 +148,7 @@ fn inspect_shows_volumes_zeros_sections_and_lineage() {
         "vcpu v1 ×2",
         "50.0 %",
         "parent",
+        "--drive scratch=PATH",
     ] {
         assert!(text.contains(expected), "{expected} is not in\n{text}");
     }
@@ -228,10 +239,16 @@ fn an_image_of_a_server_is_inspected_without_fetching_it() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
-    let first: Vec<String> = (0..4).map(|_| lines.next().unwrap().unwrap()).collect();
-    let url = serde_json::from_str::<Value>(&first.concat()).unwrap()["url"].clone();
-    let image = format!("{}/web", url.as_str().unwrap());
+    let stdout = server.stdout.take().unwrap();
+    let started = serde_json::Deserializer::from_reader(stdout)
+        .into_iter::<Value>()
+        .next();
+    let started = started.unwrap().unwrap();
+    assert_eq!(
+        started["images"]["web"],
+        user.store().join("web").to_str().unwrap()
+    );
+    let image = format!("{}/web", started["url"].as_str().unwrap());
     let shown = user.json(&["inspect", &image, "--json"]);
     let terminated = Command::new("kill")
         .arg(server.id().to_string())
@@ -244,6 +261,62 @@ fn an_image_of_a_server_is_inspected_without_fetching_it() {
         server.wait().unwrap().code(),
         Some(0),
         "to be ended is no failure"
+    );
+}
+
+#[test]
+fn an_image_that_is_served_says_so_and_is_removed_only_by_force() {
+    let user = User::new();
+    user.capture("web", None);
+    user.capture("db", None);
+    fs::create_dir(user.store().join("Notes")).unwrap();
+    let serve = |images: &[&str]| {
+        let mut serve = user.command(&[&["serve", "--listen", "localhost:0"], images].concat());
+        let mut server = serve.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+        assert!(lines.next().unwrap().unwrap().contains("serving at"));
+        (server, lines)
+    };
+    let end = |mut server: std::process::Child| {
+        let kill = Command::new("kill").arg(server.id().to_string()).status();
+        assert!(kill.unwrap().success());
+        assert!(server.wait().unwrap().success());
+    };
+
+    let (server, mut lines) = serve(&["web"]);
+    assert!(lines.next().unwrap().unwrap().ends_with("/web"));
+    let refused = user.run(&["image", "rm", "db", "web"]);
+    let told = text(&refused.stderr);
+    assert!(told.contains("web is not removed: it is being served"), "{told}");
+    user.output(&["image", "rm", "db"]);
+    end(server);
+
+    let (server, mut lines) = serve(&[]);
+    assert!(lines.next().unwrap().unwrap().ends_with("/web"));
+    assert_eq!(user.run(&["image", "rm", "web"]).status.code(), Some(1));
+    user.output(&["image", "prune", "--older-than", "0s"]);
+    assert!(user.store().join("web").is_dir());
+    user.output(&["image", "rm", "web", "--force"]);
+    end(server);
+    assert_eq!(
+        user.json(&["image", "ls", "--json"])["images"],
+        Value::Array(Vec::new())
+    );
+}
+
+#[test]
+fn a_store_at_a_relative_path_is_refused() {
+    let user = User::new();
+    let output = user
+        .command(&["image", "ls"])
+        .env("RUNNEL_IMAGES", "images")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("absolute path"),
+        "{}",
+        text(&output.stderr)
     );
 }
 
@@ -268,8 +341,12 @@ fn errors_name_the_next_step() {
             &["verify", "http://127.0.0.1:1/web"],
             "give a directory or a name",
         ),
+        (&["inspect", "127.0.0.1:1/web"], "http://127.0.0.1:1/web"),
+        (&["image", "rm", "/srv/web"], "yours to remove"),
+        (&["serve", "web"], "runnel image ls"),
         (&["console", "web"], "runnel ps"),
         (&["kill", "web"], "runnel ps"),
+        (&["kill", "web"], "no machine was ended"),
         (&["agent", "--status"], "runnel resume"),
         (
             &["resume", "http://127.0.0.1:1/web", "--agent", "/nonexistent"],
@@ -296,9 +373,32 @@ fn what_cannot_be_understood_ends_with_2() {
         &["resume"],
         &["resume", "web", "--json"],
         &["ps", "--strange"],
+        &["serve", "--listen", "5000"],
     ] {
         assert_eq!(user.run(arguments).status.code(), Some(2), "{arguments:?}");
     }
+}
+
+#[test]
+fn killing_nobody_is_told_how_to_kill_all() {
+    let user = User::new();
+    let output = user.run(&["kill"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("--all"), "{}", text(&output.stderr));
+    user.output(&["kill", "--all"]);
+}
+
+#[test]
+fn what_is_given_twice_is_refused_before_anything_starts() {
+    let user = User::new();
+    let drives = ["--drive", "id=a,path=one", "--drive", "id=a,path=two"];
+    let output = user.run(&[&["run", "--kernel", "k"], &drives[..]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("a twice"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]

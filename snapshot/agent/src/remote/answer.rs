@@ -22,6 +22,9 @@ const LINE_BYTES_MAX: usize = 1 << 10;
 /// What is read on, behind what was wanted, to keep a connection.
 const READ_THROUGH_MAX: u64 = 256 << 10;
 
+/// How an answer begins of who speaks nothing but TLS, and was sent something else (RFC 8446 §5.1).
+const TLS_ALERT: u8 = 21;
+
 /// Bytes skipped at a time.
 const SKIP_BYTES: usize = 64 << 10;
 
@@ -286,9 +289,10 @@ fn parse_head(bytes: &[u8]) -> io::Result<Option<(Head, usize)>> {
     }
     let mut fields = [httparse::EMPTY_HEADER; FIELDS_MAX];
     let mut response = httparse::Response::new(&mut fields);
-    let parsed = response
-        .parse(bytes)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let parsed = response.parse(bytes).map_err(|error| match bytes {
+        [TLS_ALERT, ..] => malformed("it is TLS, so the images of this server begin with https://"),
+        _ => io::Error::new(io::ErrorKind::InvalidData, error),
+    })?;
     let httparse::Status::Complete(length) = parsed else {
         return Ok(None);
     };

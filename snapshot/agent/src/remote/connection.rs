@@ -190,6 +190,7 @@ impl Dial {
                     .and_then(|cause| cause.downcast_ref::<rustls::Error>());
                 match cause {
                     Some(rustls::Error::InvalidCertificate(_)) => untrusted(source),
+                    Some(rustls::Error::InvalidMessage(_)) => RemoteError::NoTls { origin: origin() },
                     _ => RemoteError::Connect {
                         origin: origin(),
                         source,

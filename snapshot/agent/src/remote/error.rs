@@ -38,6 +38,12 @@ pub enum RemoteError {
         #[source]
         source: io::Error,
     },
+    /// Somebody answers, and knows no TLS.
+    #[error("{origin} does not speak TLS: if its server has no certificate, its images begin with http://")]
+    NoTls {
+        /// Which server.
+        origin: Origin,
+    },
     /// A connection that was there went away, or nothing came for too long.
     #[error("the connection to {origin} failed while {doing}")]
     Broken {
@@ -139,6 +145,7 @@ impl RemoteError {
         match self {
             Self::Resolve { .. }
             | Self::Connect { .. }
+            | Self::NoTls { .. }
             | Self::Broken { .. }
             | Self::Answer { .. }
             | Self::Busy { .. } => true,

@@ -14,7 +14,7 @@ mod repositories;
 mod route;
 
 pub use access::{AccessError, Token};
-pub use repositories::{Repositories, RepositoryError};
+pub use repositories::{Inventory, Repositories, RepositoryError};
 
 use std::convert::Infallible;
 use std::io;

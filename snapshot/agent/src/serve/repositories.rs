@@ -4,10 +4,13 @@
 //! is removed is not.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::reference::is_name;
+
+use crate::remote::with_causes;
 
 /// Why a directory cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,15 @@ pub enum RepositoryError {
     },
 }
 
+/// What would be served if it were asked for now.
+#[derive(Debug, Default)]
+pub struct Inventory {
+    /// The images, by name.
+    pub served: BTreeMap<String, PathBuf>,
+    /// What lies among them and is not, and why.
+    pub skipped: Vec<(PathBuf, String)>,
+}
+
 /// The names that a server knows.
 #[derive(Clone, Debug, Default)]
 pub struct Repositories {
@@ -62,12 +74,7 @@ impl Repositories {
             self.folders.push(path);
             return Ok(());
         }
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        self.insert(name, path)
+        self.insert(name_of(&path), path)
     }
 
     /// Adds an image's directory under a name of its own; it may appear later.
@@ -93,6 +100,39 @@ impl Repositories {
         Ok(())
     }
 
+    /// The directories that were added: images, and folders of them.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.named.values().chain(&self.folders).map(PathBuf::as_path)
+    }
+
+    /// Looks what is there.
+    #[must_use]
+    pub fn inventory(&self) -> Inventory {
+        let mut inventory = Inventory::default();
+        for (name, path) in &self.named {
+            inventory.look_at(name.clone(), path.clone());
+        }
+        for folder in &self.folders {
+            let entries = match fs::read_dir(folder) {
+                Ok(entries) => entries,
+                Err(error) => {
+                    inventory.skipped.push((folder.clone(), error.to_string()));
+                    continue;
+                }
+            };
+            let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+            paths.sort();
+            for path in paths.into_iter().filter(|path| path.is_dir()) {
+                let name = name_of(&path);
+                // Images that are being written or removed are hidden.
+                if !name.starts_with('.') {
+                    inventory.look_at(name, path);
+                }
+            }
+        }
+        inventory
+    }
+
     /// Where the image of that name is, if there is one now.
     pub(super) fn find(&self, name: &str) -> Option<PathBuf> {
         debug_assert!(is_name(name), "routes check names");
@@ -113,6 +153,40 @@ impl Repositories {
     pub(super) fn open(&self, name: &str) -> Result<Option<Layout>, LayoutError> {
         self.find(name).map(|path| Layout::open(&path)).transpose()
     }
+}
+
+impl Inventory {
+    /// Sorts a directory that is to be served as `name`, unless it cannot be.
+    fn look_at(&mut self, name: String, path: PathBuf) {
+        let reason = if !is_layout(&path) {
+            "there is no image in it".to_owned()
+        } else if !is_name(&name) {
+            RepositoryError::BadName {
+                name,
+                path: path.clone(),
+            }
+            .to_string()
+        } else if let Some(first) = self.served.get(&name) {
+            let first = first.clone();
+            RepositoryError::Twice {
+                name,
+                first,
+                second: path.clone(),
+            }
+            .to_string()
+        } else if let Err(error) = Layout::open(&path) {
+            with_causes(&error)
+        } else {
+            self.served.insert(name, path);
+            return;
+        };
+        self.skipped.push((path, reason));
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 fn is_layout(path: &Path) -> bool {
@@ -149,6 +223,45 @@ mod tests {
         assert_eq!(repositories.find("new"), Some(root.join("many/new")));
         assert_eq!(repositories.find("new/below"), None);
         assert_eq!(repositories.find("many"), None, "a folder is no image");
+    }
+
+    #[test]
+    fn an_inventory_says_what_is_served_and_why_the_rest_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        for image in ["many/Upper", "many/web", "many/broken", "many/.hidden"] {
+            layout(&root.join(image));
+        }
+        for image in ["many/Upper", "many/web"] {
+            fs::write(
+                root.join(image).join("oci-layout"),
+                r#"{"imageLayoutVersion":"1.0.0"}"#,
+            )
+            .unwrap();
+            fs::write(
+                root.join(image).join("index.json"),
+                r#"{"schemaVersion":2,"manifests":[]}"#,
+            )
+            .unwrap();
+        }
+        fs::create_dir(root.join("many/empty")).unwrap();
+        fs::write(root.join("many/file"), "").unwrap();
+        let mut repositories = Repositories::default();
+        repositories.add(&root.join("many")).unwrap();
+        repositories.add_named("later", &root.join("later")).unwrap();
+
+        let inventory = repositories.inventory();
+        assert_eq!(
+            inventory.served.into_iter().collect::<Vec<_>>(),
+            [("web".to_owned(), root.join("many/web"))]
+        );
+        let skipped: Vec<_> = inventory.skipped.iter().map(|(path, _)| name_of(path)).collect();
+        assert_eq!(skipped, ["later", "Upper", "broken", "empty"]);
+        assert!(
+            inventory.skipped[1].1.contains("NAME="),
+            "{:?}",
+            inventory.skipped
+        );
     }
 
     #[test]

@@ -251,7 +251,7 @@ fn wrong_methods_and_paths_are_refused_and_the_connection_goes_on() {
     );
     assert_eq!(
         fault(client.ask("PUT", "/vsock", &json!({}))),
-        "Invalid request method and/or path: PUT vsock."
+        "PUT vsock is not supported by this version of Runnel."
     );
     assert_eq!(
         fault(client.ask("PUT", "/vm", &Value::Null)),

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::AgentArguments;
-use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
 use rustix::process::Signal;
 
@@ -37,6 +36,8 @@ const HELP: &str = "\
 Fetches, verifies and keeps chunks of images of other hosts for this user's machines. `runnel resume` starts one if none
 runs; this starts it by hand, with other settings, in the foreground. One that is killed is followed by one that goes on
 with the same files.
+
+An agent that `resume` started logs to agent.log beside its socket; one started by hand, to standard error.
 
 Passwords and tokens are read from --credentials, else $REGISTRY_AUTH_FILE, else ~/.docker/config.json, as `docker login`
 and `skopeo login` write them. The token of `runnel serve` is any user's password there.
@@ -139,37 +140,14 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// Fills in what was not said. Each folder of state has an agent of its own, and that one folders of its own: two of
-/// them would refuse to share.
+/// Fills in what the tool knows better than the agent.
 fn with_defaults(arguments: &AgentArguments, state: &StateFolder) -> AgentArguments {
-    let digest = BlobDigest::of(state.path().as_os_str().as_encoded_bytes()).hex();
-    let own = &digest[..8];
-    let memory = || {
-        let user = rustix::process::geteuid().as_raw();
-        PathBuf::from(format!("/dev/shm/runnel-{user}-{own}"))
-    };
     let given = arguments.clone();
     AgentArguments {
         socket: given.socket.or_else(|| Some(socket_of(state))),
-        memory_pages: given.memory_pages.or_else(|| Some(memory())),
-        // Without a place for it, the agent says what is missing.
-        drive_pages: given.drive_pages.or_else(|| Some(cache_folder()?.join(own))),
         credentials: given.credentials.or_else(usual_credentials),
         ..given
     }
-}
-
-/// `$XDG_CACHE_HOME/runnel`, else `/var/cache/runnel` for root and `~/.cache/runnel` for others.
-fn cache_folder() -> Option<PathBuf> {
-    let folder = |variable: &str| {
-        let path = std::env::var_os(variable).map(PathBuf::from);
-        path.filter(|path| path.is_absolute())
-    };
-    let cache = folder("XDG_CACHE_HOME").or_else(|| match rustix::process::geteuid().is_root() {
-        true => Some("/var/cache".into()),
-        false => Some(folder("HOME")?.join(".cache")),
-    })?;
-    Some(cache.join("runnel"))
 }
 
 fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {

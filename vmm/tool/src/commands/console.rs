@@ -45,7 +45,11 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
             if machine.process.wait(FAREWELL)? {
                 state.forget(&machine.folder)?;
             }
-            eprintln!("{} has ended.", args.machine);
+            eprintln!(
+                "{} has ended; its log is {}",
+                args.machine,
+                state.ended_log(&args.machine).display()
+            );
             Exit::Done
         }
         Left::Signal(signal) => Exit::Signal(signal),

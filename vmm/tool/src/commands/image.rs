@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use crate::exit::Exit;
+use crate::held::is_held;
 use crate::images::ImageStore;
 use crate::output::{OutputArgs, print, print_json, trace};
 use crate::size::{self, parse_duration};
@@ -20,6 +21,11 @@ use crate::table::{Table, one_line};
 /// Why an image stays.
 #[derive(Debug, thiserror::Error)]
 enum InUse {
+    /// `runnel serve` has it, or its folder.
+    #[error(
+        "{0} is not removed: it is being served, and other hosts may read it (--force removes it nevertheless)"
+    )]
+    Served(String),
     /// A machine came from it.
     #[error(
         "{image} is not removed: {machine} was resumed from it, and may still read it (--force removes it nevertheless)"
@@ -35,8 +41,8 @@ enum InUse {
 /// Look after the images of the local store
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The store is $RUNNEL_IMAGES, else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root and
-~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it.
+The store is $RUNNEL_IMAGES (an absolute path), else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root
+and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it.
 
 Examples:
     runnel image ls
@@ -69,16 +75,20 @@ struct RmArgs {
     #[arg(required = true)]
     images: Vec<String>,
 
-    /// Remove images too that running machines came from; those go on with what they have open
+    /// Remove images too that running machines came from, which go on with what they have open, or that are served
     #[arg(long)]
     force: bool,
 }
 
 #[derive(Debug, Args)]
 struct PruneArgs {
-    /// Images too that are older than this, unless a running machine came from them: 12h, 30d
+    /// Images too that are older than this, unless a running machine came from them or they are served: 12h, 30d
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     older_than: Option<Duration>,
+
+    /// With --older-than: images too that are served
+    #[arg(long, requires = "older_than")]
+    force: bool,
 
     /// Say which images would go, and do nothing
     #[arg(long)]
@@ -152,7 +162,7 @@ fn describe(image: &ListedImage) -> Value {
 fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     // All are looked at before one goes.
     let paths = args.images.iter().map(|name| store.image(name));
-    let paths = paths.collect::<Result<Vec<_>, _>>()?;
+    let paths = paths.collect::<Result<BTreeSet<_>, _>>()?;
     if !args.force {
         for machine in StateFolder::open()?.machines()? {
             let from = machine.record.image.as_deref().and_then(directory_of);
@@ -163,6 +173,9 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
                 }
                 .into());
             }
+        }
+        if let Some(path) = paths.iter().find(|path| is_held(path)) {
+            return Err(InUse::Served(name_of(path)).into());
         }
     }
     for path in &paths {
@@ -190,6 +203,13 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
             .into_iter()
             .filter(|path| is_old(path) && !in_use.contains(path))
         {
+            if !args.force && is_held(&path) {
+                eprintln!(
+                    "{} is kept, since it is served (--force removes it nevertheless)",
+                    path.display()
+                );
+                continue;
+            }
             if !args.dry_run {
                 folder::remove(&path)?;
             }

@@ -10,8 +10,10 @@ use runnel_snapshot::image::manifest::ImageVolume;
 use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::image::{Image, folder};
 use runnel_snapshot::index::{Entry, IndexError, SegmentIndex};
+use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::ChunkIndex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::Failure;
 use crate::credentials::credentials;
@@ -27,7 +29,8 @@ const LINEAGE_MAX: usize = 64;
 /// Show what an image consists of
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Of an image of another host only manifest, machine state and indexes are read.
+Drives of the machine that the image does not hold, and that `runnel resume` must be given, are named. Of an image of
+another host only manifest, machine state and indexes are read.
 
 Examples:
     runnel inspect web-v1
@@ -50,11 +53,13 @@ struct Inspection {
     volume_bytes: u64,
     stored_bytes: u64,
     volumes: Vec<VolumeInspection>,
+    /// Drives of the machine that are not in the image.
+    drives_to_supply: Vec<DriveToSupply>,
     state_bytes: u64,
     sections: BTreeMap<String, SectionInspection>,
     first_chunks: usize,
     working_set_bytes: Option<u64>,
-    compatibility: BTreeMap<String, serde_json::Value>,
+    compatibility: BTreeMap<String, Value>,
     /// The parent first. `image` where it is in the local store.
     lineage: Vec<Ancestor>,
 }
@@ -70,6 +75,14 @@ struct VolumeInspection {
     data_chunks: u64,
     index_bytes: u64,
     layers: Vec<Layer>,
+}
+
+/// As the machine's description says it, which is the monitor's: what is not understood is not shown.
+#[derive(Debug, Serialize, Deserialize)]
+struct DriveToSupply {
+    id: String,
+    bytes: u64,
+    is_read_only: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -144,6 +157,7 @@ fn inspect(reference: &ImageReference, image: &Image, store: &ImageStore) -> Res
             .iter()
             .fold(0, |sum, blob| sum.saturating_add(blob.bytes)),
         volumes,
+        drives_to_supply: drives_to_supply(&state),
         state_bytes: manifest.state.bytes,
         sections,
         first_chunks: state.first_chunks.len(),
@@ -151,6 +165,17 @@ fn inspect(reference: &ImageReference, image: &Image, store: &ImageStore) -> Res
         compatibility: state.compatibility,
         lineage: lineage(image, store),
     })
+}
+
+/// The drives that were left out of the image, or that were files outside it.
+fn drives_to_supply(state: &MachineState) -> Vec<DriveToSupply> {
+    let machine = state.sections.iter().find(|section| section.kind == "machine");
+    let drives = machine.and_then(|section| section.state["drives"].as_array());
+    let left_out = |drive: &&Value| drive["in_image"] == false;
+    let drives = drives.into_iter().flatten().filter(left_out);
+    drives
+        .filter_map(|drive| DriveToSupply::deserialize(drive).ok())
+        .collect()
 }
 
 /// Reads the whole index, which costs some 40 bytes a chunk.
@@ -229,6 +254,14 @@ impl Inspection {
         }
         text.push('\n');
         text.push_str(&self.volume_table().to_string());
+        for drive in &self.drives_to_supply {
+            text.push_str(&format!(
+                "\nneeded   drive {id} of {} bytes{}, which is not in the image: `runnel resume --drive {id}=PATH`",
+                drive.bytes,
+                if drive.is_read_only { ", read-only" } else { "" },
+                id = one_line(&drive.id, 64),
+            ));
+        }
         text.push_str(&format!("\nstate    {}", size::bytes(self.state_bytes)));
         for (kind, section) in &self.sections {
             let count = if section.count == 1 {

@@ -15,8 +15,12 @@ use crate::state::{Machine, StateFolder};
 use crate::table::{Table, one_line};
 
 const HELP: &str = "\
-ARRIVED is how much of memory and disks is here, of a machine resumed from an image. A stalled machine waits for a chunk
+Machines that `runnel run` and `runnel resume` started for this user are listed; monitors that were started otherwise are
+not. ARRIVED is how much of memory and disks is here, of a machine resumed from an image. A stalled machine waits for a chunk
 that cannot be had, and goes on by itself when it can.
+
+Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
+ended/NAME.log of one that has ended (the last 32), agent/agent.log of the agent.
 
 Examples:
     runnel ps

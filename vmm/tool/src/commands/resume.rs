@@ -38,15 +38,16 @@ pub(crate) struct ResumeArgs {
     /// The image
     image: String,
 
-    /// What the machine is called; m1, m2, … unless given
+    /// What the machine is called, 1 to 64 letters, digits and hyphens; m1, m2, … unless given
     #[arg(long)]
     name: Option<MachineName>,
 
-    /// Put another tap behind an interface, again for each: ID=TAP
+    /// Put another tap behind an interface, again for each: ID=TAP. `runnel run` calls them eth0, eth1, … unless told
     #[arg(long = "tap", value_name = "ID=TAP")]
     taps: Vec<Override>,
 
-    /// Put a file behind a drive in place of the image's content, again for each: ID=PATH
+    /// Put a file behind a drive in place of the image's content, again for each: ID=PATH. `runnel inspect` lists an
+    /// image's drives, and says which must be supplied
     #[arg(long = "drive", value_name = "ID=PATH")]
     drives: Vec<Override>,
 
@@ -146,7 +147,8 @@ fn load(
 ) -> Result<Option<Exit>, Failure> {
     let api = monitor.api();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
-    match operation::run(&api, "/snapshot/load", body, &mut view, signals)? {
+    let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
+    match outcome.map_err(|error| monitor.refused(&error))? {
         // The monitor ends with this command, whatever it is doing.
         Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => Ok(Some(Exit::Signal(signal))),
         Outcome::Done => {

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Failure;
-use crate::api::ApiError;
 use crate::boot::{Boot, DriveFlag, NetFlag};
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, MonitorError};
 use crate::signals::Signals;
 use crate::size::parse_mebibytes;
 use crate::state::{MachineName, Record, StateFolder};
@@ -26,7 +25,10 @@ Examples:
     runnel run --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2
     runnel run --kernel vmlinuz --initrd initrd.img --drive path=disk.img,root --net tap=tap0 --rng --name web --detach
     runnel run --config machine.json
-A configuration file is Firecracker's; paths with commas, cache types and CPU options are given there.";
+A configuration file is Firecracker's; paths with commas, cache types and CPU options are given there.
+
+The monitor's log is vmm.log in the machine's folder, $XDG_RUNTIME_DIR/runnel/machines/NAME, and ended/NAME.log beside
+machines once it has ended (in /run/runnel for root without XDG_RUNTIME_DIR).";
 
 /// Boot a machine
 #[derive(Debug, Args)]
@@ -44,7 +46,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT", default_value = CMDLINE)]
     cmdline: String,
 
-    /// Guest memory: a number of MiB, or with K, M or G
+    /// Guest memory, 32M to 64G: a number of MiB, or with K, M or G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_mebibytes)]
     memory: u64,
 
@@ -52,11 +54,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=32))]
     vcpus: u64,
 
-    /// A drive, again for each: [id=ID,]path=PATH[,ro][,root][,partuuid=UUID]
+    /// A drive, again for each: [id=ID,]path=PATH[,ro][,root][,partuuid=UUID]. An id is 1 to 64 letters, digits and '_';
+    /// drive0, drive1, … by position unless given
     #[arg(long = "drive", value_name = "DRIVE")]
     drives: Vec<DriveFlag>,
 
-    /// A network interface, again for each: [id=ID,]tap=TAP[,mac=MAC][,mtu=MTU]
+    /// A network interface, again for each: [id=ID,]tap=TAP[,mac=MAC][,mtu=MTU]. Ids are as drives' are; eth0, eth1, …
+    /// by position unless given
     #[arg(long = "net", value_name = "INTERFACE")]
     interfaces: Vec<NetFlag>,
 
@@ -68,7 +72,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng"])]
     config: Option<PathBuf>,
 
-    /// What the machine is called; m1, m2, … unless given
+    /// What the machine is called, 1 to 64 letters, digits and hyphens; m1, m2, … unless given
     #[arg(long)]
     name: Option<MachineName>,
 
@@ -92,10 +96,10 @@ impl RunArgs {
         }
         let mut boot = Boot::new(source, self.vcpus, self.memory);
         for (number, drive) in self.drives.iter().enumerate() {
-            boot.add_drive(number, drive);
+            boot.add_drive(number, drive)?;
         }
         for (number, interface) in self.interfaces.iter().enumerate() {
-            boot.add_interface(number, interface);
+            boot.add_interface(number, interface)?;
         }
         if self.rng {
             boot.add_entropy();
@@ -115,13 +119,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         memory_mib: boot.memory_mib,
         ..Record::now()
     })?;
-    for put in &boot.requests {
-        monitor.api().put(&put.path, &put.body)?;
+    let put = |monitor: &Monitor<'_>, path: &str, body: &Value| {
+        let put = monitor.api().put(path, body);
+        put.map_err(|error| monitor.refused(&error))
+    };
+    for request in &boot.requests {
+        put(&monitor, &request.path, &request.body)?;
     }
     let start = |monitor: &Monitor<'_>| {
-        let instance_start = json!({ "action_type": "InstanceStart" });
-        monitor.api().put("/actions", &instance_start)?;
-        Ok::<_, ApiError>(None)
+        put(monitor, "/actions", &json!({ "action_type": "InstanceStart" }))?;
+        Ok::<_, MonitorError>(None)
     };
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
 }

@@ -1,29 +1,32 @@
 //! `runnel serve`: images for other hosts.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Repositories, ServeSettings, Token};
+use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Inventory, Repositories, ServeSettings, Token};
 use runnel_agent::tls::Identity;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Failure;
 use crate::exit::Exit;
-use crate::images::ImageStore;
+use crate::held::{Held, hold};
+use crate::images::{ImageStore, StoreError};
 use crate::output::{OutputArgs, print, print_json};
 use crate::signals::Signals;
 
 const HELP: &str = "\
 Serves the pull half of a registry: `runnel resume http://HOST:PORT/NAME` runs an image of it, and skopeo, oras and
-podman can copy from it. A folder serves each image in it under the name of its directory; NAME=DIR gives another one.
-Without DIR, the local store is served.
+podman can copy from it. An image of the local store is served under its name; an image's directory, and each image of a
+folder, under the name of the directory; NAME=IMAGE gives another one. Without IMAGE, all of the local store is served, as
+are images that appear in it, or in a folder, later. While it is being served, `runnel image rm` leaves an image alone.
 
 Images hold guests' memory. Beyond this host's loopback it takes a token and TLS, or --insecure on a network that is
 yours alone.
 
 Examples:
-    runnel serve ~/images
+    runnel serve
+    runnel serve web-v1 db-v1
     runnel serve web=./web-v1 --listen 10.0.0.1:5000 --token-file token --tls-cert cert.pem --tls-key key.pem
     openssl rand -hex 32 > token        makes a token";
 
@@ -31,12 +34,12 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(crate) struct ServeArgs {
-    /// Image directories, folders of them, or NAME=DIR
-    #[arg(value_name = "DIR")]
-    directories: Vec<String>,
+    /// Images of the local store, directories of images, folders of them, or NAME=IMAGE
+    #[arg(value_name = "IMAGE")]
+    images: Vec<String>,
 
-    /// Where to listen; port 0 takes any that is free
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:5000")]
+    /// Where to listen: an address, or a name that stands for one, and a port; port 0 takes any that is free
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:5000", value_parser = address)]
     listen: SocketAddr,
 
     /// File with the token that clients must give
@@ -66,17 +69,62 @@ pub(crate) struct ServeArgs {
 impl ServeArgs {
     fn repositories(&self) -> Result<Repositories, Failure> {
         let mut repositories = Repositories::default();
-        if self.directories.is_empty() {
-            repositories.add(ImageStore::of_this_user()?.path())?;
+        if self.images.is_empty() {
+            let store = ImageStore::of_this_user()?;
+            store.create()?;
+            repositories.add(store.path())?;
         }
-        for text in &self.directories {
+        for text in &self.images {
             match text.split_once('=') {
-                Some((name, path)) => repositories.add_named(name, path.as_ref())?,
-                None => repositories.add(text.as_ref())?,
+                Some((name, image)) => repositories.add_named(name, &directory(image)?)?,
+                None => repositories.add(&directory(text)?)?,
             }
         }
         Ok(repositories)
     }
+}
+
+/// The directory that is meant: of a name, an image of the store, or else what is there; a path, which need not be there
+/// yet.
+fn directory(text: &str) -> Result<PathBuf, StoreError> {
+    let path = Path::new(text);
+    if text.contains('/') {
+        return Ok(path.to_owned());
+    }
+    ImageStore::of_this_user()?.image(text).or_else(|unknown| {
+        if path.is_dir() {
+            Ok(path.to_owned())
+        } else {
+            Err(unknown)
+        }
+    })
+}
+
+/// Where to listen, as somebody writes it.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let found = text.to_socket_addrs();
+    let found =
+        found.map_err(|error| format!("give an address and a port, as in 127.0.0.1:5000 ({error})"))?;
+    // A name may stand for both; clients that are given an address know the older one.
+    found
+        .min_by_key(SocketAddr::is_ipv6)
+        .ok_or_else(|| format!("{text} has no address"))
+}
+
+fn skipped(inventory: &Inventory) -> Vec<Value> {
+    let skipped = inventory.skipped.iter();
+    skipped
+        .map(|(path, reason)| json!({ "path": path, "reason": reason }))
+        .collect()
+}
+
+/// What is served, a URL a line.
+fn describe(url: &str, inventory: &Inventory) -> String {
+    if inventory.served.is_empty() {
+        return "no image is there yet\n".to_owned();
+    }
+    let names = inventory.served.keys();
+    names.map(|name| format!("    {url}/{name}\n")).collect()
 }
 
 pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
@@ -85,22 +133,56 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     let tls = args.tls_cert.clone().zip(args.tls_key.clone());
     let tls = tls.map(|(certificate, key)| Identity { certificate, key });
     let scheme = if tls.is_some() { "https" } else { "http" };
+    let repositories = args.repositories()?;
+    let inventory = repositories.inventory();
+    // Those that are still to come are not there to be held.
+    let there = repositories.directories().filter(|path| path.is_dir());
+    let _held: Vec<Held> = there.filter_map(hold).collect();
     let server = ImageServer::start(ServeSettings {
         listen: args.listen,
-        repositories: args.repositories()?,
+        repositories,
         token,
         tls,
         insecure: args.insecure,
         connections_max: args.max_connections,
     })?;
     let url = format!("{scheme}://{}", server.address());
+    if !args.output.json {
+        for (path, reason) in &inventory.skipped {
+            eprintln!("{} is not served: {reason}", path.display());
+        }
+    }
     match args.output.json {
-        true => print_json(&json!({ "url": url, "address": server.address().to_string() }))?,
-        false => print(&format!("serving at {url}; Ctrl-C ends it\n"))?,
+        true => print_json(&json!({
+            "url": url,
+            "address": server.address().to_string(),
+            "images": inventory.served,
+            "skipped": skipped(&inventory),
+        }))?,
+        false => print(&format!(
+            "serving at {url}; Ctrl-C ends it\n{}",
+            describe(&url, &inventory)
+        ))?,
     }
     let signal = signals.wait()?;
     server.stop();
     // To be ended is what it waits for, so that is no failure.
     tracing::debug!(signal, "ended");
     Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_to_listen_at_is_its_address_and_what_is_none_is_told_what_is_needed() {
+        assert_eq!(address("[::1]:5000").unwrap().to_string(), "[::1]:5000");
+        let local = address("localhost:5000").unwrap();
+        assert!(local.ip().is_loopback() && local.port() == 5000, "{local}");
+        for text in ["", "localhost", "5000", ":x", "127.0.0.1:99999"] {
+            let told = address(text).unwrap_err();
+            assert!(told.contains("127.0.0.1:5000"), "{text}: {told}");
+        }
+    }
 }

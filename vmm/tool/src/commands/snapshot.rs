@@ -19,8 +19,9 @@ use crate::size;
 use crate::state::{MachineName, StateFolder};
 
 const HELP: &str = "\
-IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it. Memory, disks
-and devices are saved as of one moment; the machine goes on as it was. Ctrl-C calls it off, and leaves nothing.
+IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it, whose directory
+must be there. A name is lower-case letters and digits, with '.', '_' or '-' between. Memory, disks and devices are saved as
+of one moment; the machine goes on as it was. Ctrl-C calls it off, and leaves nothing.
 
 Examples:
     runnel snapshot web web-v1

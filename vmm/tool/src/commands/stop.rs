@@ -1,13 +1,14 @@
 //! `runnel stop`, which asks the guest, and `runnel kill`, which asks nobody.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use rustix::process::Signal;
 use serde_json::json;
 
 use super::Failure;
-use crate::api::Api;
+use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
 use crate::signals::Signals;
@@ -31,6 +32,18 @@ enum StopError {
         /// How long it was waited for.
         patience: Duration,
     },
+    /// The guest cannot be asked.
+    #[error("{name} cannot be asked to shut down, and `runnel kill {name}` ends it all the same")]
+    Deaf {
+        /// The machine.
+        name: MachineName,
+        /// Why.
+        #[source]
+        source: ApiError,
+    },
+    /// One of the names is no machine's.
+    #[error("no machine was ended")]
+    NoneEnded(#[source] StateError),
     /// Not even the kernel can end it now.
     #[error("{0} was killed and has not ended: its process waits for the kernel, for instance for a disk")]
     Unkillable(MachineName),
@@ -56,6 +69,7 @@ pub(crate) struct StopArgs {
 
 /// End machines at once, whatever their guests do
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("which").required(true).args(["machines", "all"])))]
 #[command(after_help = "\
 The monitor ends in order if it can. What the guest had not written to its disks is lost.
 
@@ -64,7 +78,6 @@ Examples:
     runnel kill --all")]
 pub(crate) struct KillArgs {
     /// The machines
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
     machines: Vec<MachineName>,
 
     /// All that run
@@ -78,7 +91,11 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let machines = find(&state, &args.machines)?;
     for machine in &machines {
         let press = json!({ "action_type": "SendCtrlAltDel" });
-        Api::new(&machine.folder.api_socket()).put("/actions", &press)?;
+        let pressed = Api::new(&machine.folder.api_socket()).put("/actions", &press);
+        pressed.map_err(|source| {
+            let name = machine.folder.name.clone();
+            StopError::Deaf { name, source }
+        })?;
     }
     // All were asked at once, so all share the time.
     let deadline = Instant::now() + args.timeout;
@@ -119,7 +136,9 @@ pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// All of them, before anything is done to one.
-fn find(state: &StateFolder, names: &[MachineName]) -> Result<Vec<Machine>, StateError> {
-    names.iter().map(|name| state.machine(name)).collect()
+/// All of them, each once, before anything is done to one.
+fn find(state: &StateFolder, names: &[MachineName]) -> Result<Vec<Machine>, StopError> {
+    let names: BTreeSet<&MachineName> = names.iter().collect();
+    let machines = names.into_iter().map(|name| state.machine(name));
+    machines.collect::<Result<_, _>>().map_err(StopError::NoneEnded)
 }

@@ -1,0 +1,55 @@
+//! What the monitor says of a refused request, in the words of whoever typed a command.
+//!
+//! The monitor speaks of its API's fields and paths. The tool has flags and commands for them; this is the one place
+//! that knows which.
+
+/// The API's words, and the tool's.
+const WORDS: [(&str, &str); 6] = [
+    ("`drive_overrides`", "`--drive`"),
+    ("`network_overrides`", "`--tap`"),
+    ("`excluded_drives`", "`--exclude`"),
+    ("`overlay_directory`", "`--overlay-directory`"),
+    ("Invalid host_dev_name", "Invalid tap"),
+    ("GET / no longer says so", "`runnel ps` no longer says so"),
+];
+
+/// What comes before a reason and tells nobody more: that the reason is not the client's, or that the tool's own JSON
+/// carried it.
+const PREFIXES: [&str; 2] = [
+    "Internal VMM error: ",
+    "An error occurred when deserializing the json body of a request: ",
+];
+
+/// A `fault_message` as the tool tells it: without a full stop, since more may follow.
+pub(crate) fn reworded(fault: &str) -> String {
+    let stripped = PREFIXES.iter().find_map(|prefix| fault.strip_prefix(prefix));
+    let start = stripped.unwrap_or(fault).trim_end_matches('.').to_owned();
+    WORDS
+        .iter()
+        .fold(start, |text, (api, tool)| text.replace(api, tool))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_become_flags_and_reasons_are_not_called_internal() {
+        for (fault, told) in [
+            (
+                "Load snapshot error: drive data is not in the image: supply it with `drive_overrides`",
+                "Load snapshot error: drive data is not in the image: supply it with `--drive`",
+            ),
+            (
+                "Internal VMM error: the machine is stalled: chunk 7 of memory is missing (away); try again when GET / no longer says so",
+                "the machine is stalled: chunk 7 of memory is missing (away); try again when `runnel ps` no longer says so",
+            ),
+            (
+                "An error occurred when deserializing the json body of a request: `network_overrides` names eth0 twice.",
+                "`--tap` names eth0 twice",
+            ),
+        ] {
+            assert_eq!(reworded(fault), told);
+        }
+    }
+}
