@@ -66,6 +66,8 @@ pub trait ActiveDevice: Send {
 pub(super) struct Active {
     pub(super) device: Box<dyn ActiveDevice>,
     pub(super) queues: Vec<Option<VirtQueue>>,
+    /// Rebuilt and not let go on yet: RAM and interrupt controllers may not be there, and a tap does not wait.
+    pub(super) is_resting: bool,
 }
 
 /// The place where an active device lives. Empty before a driver has set it up, after a reset and after a fault:
@@ -96,10 +98,10 @@ impl Unit {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls the device, if a driver has set it up; says for which queue to call again.
+    /// Calls the device, if a driver has set it up and it is not resting; says for which queue to call again.
     fn run(&self, why: Wake, stop: &StopFlag) -> Option<usize> {
         let mut slot = self.lock();
-        let active = slot.as_mut()?;
+        let active = slot.as_mut().filter(|active| !active.is_resting)?;
         let mut context = Context {
             ram: &self.ram,
             queues: &mut active.queues,

@@ -3,8 +3,8 @@
 //! Each section is a view of a KVM object, which exists before and after: saving reads the object, restoring fills it
 //! in. KVM's own structures are kept byte for byte, as the kernel's interface keeps them for ever.
 //!
-//! **Order on restore** ([`vcpu`] has its own inside): vCPUs, then interrupt controllers and timer, then the clock;
-//! devices after that, for they raise their lines again.
+//! **Order on restore** ([`vcpu`] has its own inside): vCPUs, then interrupt controllers and timer, then the clock.
+//! Devices are rebuilt before, and rest; when all of this stands they go on, and raise their lines again.
 
 mod clock;
 mod deadline;

@@ -335,6 +335,8 @@ fn nothing_is_lost_over_a_save_in_mid_traffic() {
             driver: rig.driver.go_on(device),
             ..rig
         };
+        settle(&event_loop);
+        assert_eq!(rig.driver.take_used(RECEIVE), [], "RAM may not be there yet");
         rig.driver.device.resume();
 
         assert_eq!(rig.driver.await_used(RECEIVE, 1), [(1, 101)]);

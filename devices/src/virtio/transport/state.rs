@@ -280,8 +280,11 @@ impl<D: VirtioDevice> Section for MmioTransport<D> {
         let transport = Self::assemble(registers, deps.ram, link, &deps.event_loop)?;
         if saved.device_status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK {
             let positions: Vec<_> = saved.queues.iter().map(QueueState::position).collect();
-            let active = transport.activate(&mut transport.registers(), &positions);
-            *transport.unit.lock() = Some(active.map_err(RestoreError::Device)?);
+            let mut active = transport
+                .activate(&mut transport.registers(), &positions)
+                .map_err(RestoreError::Device)?;
+            active.is_resting = true;
+            *transport.unit.lock() = Some(active);
         }
         Ok(transport)
     }
@@ -298,6 +301,9 @@ impl<D: VirtioDevice> MmioDevice for MmioTransport<D> {
 
     fn resume(&self) {
         if self.registers().has(DRIVER_OK) {
+            if let Some(active) = self.unit.lock().as_mut() {
+                active.is_resting = false;
+            }
             self.kick_all();
             self.link.reassert();
         }

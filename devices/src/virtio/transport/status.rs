@@ -90,6 +90,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         Ok(Active {
             device: registers.device.activate(features)?,
             queues,
+            is_resting: false,
         })
     }
 
