@@ -391,14 +391,7 @@ impl Fetcher {
             return;
         };
         let attempts = pending.failed.as_ref().map_or(0, |(_, attempts)| *attempts) + 1;
-        if pending.failed.is_none() {
-            tracing::warn!(
-                volume = id.volume.0,
-                chunk = id.chunk.0,
-                reason = failure.reason,
-                "a chunk could not be had"
-            );
-        }
+        let is_new = pending.failed.is_none();
         // A failure that asking again cannot cure now may be cured by somebody who repairs the store: it is asked
         // for again too, at the longest pause.
         let pause = if failure.transient {
@@ -409,8 +402,21 @@ impl Fetcher {
         } else {
             self.settings.retry_max
         };
+        let leaves_window = pending.fills && !failure.transient;
+        if leaves_window {
+            pending.fills = false;
+        }
+        let reason = failure.reason.clone();
         pending.failed = Some((failure, attempts));
         pending.retry_at = Some(Instant::now() + pause);
+        if leaves_window {
+            // Damage does not pass by itself: what is sound behind it is not to wait for somebody who repairs it.
+            queue.fill_under_way -= 1;
+        }
+        if is_new && let Some(others) = queue.complaints.next(Instant::now()) {
+            let volume = &self.volumes[usize::from(id.volume.0)].about.name;
+            tracing::warn!(%volume, chunk = id.chunk.0, others, reason, "a chunk could not be had");
+        }
         queue.news = true;
         self.work.changed.notify_all();
     }

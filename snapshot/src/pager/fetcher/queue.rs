@@ -36,6 +36,31 @@ impl Pending {
     }
 }
 
+/// How often a failure is told in the log. An agent that is away fails hundreds of chunks at once.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(5);
+
+/// Which failures are told, and how many were not.
+#[derive(Default)]
+pub(super) struct Complaints {
+    told: Option<Instant>,
+    untold: u64,
+}
+
+impl Complaints {
+    /// Whether the failure of another chunk is told `now`: how many were not since the last one that was.
+    pub(super) fn next(&mut self, now: Instant) -> Option<u64> {
+        if self
+            .told
+            .is_some_and(|told| now.duration_since(told) < COMPLAINT_PAUSE)
+        {
+            self.untold += 1;
+            return None;
+        }
+        self.told = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
 /// All chunks under way, and how far the background fill is.
 #[derive(Default)]
 pub(super) struct Queue {
@@ -43,6 +68,7 @@ pub(super) struct Queue {
     /// Where the background fill goes on.
     pub(super) fill_next: Option<ChunkId>,
     pub(super) fill_under_way: usize,
+    pub(super) complaints: Complaints,
     /// Something came that the thread should look at; kept here because it may not be waiting yet.
     pub(super) news: bool,
     pub(super) stopping: bool,
@@ -98,5 +124,21 @@ impl Work {
         let nothing_new = |queue: &mut Queue| !queue.stopping && !queue.news;
         let slept = self.changed.wait_timeout_while(self.lock(), pause, nothing_new);
         slept.unwrap_or_else(PoisonError::into_inner).0.news = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_failures_one_is_told_and_the_next_one_says_how_many_there_were() {
+        let mut complaints = Complaints::default();
+        let first = Instant::now();
+        assert_eq!(complaints.next(first), Some(0));
+        assert_eq!(complaints.next(first), None);
+        assert_eq!(complaints.next(first), None);
+        assert_eq!(complaints.next(first + COMPLAINT_PAUSE), Some(2));
+        assert_eq!(complaints.next(first + COMPLAINT_PAUSE * 2), Some(0));
     }
 }

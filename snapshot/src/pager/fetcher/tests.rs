@@ -1,3 +1,5 @@
+use std::collections::HashSet;
+
 use super::*;
 use crate::source::model::{ModelSource, id};
 use crate::units::ChunkSize;
@@ -245,6 +247,39 @@ fn a_filling_chunk_that_becomes_demanded_leaves_the_window_when_it_arrives() {
     source.asked();
     source.deliver(id(0, 0));
     source.asked_until(|asked| asked == [(id(0, 1), Urgency::Fill)]);
+}
+
+#[test]
+fn damaged_chunks_do_not_keep_the_fill_from_the_sound_ones_and_come_when_they_are_repaired() {
+    let source = source(&[6]);
+    let settings = FetcherSettings {
+        fill: true,
+        fill_window: 2,
+        retry_max: Duration::from_millis(1),
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.start_fill();
+    let mut sound = 0;
+    let mut damaged: HashSet<_> = (0..4).map(|chunk| id(0, chunk)).collect();
+    while sound < 2 {
+        for (chunk, _) in source.asked_until(|asked| !asked.is_empty()) {
+            if damaged.contains(&chunk) {
+                source.fail(chunk, "the frame is damaged", false);
+            } else {
+                source.deliver(chunk);
+                sound += 1;
+            }
+        }
+    }
+    // Each is asked for again and again; now it is there.
+    while !damaged.is_empty() {
+        for (chunk, _) in source.asked_until(|asked| !asked.is_empty()) {
+            damaged.remove(&chunk);
+            source.deliver(chunk);
+        }
+    }
+    assert!(fetcher.counters().is_complete());
 }
 
 #[test]
