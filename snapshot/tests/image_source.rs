@@ -6,6 +6,7 @@ mod fixture;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,6 +20,8 @@ use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSou
 use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
+
+use rustix::fs::{FallocateFlags, fallocate};
 
 use fixture::{CHUNK, chunk_of, publish};
 
@@ -94,6 +97,30 @@ fn chunks_that_were_asked_for_appear_in_the_page_file() {
     // What is there already is answered again.
     source.ask(&[chunk(3)], Urgency::Demand);
     assert_eq!(answers.recv().unwrap(), (3, Ok(Data)));
+}
+
+#[test]
+fn a_chunk_that_the_page_file_lost_is_read_and_verified_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    publish(&folder.path().join("image")).unwrap();
+    let image = Image::open_directory(&folder.path().join("image"), &Wanted::Only).unwrap();
+    let (source, answers) = source(&image);
+    source.ask(&[chunk(3)], Urgency::Demand);
+    assert_eq!(answers.recv().unwrap(), (3, Ok(Arrived::Data)));
+
+    let pages = source.page_file(VolumeId(0));
+    let at = 3 * CHUNK as u64;
+    let writable = fs::OpenOptions::new()
+        .write(true)
+        .open(format!("/proc/self/fd/{}", pages.as_raw_fd()));
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(writable.unwrap(), hole, at + 4096, 4096).unwrap();
+
+    source.ask(&[chunk(3)], Urgency::Demand);
+    assert_eq!(answers.recv().unwrap(), (3, Ok(Arrived::Data)));
+    let mut bytes = vec![0; CHUNK];
+    pages.read_exact_at(&mut bytes, at).unwrap();
+    assert_eq!(bytes, chunk_of(2));
 }
 
 #[test]

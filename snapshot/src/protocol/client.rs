@@ -82,10 +82,10 @@ impl AgentSource {
     /// When no agent answers, it cannot open the image, or `give_up` says so.
     pub fn open_unless(opening: Opening, give_up: &dyn Fn() -> bool) -> Result<Self, ConnectError> {
         let patience = Patience {
-            deadline: opening.deadline,
+            deadline: Some(opening.deadline),
             give_up,
         };
-        let connection = Connection::open(&opening, None, Some(&patience))?;
+        let connection = Connection::open(&opening, None, &patience)?;
         let volumes = connection.opened.volumes.iter().map(|volume| SourceVolume {
             name: volume.name.clone(),
             bytes: volume.bytes,
@@ -338,8 +338,13 @@ impl Shared {
     fn reconnect(&self) -> bool {
         let mut pause = RECONNECT_MIN;
         let mut told = String::new();
+        // An agent that is reached may itself wait, for a network that is away.
+        let patience = Patience {
+            deadline: None,
+            give_up: &|| self.lock().closed,
+        };
         loop {
-            let reason = match Connection::open(&self.opening, Some(self.digest), None) {
+            let reason = match Connection::open(&self.opening, Some(self.digest), &patience) {
                 Ok(connection) if connection.opened.digest != self.digest => {
                     "the agent opened another image".to_owned()
                 }

@@ -136,7 +136,11 @@ impl Shared {
     fn look_up(&self, id: ChunkId, hands: &mut Hands) -> Result<Lookup, FetchError> {
         let volume = self.volume(id).ok_or(FetchError::NoVolume)?;
         if volume.is_present(id) {
-            return Ok(Lookup::There(Arrived::Data));
+            // Who asks again may have found it gone.
+            if volume.pages.is_whole(volume.range_of(id.chunk)) {
+                return Ok(Lookup::There(Arrived::Data));
+            }
+            volume.set_absent(id);
         }
         let stored = match volume.first_entry(id.chunk) {
             Some(stored) => stored,
@@ -275,6 +279,12 @@ impl Volume {
     fn set_present(&self, id: ChunkId) {
         if let Some((word, bit)) = self.present(id) {
             word.fetch_or(bit, Ordering::Release);
+        }
+    }
+
+    fn set_absent(&self, id: ChunkId) {
+        if let Some((word, bit)) = self.present(id) {
+            word.fetch_and(!bit, Ordering::Release);
         }
     }
 }

@@ -90,6 +90,12 @@ impl PageFile {
         self.writable.read_exact_at(room, range.start).is_ok() && ChunkDigest::of(room) == *digest
     }
 
+    /// Whether nothing of a chunk that was written has been taken out since, to make room.
+    pub(super) fn is_whole(&self, range: ByteRange) -> bool {
+        let hole = rustix::fs::seek(self.writable.as_fd(), SeekFrom::Hole(range.start));
+        hole.is_ok_and(|hole| hole >= range.start + range.len)
+    }
+
     fn has_data(&self, range: ByteRange) -> bool {
         // The position that this moves is nobody's: all reads and writes name their offset.
         let next = rustix::fs::seek(self.writable.as_fd(), SeekFrom::Data(range.start));

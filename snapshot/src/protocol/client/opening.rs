@@ -61,7 +61,7 @@ pub struct Opening {
     pub image: String,
     /// Whose machine this is, for the agent's log.
     pub machine: String,
-    /// How long the first opening may take. Later ones have no limit.
+    /// How long the first opening may take. Later ones last until the source is dropped.
     pub deadline: Duration,
 }
 
@@ -75,11 +75,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Connects and asks for the image; waits for as long as `patience` says, or for ever.
+    /// Connects and asks for the image; waits for as long as `patience` says.
     pub(super) fn open(
         opening: &Opening,
         digest: Option<BlobDigest>,
-        patience: Option<&Patience<'_>>,
+        patience: &Patience<'_>,
     ) -> Result<Self, ConnectError> {
         let socket = PacketSocket::connect(&opening.agent).map_err(|source| ConnectError::Connect {
             path: opening.agent.clone(),
@@ -94,9 +94,7 @@ impl Connection {
         socket
             .send(&FromMonitor::Hello(hello).to_bytes(), &[])
             .map_err(ConnectError::HungUp)?;
-        if let Some(patience) = patience {
-            wait_readable(&socket, patience)?;
-        }
+        wait_readable(&socket, patience)?;
         let mut message = Vec::new();
         let files = socket.receive(&mut message).map_err(ConnectError::HungUp)?;
         if message.is_empty() {
@@ -140,24 +138,33 @@ impl Connection {
 
 /// How long an answer is waited for.
 pub(super) struct Patience<'a> {
-    pub(super) deadline: Duration,
+    /// None: until somebody gives up.
+    pub(super) deadline: Option<Duration>,
     pub(super) give_up: &'a dyn Fn() -> bool,
 }
 
-/// How often it is asked whether to give up.
+/// How often it is asked whether to give up; less than a second.
 const LOOK: Duration = Duration::from_millis(50);
 
 fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), ConnectError> {
-    let timed_out = || ConnectError::TimedOut(patience.deadline);
-    let until = Instant::now() + patience.deadline;
+    let begun = Instant::now();
     loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let pause = Timespec::try_from(left.min(LOOK)).map_err(|_| timed_out())?;
+        let left = patience.deadline.map_or(LOOK, |deadline| {
+            deadline.saturating_sub(begun.elapsed()).min(LOOK)
+        });
+        let pause = Timespec {
+            tv_sec: 0,
+            tv_nsec: left.subsec_nanos().into(),
+        };
         match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&pause)) {
-            Ok(0) if left.is_zero() => return Err(timed_out()),
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => return Ok(()),
             Err(error) => return Err(ConnectError::Local(error.into())),
+        }
+        if let Some(deadline) = patience.deadline
+            && begun.elapsed() >= deadline
+        {
+            return Err(ConnectError::TimedOut(deadline));
         }
         if (patience.give_up)() {
             return Err(ConnectError::CalledOff);
@@ -198,7 +205,7 @@ pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectErr
         .send(&FromMonitor::Status.to_bytes(), &[])
         .map_err(ConnectError::HungUp)?;
     let patience = Patience {
-        deadline,
+        deadline: Some(deadline),
         give_up: &|| false,
     };
     wait_readable(&socket, &patience)?;

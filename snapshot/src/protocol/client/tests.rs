@@ -200,6 +200,19 @@ fn a_new_agent_is_asked_again_for_what_is_outstanding_and_only_for_that() {
 }
 
 #[test]
+fn a_source_that_is_dropped_does_not_wait_for_a_new_agent_that_says_nothing() {
+    let rig = rig();
+    let (source, line, heard) = opened(&rig);
+    drop(line);
+    let (silent, _) = rig.agent.accept();
+    drop(source);
+    let mut message = Vec::new();
+    silent.0.receive(&mut message).unwrap();
+    assert!(message.is_empty(), "the monitor hangs up");
+    assert!(heard.recv().is_err(), "and its thread ends");
+}
+
+#[test]
 fn an_agent_with_other_page_files_is_not_used_and_the_reason_is_told() {
     let rig = rig();
     let (source, line, heard) = opened(&rig);
