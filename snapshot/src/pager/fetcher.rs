@@ -280,7 +280,7 @@ impl Fetcher {
         }
     }
 
-    /// The oldest wait that makes the machine stalled, if there is one.
+    /// The oldest wait that makes the machine stalled, if there is one; those of the guest count before others.
     #[must_use]
     pub fn stall(&self) -> Option<Stall> {
         let queue = self.work.lock();
@@ -295,7 +295,8 @@ impl Fetcher {
             let is_hopeless = matches!(&pending.failed, Some((failure, _)) if !failure.transient);
             is_hopeless || now.duration_since(*since) >= self.settings.stall_after
         };
-        let (id, pending, since) = waits().filter(stalls).min_by_key(|(_, _, since)| *since)?;
+        let oldest = |(_, pending, since): &(&ChunkId, &Pending, Instant)| (!pending.is_needed, *since);
+        let (id, pending, since) = waits().filter(stalls).min_by_key(oldest)?;
         let reason = match &pending.failed {
             Some((failure, _)) => failure.reason.clone(),
             None => "its source does not answer".to_owned(),
@@ -306,6 +307,7 @@ impl Fetcher {
             reason,
             waiting: now.duration_since(since),
             chunks_waited_for: waits().count(),
+            holds_guest: pending.is_needed,
         })
     }
 

@@ -230,6 +230,7 @@ impl MemoryPager {
                     reason: refused.reason.clone(),
                     waiting: refused.since.elapsed(),
                     chunks_waited_for,
+                    holds_guest: true,
                 })
         };
         refused.or_else(|| self.fetcher.stall())

@@ -53,3 +53,51 @@ fn a_vcpu_that_is_in_no_fault_stands_while_the_machine_is_stalled() {
     machine.type_line("sum:8m:4k");
     machine.wait_for_console("sum=");
 }
+
+/// The guest waits for a sector, and for nothing else: all of its memory that it touches is there.
+#[test]
+fn a_machine_that_waits_for_a_drive_alone_is_stalled_stands_and_goes_on_with_the_right_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    std::fs::write(&disk, vec![7; 8 << 20]).unwrap();
+    let image = folder.path().join("image");
+    let mut first = Monitor::start();
+    configure(&first, 1, "");
+    let drive = json!({"drive_id": "disk", "path_on_host": disk, "is_root_device": false});
+    first.demand("PUT", "/drives/disk", &drive);
+    start(&mut first);
+    for words in ["diskfill:0:64k:5", "diskfill:8192:64k:6"] {
+        tell(&mut first, words, "diskfill=right");
+    }
+    save(&first, &image);
+    drop(first);
+
+    let mut served = Served::new(&image);
+    let mut machine = load(&served.request(&json!({"stall_after_ms": 200})));
+    // Brings the page that the sector goes to, and what the guest needs to ask and to beat.
+    tell(
+        &mut machine,
+        "poke:0x900000:1 checkdisk:0:64k:5 count:1",
+        "poke=done",
+    );
+    hear(&mut machine, "count=1");
+    served.goes_away();
+    machine.type_line("diskask:8192:0x900000 beat");
+    let stalled = wait_until_stalled(&machine);
+    assert_eq!(stalled["volume"], "drive:disk", "{stalled}");
+    machine.wait_for_log("The machine is stalled");
+    machine.wait_for_silence(SILENCE);
+    let (status, refused) = machine.ask("PATCH", "/vm", &json!({"state": "Paused"}));
+    assert_eq!(status, 400);
+    assert!(
+        refused["fault_message"].as_str().unwrap().contains("drive:disk"),
+        "{refused}"
+    );
+
+    served.comes_back();
+    machine.wait_for_log("The machine is not stalled any more");
+    machine.wait_for_console("count=");
+    machine.type_line("checkdisk:8192:64k:6");
+    machine.wait_for_console("checkdisk=right");
+    assert!(about(&machine)["stalled"].is_null());
+}

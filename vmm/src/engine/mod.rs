@@ -212,8 +212,8 @@ impl Guest for KvmGuest {
 
     fn look_after(&mut self) -> Option<Duration> {
         let logic = self.pager.as_ref()?.logic();
-        // Some thread of the machine is in a page fault, for a chunk that does not come.
-        let is_stalled = self.is_running && logic.is_awaited() && logic.stall().is_some();
+        // The guest waits for a chunk that does not come: a thread in a page fault, or a drive.
+        let is_stalled = self.is_running && logic.stall().is_some_and(|stall| stall.holds_guest);
         let is_complete = logic.fetcher().counters().is_complete();
         if is_stalled && !self.is_held {
             tracing::warn!("The machine is stalled: vCPUs that wait for nothing stand too until it goes on.");

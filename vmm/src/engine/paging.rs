@@ -114,6 +114,7 @@ mod tests {
             reason: reason.to_owned(),
             waiting: Duration::ZERO,
             chunks_waited_for: 1,
+            holds_guest: true,
         };
         let folder = tempfile::tempdir().unwrap();
         let file = tempfile::tempfile_in(folder.path()).unwrap();

@@ -18,6 +18,8 @@ pub struct Stall {
     pub waiting: Duration,
     /// How many chunks are waited for in all.
     pub chunks_waited_for: usize,
+    /// Whether one of those who wait for it is the guest, whose access cannot be taken back.
+    pub holds_guest: bool,
 }
 
 /// What a fetcher has done so far.

@@ -167,7 +167,11 @@ fn who_gives_up_waiting_leaves_no_stall_behind() {
         ..quiet()
     };
     let fetcher = Fetcher::start(source.clone(), settings).unwrap();
-    assert!(fetcher.wait_unless(id(0, 5), &|| true).is_err(), "given up");
+    let give_up = || {
+        assert!(!fetcher.stall().unwrap().holds_guest);
+        true
+    };
+    assert!(fetcher.wait_unless(id(0, 5), &give_up).is_err(), "given up");
     assert_eq!(fetcher.stall(), None);
     assert!(fetcher.wait_unless(id(0, 5), &|| false).is_err(), "it stays away");
     assert_eq!(fetcher.stall(), None);
@@ -193,7 +197,8 @@ fn who_gives_up_waiting_takes_no_other_wait_with_him() {
     // Nor does a second one who gives up end the wait of a first one who has not.
     let both = || {
         assert!(fetcher.wait_unless(id(0, 6), &|| true).is_err());
-        assert_eq!(fetcher.stall().unwrap().chunks_waited_for, 2);
+        let stall = fetcher.stall().unwrap();
+        assert_eq!((stall.chunks_waited_for, stall.holds_guest), (2, true));
         true
     };
     assert!(fetcher.wait_unless(id(0, 6), &both).is_err());
