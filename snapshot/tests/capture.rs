@@ -15,7 +15,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use runnel_snapshot::capture::content::{FileContent, Found};
 use runnel_snapshot::capture::progress::Stage;
-use runnel_snapshot::capture::raw::{RawError, write_raw};
+use runnel_snapshot::capture::raw::{RawError, RawFile, publish, write_raw};
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource,
 };
@@ -399,11 +399,53 @@ fn a_raw_copy_is_the_volume_sparse_and_replaces_the_old_file_whole() {
     let mut plain = mixed(20 * CHUNK + 512);
     plain.resize(plain.len() + 400 * CHUNK, 0);
     let progress = Progress::new([(VolumeName::Memory, plain.len() as u64)]);
-    write_raw(&plain, &target, &CaptureSettings::default(), &progress).unwrap();
+    let memory = write_raw(&plain, &target, &CaptureSettings::default(), &progress).unwrap();
+    assert_eq!(fs::read_to_string(&target).unwrap(), "the old one");
+    let state = raw_state(&folder.path().join("state"));
+    publish(state, memory, &progress).unwrap();
     assert!(fs::read(&target).unwrap() == plain);
     assert!(fs::metadata(&target).unwrap().blocks() * 512 <= 21 * CHUNK as u64);
     assert_eq!(progress.stage(), Stage::Published);
     assert_eq!(io::read_to_string(old).unwrap(), "the old one");
+}
+
+/// A new state for `target`, not published.
+fn raw_state(target: &Path) -> RawFile {
+    let state = b"the new state".to_vec();
+    let progress = Progress::new([(VolumeName::Memory, state.len() as u64)]);
+    write_raw(&state, target, &CaptureSettings::default(), &progress).unwrap()
+}
+
+#[test]
+fn state_and_memory_are_replaced_together_or_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let (state, memory) = (folder.path().join("state"), folder.path().join("mem"));
+    fs::write(&state, "the old state").unwrap();
+    let progress = Progress::new([(VolumeName::Memory, 5)]);
+    let write = || {
+        let new = b"bytes".to_vec();
+        let new = write_raw(&new, &memory, &CaptureSettings::default(), &progress).unwrap();
+        publish(raw_state(&state), new, &progress)
+    };
+    // No file can take the place of a directory.
+    fs::create_dir(&memory).unwrap();
+    let error = write().unwrap_err();
+    assert!(
+        matches!(error, RawError::Write { what: "renaming", .. }),
+        "{error}"
+    );
+    assert_eq!(fs::read_to_string(&state).unwrap(), "the old state");
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        2,
+        "and nothing is left over"
+    );
+
+    fs::remove_dir(&memory).unwrap();
+    write().unwrap();
+    assert_eq!(fs::read_to_string(&state).unwrap(), "the new state");
+    assert_eq!(fs::read(&memory).unwrap(), b"bytes");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
 }
 
 #[test]

@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::Image;
@@ -208,13 +209,65 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
     tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
 }
 
+/// Which files are at these paths.
+fn inodes(paths: &[PathBuf; 2]) -> [Option<u64>; 2] {
+    [0, 1].map(|which| fs::metadata(&paths[which]).ok().map(|about| about.ino()))
+}
+
 #[test]
-fn a_monitor_that_ends_in_any_phase_of_a_load_leaves_nothing_in_the_way() {
-    let ground = Ground::new("rnlkill1");
+fn a_monitor_that_ends_in_any_phase_of_writing_two_files_leaves_no_state_beside_another_ones_memory() {
+    let ground = Ground::new("rnlkill3");
+    let files = ["state", "memory"].map(|name| ground.folder.path().join(name));
+    let create = json!({"snapshot_path": files[0], "mem_file_path": files[1]});
+    let paused = |held: &str| {
+        let monitor = ground.monitor_held_in(held);
+        monitor.demand("PUT", "/snapshot/load", &ground.local());
+        monitor.demand("PATCH", "/vm", &json!({"state": "Paused"}));
+        monitor
+    };
+    paused("").demand("PUT", "/snapshot/create", &create);
+    let attempt = |held: &str, phase: &str, signal: Signal| {
+        let (before, partials) = (inodes(&files), ground.partials());
+        let mut monitor = paused(held);
+        signal_in_phase(&monitor, "Create", phase, signal);
+        let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/create", &create);
+        let log = ground.ended(&mut monitor, signal);
+        if signal == Signal::TERM {
+            // One that was killed before may have left some.
+            assert!(ground.partials().iter().all(|name| partials.contains(name)));
+        }
+        let after = inodes(&files);
+        let is_new = [0, 1].map(|which| before[which] != after[which]);
+        assert!(
+            after[0].is_none() || is_new[0] == is_new[1],
+            "{before:?} {after:?}"
+        );
+        phase_hit(&log, "Create")
+    };
+    let phases = ["copying", "publishing"];
+    let mut hits = Hits::default();
+    hits.aim(&phases, |phase, signal| attempt("", phase, signal));
+    hits.aim(&phases, |phase, signal| attempt(phase, phase, signal));
+    hits.suffice(&phases);
+    paused("").demand("PUT", "/snapshot/create", &create);
+    assert_eq!(ground.partials(), [""; 0], "the next snapshot sweeps");
+    let mut monitor = ground.monitor();
+    let load = json!({
+        "snapshot_path": files[0],
+        "mem_backend": {"backend_type": "File", "backend_path": files[1]},
+        "drive_overrides": [{"drive_id": "data", "path_on_host": ground.folder.path().join("drive")}],
+        "resume_vm": true,
+    });
+    monitor.demand("PUT", "/snapshot/load", &load);
+    tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
+}
+
+/// Ends monitors in every phase of what `request` asks for, and then does it.
+fn loads_that_are_ended(ground: &Ground, request: &Value) {
     let attempt = |held: &str, phase: &str, signal: Signal| {
         let mut monitor = ground.monitor_held_in(held);
         signal_in_phase(&monitor, "Load", phase, signal);
-        let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/load", &ground.local());
+        let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/load", request);
         phase_hit(&ground.ended(&mut monitor, signal), "Load")
     };
     let phases = ["opening", "restoring"];
@@ -223,8 +276,25 @@ fn a_monitor_that_ends_in_any_phase_of_a_load_leaves_nothing_in_the_way() {
     hits.aim(&phases, |phase, signal| attempt(phase, phase, signal));
     hits.suffice(&phases);
     let mut monitor = ground.monitor();
-    monitor.demand("PUT", "/snapshot/load", &ground.local());
+    monitor.demand("PUT", "/snapshot/load", request);
     tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
+}
+
+#[test]
+fn a_monitor_that_ends_in_any_phase_of_a_load_leaves_nothing_in_the_way() {
+    let ground = Ground::new("rnlkill1");
+    loads_that_are_ended(&ground, &ground.local());
+}
+
+#[test]
+fn a_monitor_that_ends_in_any_phase_of_a_load_from_afar_leaves_nothing_in_the_agents_way() {
+    let ground = Ground::new("rnlkill4");
+    let server = serve(&ground.image);
+    let agents = AgentFolders::new();
+    let _agent = agents.start(&[]);
+    let image = format!("http://{}/bare", server.address());
+    let request = json!({"image": image, "agent_path": agents.socket(), "resume_vm": true});
+    loads_that_are_ended(&ground, &request);
 }
 
 #[test]

@@ -1,4 +1,9 @@
-//! Firecracker's form of memory: one raw, sparse file, as its handlers and tools expect (`mem_file_path`).
+//! Firecracker's form of a machine: one file with its state, and one with its memory, raw and sparse, as its handlers
+//! and tools expect (`snapshot_path`, `mem_file_path`).
+//!
+//! Both are written under names of their own first. Two files cannot be renamed at once, and a state beside the memory
+//! of another moment would be a machine that breaks as soon as it runs: [`publish`] takes the old state away first, so
+//! that whoever is killed in between leaves no state at all.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -12,7 +17,7 @@ use super::CaptureSettings;
 use super::content::{Content, Found};
 use super::progress::{Progress, Stage};
 use super::splitter::{Piece, Splitter};
-use crate::image::partial::{Partial, sweep};
+use crate::image::partial::{Partial, path_beside, sweep};
 use crate::layer::frame::is_zero;
 use crate::units::{ByteRange, ChunkIndex};
 
@@ -44,8 +49,8 @@ pub enum RawError {
     },
 }
 
-/// Writes `content` to `target`, zeros as holes, and puts it in the place of what was there by a rename: a machine
-/// that still maps the old file keeps it. The volume's figures are the first of `progress`.
+/// Writes `content` for `target`, zeros as holes, down to the disk. What is at `target` stays until [`publish`]. The
+/// volume's figures are the first of `progress`.
 ///
 /// # Errors
 /// When reading or writing fails, or it was cancelled.
@@ -54,7 +59,7 @@ pub fn write_raw(
     target: &Path,
     settings: &CaptureSettings,
     progress: &Progress,
-) -> Result<(), RawError> {
+) -> Result<RawFile, RawError> {
     let file = RawFile::create(target, content.bytes())?;
     let splitter = Mutex::new(Splitter::new(content, settings.chunk_size));
     let copy = || copy_pieces(content, &file, &splitter, settings, progress);
@@ -78,10 +83,61 @@ pub fn write_raw(
             })
             .fold(own, Result::and)
     })?;
+    file.synchronise()?;
+    Ok(file)
+}
+
+/// Puts a machine's state and its memory in the places of what was there, by renames: a machine that still maps the old
+/// memory keeps it.
+///
+/// # Errors
+/// When a rename fails. The old files are both there then, or the old state is not.
+pub fn publish(state: RawFile, memory: RawFile, progress: &Progress) -> Result<(), RawError> {
     progress.set_stage(Stage::Publishing);
-    file.publish(target)?;
+    let old_state = OldState::set_aside(&state)?;
+    if let Err(error) = memory.publish() {
+        old_state.put_back(&state);
+        return Err(error);
+    }
+    let published = state.publish();
+    old_state.remove();
+    published?;
     progress.set_stage(Stage::Published);
     Ok(())
+}
+
+/// The state that was at the target, under a name that the next writer sweeps; none if there was none.
+struct OldState(Option<PathBuf>);
+
+impl OldState {
+    fn set_aside(state: &RawFile) -> Result<Self, RawError> {
+        let Some(aside) = path_beside(&state.target) else {
+            return Ok(Self(None));
+        };
+        match fs::rename(&state.target, &aside) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self(None)),
+            Err(error) => return Err(state.failed("setting aside what is in the place of", error)),
+        }
+        state.synchronise_folder()?;
+        Ok(Self(Some(aside)))
+    }
+
+    fn put_back(self, state: &RawFile) {
+        if let Some(aside) = self.0
+            && let Err(error) = fs::rename(&aside, &state.target)
+        {
+            tracing::error!(path = %aside.display(), %error, "the state that was set aside cannot be put back");
+        }
+    }
+
+    fn remove(self) {
+        if let Some(aside) = self.0
+            && let Err(error) = fs::remove_file(&aside)
+        {
+            tracing::warn!(path = %aside.display(), %error, "the state that was replaced cannot be removed");
+        }
+    }
 }
 
 fn copy_pieces(
@@ -119,9 +175,11 @@ fn copy_pieces(
     }
 }
 
-/// The file while it is being written.
-struct RawFile {
+/// A file that is written, and not yet in its place. Dropped before, it is gone.
+#[derive(Debug)]
+pub struct RawFile {
     partial: Partial,
+    target: PathBuf,
     parent: PathBuf,
 }
 
@@ -145,6 +203,7 @@ impl RawFile {
         enlarged.map_err(|source| failed("enlarging", partial.path(), source))?;
         Ok(Self {
             partial,
+            target: target.to_owned(),
             parent: parent.to_owned(),
         })
     }
@@ -156,12 +215,19 @@ impl RawFile {
             .map_err(|source| self.failed("writing", source))
     }
 
-    fn publish(self, target: &Path) -> Result<(), RawError> {
+    fn synchronise(&self) -> Result<(), RawError> {
         self.partial
             .file()
             .sync_all()
-            .map_err(|source| self.failed("synchronising", source))?;
-        fs::rename(self.partial.path(), target).map_err(|source| self.failed("renaming", source))?;
+            .map_err(|source| self.failed("synchronising", source))
+    }
+
+    fn publish(&self) -> Result<(), RawError> {
+        fs::rename(self.partial.path(), &self.target).map_err(|source| self.failed("renaming", source))?;
+        self.synchronise_folder()
+    }
+
+    fn synchronise_folder(&self) -> Result<(), RawError> {
         let synchronised = File::open(&self.parent).and_then(|folder| folder.sync_all());
         synchronised.map_err(|source| self.failed("synchronising the folder of", source))
     }

@@ -85,8 +85,8 @@ impl Drop for Partial {
     }
 }
 
-/// Where an image that is being removed goes first, so that nobody sees half of it; `None` for what has no name.
-pub(super) fn path_beside(target: &Path) -> Option<PathBuf> {
+/// Where what is being removed goes first, so that nobody sees half of it; `None` for what has no name.
+pub(crate) fn path_beside(target: &Path) -> Option<PathBuf> {
     let name = target.file_name()?.to_str()?;
     Some(target.with_file_name(hidden_name(name)))
 }

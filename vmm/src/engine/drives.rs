@@ -102,14 +102,21 @@ pub(super) struct DriveContent {
     pub(super) source: VolumeSource,
     /// Whether the machine must stand still until it has been read.
     pub(super) needs_pause: bool,
-    /// Whether whatever volume it becomes will equal the drive for as long as nobody writes to it: the drive is
-    /// read-only, or an overlay in which nothing was written.
-    pub(super) is_unwritten: bool,
+    /// Set if whatever volume it becomes will equal the drive for as long as nobody writes to it.
+    pub(super) unwritten: Option<Unwritten>,
+}
+
+/// Why a drive will still be what was captured of it.
+pub(super) enum Unwritten {
+    /// It is a file that the guest may only read, and was this one before it was read.
+    File(FileIdentity),
+    /// It is an overlay in which nothing was written.
+    Overlay,
 }
 
 /// A file that was captured, so that it need not be captured again while it stays the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct FileIdentity {
+pub(super) struct FileIdentity {
     device: u64,
     inode: u64,
     bytes: u64,
@@ -141,20 +148,17 @@ impl KnownVolumes {
     /// Notes that the drive `id`, unwritten at the pause, was captured as `volume`.
     pub(super) fn captured(
         &mut self,
-        id: &ResourceId,
-        backing: &Backing,
+        id: ResourceId,
+        unwritten: Unwritten,
         layout: &Arc<Layout>,
         volume: &ImageVolume,
     ) {
-        match backing {
-            Backing::File { store, .. } => {
-                if let Ok(identity) = FileIdentity::of(store.file()) {
-                    self.files
-                        .insert(id.clone(), (identity, layout.clone(), volume.clone()));
-                }
+        match unwritten {
+            Unwritten::File(identity) => {
+                self.files.insert(id, (identity, layout.clone(), volume.clone()));
             }
             // What it lies over came from afar, and is here now.
-            Backing::Overlay(_) => self.resumed(id.clone(), layout.clone(), volume.clone()),
+            Unwritten::Overlay => self.resumed(id, layout.clone(), volume.clone()),
         }
     }
 
@@ -163,10 +167,9 @@ impl KnownVolumes {
         self.images.insert(id, (layout, volume));
     }
 
-    fn of_file(&self, id: &ResourceId, file: &File) -> Option<VolumeSource> {
+    fn of_file(&self, id: &ResourceId, now: &FileIdentity) -> Option<VolumeSource> {
         let (identity, layout, volume) = self.files.get(id)?;
-        (FileIdentity::of(file).ok()? == *identity && is_there(layout, volume))
-            .then(|| unchanged(layout, volume))
+        (now == identity && is_there(layout, volume)).then(|| unchanged(layout, volume))
     }
 
     fn of_overlay(&self, id: &ResourceId) -> Option<VolumeSource> {
@@ -203,7 +206,7 @@ pub(super) fn content_of(
                 return Ok(DriveContent {
                     source,
                     needs_pause: false,
-                    is_unwritten: true,
+                    unwritten: Some(Unwritten::Overlay),
                 });
             }
             let frozen = overlay.freeze(is_cancelled)?;
@@ -214,7 +217,7 @@ pub(super) fn content_of(
             Ok(DriveContent {
                 source: VolumeSource::Content(Arc::new(frozen.content)),
                 needs_pause: frozen.needs_pause,
-                is_unwritten: !frozen.is_changed,
+                unwritten: (!frozen.is_changed).then_some(Unwritten::Overlay),
             })
         }
         Backing::File {
@@ -222,11 +225,14 @@ pub(super) fn content_of(
             path,
             read_only,
         } => {
-            if let Some(source) = known.of_file(id, store.file()) {
+            // Before it is read: a file that somebody else writes to meanwhile is another one afterwards.
+            let identity = FileIdentity::of(store.file())?;
+            let unwritten = || read_only.then(|| Unwritten::File(identity.clone()));
+            if let Some(source) = known.of_file(id, &identity) {
                 return Ok(DriveContent {
                     source,
                     needs_pause: false,
-                    is_unwritten: true,
+                    unwritten: unwritten(),
                 });
             }
             let aside = if *read_only {
@@ -241,7 +247,7 @@ pub(super) fn content_of(
             Ok(DriveContent {
                 source,
                 needs_pause,
-                is_unwritten: *read_only,
+                unwritten: unwritten(),
             })
         }
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
 };
-use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
 use runnel_snapshot::source::ChunkId;
 use runnel_snapshot::state::{MachineState, StateError};
@@ -23,7 +23,7 @@ use runnel_snapshot::volume::VolumeName;
 
 use super::KvmGuest;
 use super::description::{Description, DescriptionError, DriveRecord};
-use super::drives::{Backing, content_of};
+use super::drives::{Backing, Unwritten, content_of};
 use super::memory::memory_content;
 use super::watch::watch;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs};
@@ -63,9 +63,6 @@ pub enum SaveError {
     /// The image.
     #[error(transparent)]
     Capture(#[from] CaptureError),
-    /// The image was made, and cannot be opened.
-    #[error("the image was made, but cannot be read back")]
-    ReadBack(#[from] LayoutError),
     /// The raw memory file.
     #[error(transparent)]
     Raw(#[from] raw::RawError),
@@ -129,8 +126,8 @@ fn save_image(
                 source,
             })?;
         needs_pause |= content.needs_pause;
-        if content.is_unwritten {
-            unwritten.push(id.clone());
+        if let Some(why) = content.unwritten {
+            unwritten.push((id.clone(), why));
         }
         volumes.push((VolumeName::Drive(id.to_string()), content.source));
     }
@@ -160,7 +157,8 @@ fn save_image(
         work.join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
-    remember(guest, directory, &captured, &unwritten)
+    remember(guest, directory, &captured, unwritten);
+    Ok(())
 }
 
 /// Whether nothing more is read of a machine whose drives that must stand still, if there are any, come last.
@@ -178,16 +176,22 @@ fn remember(
     guest: &mut KvmGuest,
     directory: &Path,
     captured: &Captured,
-    unwritten: &[ResourceId],
-) -> Result<(), SaveError> {
-    let layout = Arc::new(Layout::open(directory)?);
-    for (id, backing) in guest.drives.iter().filter(|(id, _)| unwritten.contains(id)) {
+    unwritten: Vec<(ResourceId, Unwritten)>,
+) {
+    let layout = match Layout::open(directory) {
+        Ok(layout) => Arc::new(layout),
+        // The image is there, whoever has moved it since: all that is lost is a shortcut.
+        Err(error) => {
+            tracing::warn!(%error, "the image cannot be opened again: the next snapshot captures every drive anew");
+            return;
+        }
+    };
+    for (id, why) in unwritten {
         let name = VolumeName::Drive(id.to_string());
         if let Some(volume) = captured.volumes.iter().find(|volume| volume.name == name) {
-            guest.known.captured(id, backing, &layout, volume);
+            guest.known.captured(id, why, &layout, volume);
         }
     }
-    Ok(())
 }
 
 fn save_two_files(
@@ -201,14 +205,11 @@ fn save_two_files(
     let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.bytes())]));
     operation.enter("copying");
     watch(operation, &progress);
-    raw::write_raw(&*memory, memory_path, &CaptureSettings::default(), &progress)?;
-    let written = Progress::new([(VolumeName::Memory, state.bytes())]);
-    Ok(raw::write_raw(
-        &state,
-        state_path,
-        &CaptureSettings::default(),
-        &written,
-    )?)
+    let settings = CaptureSettings::default();
+    let memory = raw::write_raw(&*memory, memory_path, &settings, &progress)?;
+    let of_state = Progress::new([(VolumeName::Memory, state.bytes())]);
+    let state = raw::write_raw(&state, state_path, &settings, &of_state)?;
+    Ok(raw::publish(state, memory, &progress)?)
 }
 
 fn machine_state(
