@@ -206,6 +206,8 @@ fn registers_and_clocks_come_back_and_time_does_not_run_backwards() {
     for msr in ["0xc0000102", "0x176"] {
         assert_eq!(bare.tell(&format!("wrmsr:{msr}:0x1234567")), "wrmsr=done");
     }
+    // IA32_MTRR_DEF_TYPE as no machine starts with it: on, with fixed ranges, and write-back.
+    assert_eq!(bare.tell("wrmsr:0x2ff:0xc06"), "wrmsr=done");
     let tsc = |line: String| line.strip_prefix("tsc=").unwrap().parse::<u64>().unwrap();
     let before = tsc(bare.tell("tsc"));
     let mut clone = Bare::restore(&bare.save(of_64_mib()));
@@ -214,6 +216,7 @@ fn registers_and_clocks_come_back_and_time_does_not_run_backwards() {
     for msr in ["0xc0000102", "0x176"] {
         assert_eq!(clone.tell(&format!("rdmsr:{msr}")), "rdmsr=0x1234567");
     }
+    assert_eq!(clone.tell("rdmsr:0x2ff"), "rdmsr=0xc06");
 }
 
 #[test]

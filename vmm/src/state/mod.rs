@@ -14,7 +14,6 @@ mod tsc;
 pub mod vcpu;
 mod xsave;
 
-use kvm_bindings::MsrList;
 use kvm_ioctls::Cap;
 use runnel_snapshot::machine::Paused;
 use runnel_snapshot::section::{SavedSection, Section, SectionError};
@@ -88,7 +87,8 @@ pub enum StateError {
 /// What saving and restoring need to know of this host.
 #[derive(Debug)]
 pub struct Host {
-    msrs: MsrList,
+    /// The registers to save.
+    msrs: Vec<u32>,
     /// Bytes of extended processor state.
     xsave_bytes: usize,
     can_scale_tsc: bool,
@@ -101,7 +101,7 @@ impl Host {
     /// When it does not say.
     pub fn of(kvm: &Kvm) -> Result<Self, KvmError> {
         Ok(Self {
-            msrs: kvm.msrs_to_save()?,
+            msrs: msrs::to_save(kvm.msrs_to_save()?.as_slice()),
             // 0 where the kernel is older than the question: then it is what every kernel had before.
             xsave_bytes: usize::try_from(kvm.extension(Cap::Xsave2))
                 .unwrap_or(0)

@@ -1,4 +1,7 @@
-//! Model-specific registers: all that KVM asks to be saved, its own paravirtual ones (0x4b564d00 to 07) among them.
+//! Model-specific registers: all that KVM asks to be saved, its own paravirtual ones (0x4b564d00 to 07) among them, and
+//! some that it keeps without saying so.
+
+use std::ops::RangeInclusive;
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -14,11 +17,31 @@ pub(super) const IA32_TSC_ADJUST: u32 = 0x3b;
 /// When the local APIC's timer fires, in ticks of the counter.
 pub(super) const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
+/// What firmware says of memory types (Intel SDM vol. 3A §13.11): KVM keeps these registers and does not list them.
+const MEMORY_TYPES: [RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+];
+
+/// Which extended state supervisors use. Not every KVM lists it.
+const IA32_XSS: u32 = 0xda0;
+
+/// The registers that are saved where KVM lists `listed`; whatever a vCPU turns out not to have is left out.
+pub(super) fn to_save(listed: &[u32]) -> Vec<u32> {
+    let beside = MEMORY_TYPES.into_iter().flatten().chain([IA32_XSS]);
+    let mut all = listed.to_vec();
+    all.extend(beside.filter(|index| !listed.contains(index)));
+    all
+}
+
 /// Registers in one call; KVM takes 256.
 const BATCH: usize = 128;
 
 /// What the vendors' manuals and KVM's documentation call those registers that hosts differ in.
-const NAMES: [(u32, &str); 24] = [
+const NAMES: [(u32, &str); 25] = [
     (IA32_TSC, "IA32_TSC"),
     (0x3a, "IA32_FEATURE_CONTROL"),
     (IA32_TSC_ADJUST, "IA32_TSC_ADJUST"),
@@ -36,7 +59,8 @@ const NAMES: [(u32, &str); 24] = [
     (0x6a0, "IA32_U_CET"),
     (0x6a2, "IA32_S_CET"),
     (IA32_TSC_DEADLINE, "IA32_TSC_DEADLINE"),
-    (0xda0, "IA32_XSS"),
+    (0x2ff, "IA32_MTRR_DEF_TYPE"),
+    (IA32_XSS, "IA32_XSS"),
     (0xc000_0080, "IA32_EFER"),
     (0xc000_0103, "IA32_TSC_AUX"),
     (0xc001_0015, "MSR_K7_HWCR"),
@@ -57,7 +81,7 @@ pub(super) fn name(index: u32) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Msr(pub u32, pub u64);
 
-/// Reads every register of KVM's list that this vCPU has.
+/// Reads every register that is saved and that this vCPU has.
 pub(super) fn read(vcpu: &VcpuFd, host: &Host) -> Result<Vec<Msr>, StateError> {
     let mut found = Vec::new();
     let mut left = host.msrs.as_slice();
