@@ -220,6 +220,46 @@ fn registers_and_clocks_come_back_and_time_does_not_run_backwards() {
 }
 
 #[test]
+fn pages_that_the_guest_writes_are_logged_if_that_was_asked_for() {
+    let at = |address: u64| (address / 4096 / 64, 1 << (address / 4096 % 64));
+    let is_logged = |bare: &Bare, address| {
+        let log = bare.machine.vm().take_dirty_log().unwrap();
+        let (word, bit) = at(address);
+        log[0][usize::try_from(word).unwrap()] & bit != 0
+    };
+    let tracking = |tracks: bool| {
+        let mut bare = Bare::with(|config| {
+            config.machine.track_dirty_pages = tracks;
+            config.boot_source = Some(BootSource {
+                kernel: bare_guest().to_owned(),
+                initrd: None,
+                boot_args: Some(String::new()),
+            });
+        });
+        bare.machine.unpause();
+        assert!(bare.line().starts_with("guest=bare"));
+        assert_eq!(bare.line(), "listening=1");
+        bare
+    };
+    let writes = |bare: &mut Bare| {
+        let _ = is_logged(bare, 0x90_0000);
+        assert_eq!(bare.tell("poke:0x900000:5"), "poke=done");
+        assert!(is_logged(bare, 0x90_0000));
+        assert_eq!(bare.tell("peek:0xa00000"), "peek=0x0");
+        assert!(!is_logged(bare, 0x90_0000), "taken, it begins anew");
+        assert!(!is_logged(bare, 0xa0_0000), "it was read");
+    };
+    let mut bare = tracking(true);
+    writes(&mut bare);
+    let mut config = of_64_mib();
+    config.machine.track_dirty_pages = true;
+    let mut restored = Bare::restore(&bare.save(config));
+    restored.machine.unpause();
+    writes(&mut restored);
+    assert!(tracking(false).machine.vm().take_dirty_log().is_err());
+}
+
+#[test]
 fn each_machine_has_a_generation_identifier_of_its_own() {
     let id = |bare: &Bare| {
         let mut id = [0; 16];

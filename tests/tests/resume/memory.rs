@@ -54,7 +54,7 @@ fn a_machine_with_ram_on_both_sides_of_the_hole_is_saved_and_resumed_whole() {
 }
 
 #[test]
-fn dirty_pages_are_tracked_of_a_loaded_machine_if_it_is_asked_for() {
+fn a_loaded_machine_tracks_dirty_pages_if_it_is_asked_to_and_can_be_saved_either_way() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     save(&runnel_tests::bare::booted("fill:8m:1m:7 count:1"), &image);
@@ -82,4 +82,13 @@ fn the_boot_timer_logs_when_the_guest_says_that_it_has_booted() {
     start(&mut monitor);
     let line = monitor.wait_for_log("Guest-boot-time");
     assert!(line.contains(" us ") && line.contains(" CPU ms"), "{line}");
+
+    // A machine that was saved before it had booted says so where it goes on.
+    let image = folder.path().join("image");
+    save(&monitor, &image);
+    let mut second = Monitor::start_at(&folder.path().join("second.sock"), &["--boot-timer"]);
+    second.wait_for_log("Listening on API socket");
+    second.demand("PUT", "/snapshot/load", &json!({"image": image, "resume_vm": true}));
+    tell(&mut second, "pokebyte:0xc0000000:123", "pokebyte=done");
+    second.wait_for_log("Guest-boot-time");
 }

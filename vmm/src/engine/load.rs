@@ -337,7 +337,7 @@ fn take_description(sections: &mut Vec<SavedSection>) -> Result<Description, Loa
     Ok(Description::restore((), section.state_of::<Description>()?)?)
 }
 
-/// The machine as it is to be here: other taps and files, and the console of this monitor.
+/// The machine as it is to be here: other taps and files, and the console and the boot timer of this monitor.
 fn with_overrides(
     description: &Description,
     load: &LoadSnapshot,
@@ -366,6 +366,7 @@ fn with_overrides(
     }
     described.machine.track_dirty_pages = load.track_dirty_pages;
     described.serial = config.serial.clone();
+    described.boot_timer = config.boot_timer;
     Ok(described)
 }
 

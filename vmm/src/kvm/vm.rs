@@ -50,16 +50,6 @@ impl Vm {
         set_slots(&self.fd, ram, log)
     }
 
-    /// Switches dirty logging on or off; what was logged is dropped.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn log_dirty_pages(&self, log: DirtyLog) -> Result<(), KvmError> {
-        self.ram
-            .as_ref()
-            .map_or(Ok(()), |ram| set_slots(&self.fd, ram, log))
-    }
-
     /// Takes KVM's log of written pages: one bitmap a region of RAM, a bit a page, cleared by this.
     ///
     /// # Errors
