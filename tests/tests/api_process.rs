@@ -207,6 +207,22 @@ fn a_console_that_nobody_reads_holds_up_neither_a_pause_nor_the_end() {
 }
 
 #[test]
+fn a_console_may_end_in_a_file_or_in_a_pipe_that_need_not_be_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, pipe) = (folder.path().join("file"), folder.path().join("pipe"));
+    std::fs::write(&file, "what was there\n").unwrap();
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for (place, words) in [(&file, "poweroff"), (&pipe, "count:20000 poweroff")] {
+        let mut monitor = Monitor::start();
+        monitor.demand("PUT", "/serial", &json!({"serial_out_path": place}));
+        boot(&monitor, words);
+        assert_eq!(monitor.wait().0.code(), Some(0), "{place:?}");
+    }
+    let printed = std::fs::read_to_string(&file).unwrap();
+    assert!(printed.starts_with("what was there\nguest=bare "), "{printed}");
+}
+
+#[test]
 fn a_monitor_that_was_killed_does_not_block_the_next_one() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("api.sock");

@@ -88,7 +88,11 @@ fn the_boot_timer_logs_when_the_guest_says_that_it_has_booted() {
     save(&monitor, &image);
     let mut second = Monitor::start_at(&folder.path().join("second.sock"), &["--boot-timer"]);
     second.wait_for_log("Listening on API socket");
-    second.demand("PUT", "/snapshot/load", &json!({"image": image, "resume_vm": true}));
+    second.demand(
+        "PUT",
+        "/snapshot/load",
+        &json!({"image": image, "resume_vm": true}),
+    );
     tell(&mut second, "pokebyte:0xc0000000:123", "pokebyte=done");
     second.wait_for_log("Guest-boot-time");
 }
