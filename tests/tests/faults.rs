@@ -204,6 +204,62 @@ fn a_machine_whose_drive_has_no_room_to_arrive_says_where() {
 }
 
 #[test]
+fn a_machine_that_writes_more_than_there_is_room_for_stands_until_there_is_and_loses_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        skip("only root can mount a small file system");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let first = with_drive(folder.path(), false);
+    let image = folder.path().join("image");
+    save(&first, &image);
+    drop(first);
+
+    let small = folder.path().join("small");
+    fs::create_dir(&small).unwrap();
+    // Room for the drive, and for no more than a quarter of what is written to it.
+    let mut machine = with_small_disk(&small, "1280k");
+    let load = json!({"image": image, "overlay_directory": small, "resume_vm": true});
+    machine.demand("PUT", "/snapshot/load", &load);
+    tell(&mut machine, "count:1", "count=4");
+    wait_until("the drive is there", || {
+        let drive = &progress(&machine)["volumes"][1];
+        drive["bytes_resident"] == drive["bytes_total"]
+    });
+    machine.type_line("diskfill:0:1m:9");
+    let stalled = wait_until_stalled(&machine);
+    assert_eq!(stalled["volume"], "drive:data", "{stalled}");
+    let reason = stalled["reason"].as_str().unwrap();
+    assert!(
+        reason.ends_with(&format!("make room in {}", small.display())),
+        "{reason}"
+    );
+    let refused = refusal(
+        &machine,
+        "PUT",
+        "/snapshot/create",
+        &json!({"image_path": folder.path().join("no")}),
+    );
+    assert!(refused.contains("make room in"), "{refused}");
+
+    let grown = Command::new("nsenter")
+        .args([
+            "--mount",
+            "--target",
+            &machine.pid().to_string(),
+            "mount",
+            "-o",
+            "remount,size=4m",
+        ])
+        .arg(&small)
+        .status();
+    assert!(grown.unwrap().success());
+    machine.wait_for_console("diskfill=right");
+    tell(&mut machine, "checkdisk:0:1m:9", "checkdisk=right");
+    assert!(about(&machine)["stalled"].is_null());
+}
+
+#[test]
 fn a_snapshot_that_the_disk_has_no_room_for_fails_and_the_machine_runs_on() {
     if !rustix::process::geteuid().is_root() {
         skip("only root can mount a small file system");

@@ -8,7 +8,7 @@
 //!
 //! A *block* here is a page of the volume, 4096 bytes. A write that covers only part of a block takes the rest from
 //! the image first. Discarded blocks become the overlay's and read as zeros. What the overlay holds is lost with the
-//! machine unless a snapshot takes it along.
+//! machine unless a snapshot takes it along. A write for which the host has no room waits for it, and stalls the machine.
 
 mod aside;
 mod content;
@@ -266,9 +266,18 @@ impl Overlay {
         if what == Arrived::Data {
             self.base.read_exact_at(bytes, block.offset())?;
         }
-        self.own.write_all_at(bytes, block.offset())?;
+        self.keep(block.offset(), || self.own.write_all_at(bytes, block.offset()))?;
         self.written().insert_run(block, 1);
         Ok(())
+    }
+
+    /// Has `write` put something into the overlay's file at `offset`; waits while there is no room for it.
+    fn keep(&self, offset: u64, write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+        let id = ChunkId {
+            volume: self.volume,
+            chunk: self.about.chunk_size.chunk_holding(offset),
+        };
+        self.fetcher.keep(id, &self.directory, write)
     }
 
     /// Makes `range` the overlay's, as zeros; the whole blocks in it take no room (the file system punches them out,
@@ -330,7 +339,7 @@ impl BlockStore for Overlay {
         }
         let _writer = self.lock_for_writing();
         self.take_over_edges(range)?;
-        guest_io::write_slices_at(&self.own, offset, from)?;
+        self.keep(offset, || guest_io::write_slices_at(&self.own, offset, from))?;
         self.mark_written(range);
         Ok(())
     }

@@ -14,6 +14,7 @@
 
 mod queue;
 mod report;
+mod room;
 mod settings;
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -280,9 +281,14 @@ impl Fetcher {
         }
     }
 
-    /// The oldest wait that makes the machine stalled, if there is one; those of the guest count before others.
+    /// Why the machine is stalled, if it is: a write for which there is no room, or the oldest wait that takes too long;
+    /// those of the guest count before others.
     #[must_use]
     pub fn stall(&self) -> Option<Stall> {
+        self.stall_for_room().or_else(|| self.stall_for_chunk())
+    }
+
+    fn stall_for_chunk(&self) -> Option<Stall> {
         let queue = self.work.lock();
         let now = Instant::now();
         let waits = || {

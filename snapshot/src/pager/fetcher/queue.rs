@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::source::{ChunkFailure, ChunkId, Urgency};
+use super::room::NoRoom;
+use crate::source::{ChunkFailure, ChunkId, Urgency, VolumeId};
 
 /// A chunk under way.
 pub(super) struct Pending {
@@ -69,6 +70,8 @@ pub(super) struct Queue {
     pub(super) fill_next: Option<ChunkId>,
     pub(super) fill_under_way: usize,
     pub(super) complaints: Complaints,
+    /// Writes for which there is no room, one a volume.
+    pub(super) without_room: BTreeMap<VolumeId, NoRoom>,
     /// Something came that the thread should look at; kept here because it may not be waiting yet.
     pub(super) news: bool,
     pub(super) stopping: bool,

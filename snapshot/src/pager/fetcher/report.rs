@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
 
-/// Why a machine is stalled: the oldest chunk that somebody waits for and that does not come.
+/// Why a machine is stalled: the oldest chunk that somebody waits for and that does not come, or that there is no room
+/// for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stall {
     /// The volume it belongs to.

@@ -1,4 +1,6 @@
 use std::collections::HashSet;
+use std::io;
+use std::path::Path;
 
 use super::*;
 use crate::source::model::{ModelSource, id};
@@ -299,6 +301,40 @@ fn a_chunk_that_the_page_file_lost_is_fetched_again() {
     assert_eq!(source.asked(), [(id(0, 1), Urgency::Demand)]);
     source.deliver(id(0, 1));
     assert_eq!(fetcher.counters().data_chunks, 1);
+}
+
+#[test]
+fn a_write_without_room_stalls_the_machine_until_there_is_some() {
+    let source = source(&[8, 4]);
+    let fetcher = Fetcher::start(source, quiet()).unwrap();
+    let no_room = || io::Error::from(io::ErrorKind::StorageFull);
+    let mut attempts = 0;
+    let write = || {
+        attempts += 1;
+        if attempts == 1 {
+            assert_eq!(fetcher.stall(), None);
+            return Err(no_room());
+        }
+        let stall = fetcher.stall().unwrap();
+        assert_eq!(
+            (stall.volume, stall.chunk),
+            (VolumeName::Drive("d1".into()), ChunkIndex(2))
+        );
+        assert!(stall.reason.ends_with("make room in /disks"), "{}", stall.reason);
+        assert!(stall.holds_guest);
+        if attempts == 3 { Ok(()) } else { Err(no_room()) }
+    };
+    fetcher.keep(id(1, 2), Path::new("/disks"), write).unwrap();
+    assert_eq!(fetcher.stall(), None);
+
+    let broken = || Err(io::ErrorKind::PermissionDenied.into());
+    assert!(fetcher.keep(id(1, 2), Path::new("/disks"), broken).is_err());
+    let stopped = || {
+        fetcher.stop();
+        Err(no_room())
+    };
+    assert!(fetcher.keep(id(1, 2), Path::new("/disks"), stopped).is_err());
+    assert_eq!(fetcher.stall(), None);
 }
 
 #[test]
