@@ -3,7 +3,7 @@
 //! **Order on save**: the run state first, for reading it finishes an INIT under way; then the events once, for
 //! reading them puts what a pending exception carries into CR2 or DR6; MSRs before the local APIC, for its timer may
 //! fire at any time, which sets an interrupt in the APIC and takes the deadline out of its MSR: seen in this order such
-//! a tick comes twice at worst, and never not at all ([`deadline`]); events last and for good, for other calls may
+//! a tick comes twice at worst, and never not at all (`deadline`); events last and for good, for other calls may
 //! change what is pending.
 //!
 //! **Order on restore**: CPUID first, for everything else is checked against it; the TSC's frequency before its
