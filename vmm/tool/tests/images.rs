@@ -230,38 +230,69 @@ fn prune_takes_old_images_only_when_told_and_says_what_it_would_do() {
     assert!(!user.store().join("web").exists());
 }
 
+/// `runnel serve` as `--json` announced it, until it is ended.
+struct Server {
+    process: std::process::Child,
+    announced: Value,
+}
+
+impl Server {
+    fn start(user: &User, arguments: &[&str]) -> Self {
+        let all = [&["serve", "--listen", "127.0.0.1:0", "--json"], arguments].concat();
+        let mut process = user.command(&all).stdout(Stdio::piped()).spawn().unwrap();
+        let stdout = process.stdout.take().unwrap();
+        let mut announced = serde_json::Deserializer::from_reader(stdout).into_iter::<Value>();
+        let announced = announced.next().unwrap().unwrap();
+        Self { process, announced }
+    }
+
+    fn url_of(&self, image: &str) -> String {
+        format!("{}/{image}", self.announced["url"].as_str().unwrap())
+    }
+
+    fn end(mut self) {
+        let kill = Command::new("kill").arg(self.process.id().to_string()).status();
+        assert!(kill.unwrap().success());
+        let status = self.process.wait().unwrap();
+        assert!(status.success(), "to be ended is no failure: {status}");
+    }
+}
+
 #[test]
 fn an_image_of_a_server_is_inspected_without_fetching_it() {
     let user = User::new();
     let captured = user.capture("web", None);
-    let mut server = user
-        .command(&["serve", "--listen", "127.0.0.1:0", "--json"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let stdout = server.stdout.take().unwrap();
-    let started = serde_json::Deserializer::from_reader(stdout)
-        .into_iter::<Value>()
-        .next();
-    let started = started.unwrap().unwrap();
+    let server = Server::start(&user, &[]);
     assert_eq!(
-        started["images"]["web"],
+        server.announced["images"]["web"],
         user.store().join("web").to_str().unwrap()
     );
-    let image = format!("{}/web", started["url"].as_str().unwrap());
-    let shown = user.json(&["inspect", &image, "--json"]);
-    let terminated = Command::new("kill")
-        .arg(server.id().to_string())
-        .status()
-        .unwrap();
-    assert!(terminated.success());
-
+    let shown = user.json(&["inspect", &server.url_of("web"), "--json"]);
     assert_eq!(shown["digest"], captured.manifest.digest.to_string());
-    assert_eq!(
-        server.wait().unwrap().code(),
-        Some(0),
-        "to be ended is no failure"
+    server.end();
+}
+
+#[test]
+fn a_server_whose_authority_is_private_is_trusted_once_it_is_named() {
+    let user = User::new();
+    user.capture("web", None);
+    let pair = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let [certificate, key] = ["cert.pem", "key.pem"].map(|name| user.folder.path().join(name));
+    fs::write(&certificate, pair.cert.pem()).unwrap();
+    fs::write(&key, pair.signing_key.serialize_pem()).unwrap();
+    let server = Server::start(&user, &["--tls-cert", "cert.pem", "--tls-key", "key.pem"]);
+    let image = server.url_of("web");
+    assert!(image.starts_with("https://"), "{image}");
+
+    let refused = user.run(&["inspect", &image]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        text(&refused.stderr).contains("--tls-ca"),
+        "{}",
+        text(&refused.stderr)
     );
+    user.output(&["inspect", &image, "--tls-ca", "cert.pem"]);
+    server.end();
 }
 
 #[test]

@@ -12,12 +12,12 @@ use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
 use rustix::process::Signal;
 
 use super::Failure;
-use crate::credentials::usual_credentials;
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
 use crate::output::{OutputArgs, print, print_json};
 use crate::process::ProcessId;
 use crate::program::{self, last_lines};
+use crate::remote::{RemoteFlags, usual_credentials};
 use crate::signals::Signals;
 use crate::size;
 use crate::state::StateFolder;
@@ -101,9 +101,9 @@ pub(crate) struct AgentFlags {
     #[arg(long, value_name = "SOCKET")]
     agent: Option<PathBuf>,
 
-    /// Passwords and tokens of registries, for an agent that is started now
-    #[arg(long, value_name = "FILE")]
-    credentials: Option<PathBuf>,
+    /// For an agent that is started now.
+    #[command(flatten)]
+    remote: RemoteFlags,
 }
 
 /// Where this user's agent listens.
@@ -200,6 +200,11 @@ pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<
     let socket = socket_of(state);
     if !is_answering(&socket) {
         start(state, flags, &socket)?;
+    } else if flags.remote.are_given() {
+        tracing::warn!(
+            "an agent runs already, and keeps the --credentials and --tls-ca that it was started with: \
+             `runnel agent --stop` ends it"
+        );
     }
     Ok(socket)
 }
@@ -208,9 +213,7 @@ fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), F
     let log = state.agent().join("agent.log");
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("agent");
-    if let Some(file) = &flags.credentials {
-        command.arg("--credentials").arg(file);
-    }
+    flags.remote.pass_on(&mut command);
     program::detach(&mut command, &log)?;
     let mut child = command.spawn()?;
     let deadline = Instant::now() + START;

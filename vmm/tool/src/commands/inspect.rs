@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Args;
-use runnel_agent::remote::{RemoteImage, RemoteSettings};
+use runnel_agent::remote::RemoteImage;
 use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::image::manifest::ImageVolume;
 use runnel_snapshot::image::reference::ImageReference;
@@ -16,10 +16,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::Failure;
-use crate::credentials::credentials;
 use crate::exit::Exit;
 use crate::images::ImageStore;
 use crate::output::{OutputArgs, print, print_json};
+use crate::remote::RemoteFlags;
 use crate::size;
 use crate::table::{Table, one_line};
 
@@ -38,6 +38,9 @@ Examples:
 pub(crate) struct InspectArgs {
     /// Name, directory or URL of an image
     image: String,
+
+    #[command(flatten)]
+    remote: RemoteFlags,
 
     #[command(flatten)]
     output: OutputArgs,
@@ -106,7 +109,7 @@ struct Ancestor {
 pub(crate) fn run(args: &InspectArgs) -> Result<Exit, Failure> {
     let store = ImageStore::of_this_user()?;
     let reference = store.resolve(&args.image)?;
-    let image = open(&reference)?;
+    let image = open(&reference, &args.remote)?;
     let inspection = inspect(&reference, &image, &store)?;
     match args.output.json {
         true => print_json(&inspection)?,
@@ -115,15 +118,11 @@ pub(crate) fn run(args: &InspectArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-fn open(reference: &ImageReference) -> Result<Image, Failure> {
+fn open(reference: &ImageReference, remote: &RemoteFlags) -> Result<Image, Failure> {
     Ok(match reference {
         ImageReference::Directory { path, wanted } => Image::open_directory(path, wanted)?,
         ImageReference::Remote { base, name, wanted } => {
-            let settings = RemoteSettings {
-                credentials: credentials()?,
-                ..RemoteSettings::default()
-            };
-            RemoteImage::open(base, name, wanted, settings)?.image
+            RemoteImage::open(base, name, wanted, remote.settings()?)?.image
         }
     })
 }

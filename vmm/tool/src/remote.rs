@@ -1,0 +1,59 @@
+//! How servers of other hosts are met: who to be at registries, and whose certificates to trust.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::Args;
+use runnel_agent::remote::{Credentials, CredentialsError, RemoteSettings};
+
+/// What a command is told of that.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RemoteFlags {
+    /// Passwords and tokens of registries [default: $REGISTRY_AUTH_FILE, else ~/.docker/config.json]
+    #[arg(long, value_name = "FILE")]
+    credentials: Option<PathBuf>,
+
+    /// Certificates of the authorities to trust, in PEM, in place of the system's
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+}
+
+impl RemoteFlags {
+    /// The settings that they come to.
+    ///
+    /// # Errors
+    /// When credentials cannot be read or understood. That there are none is no error.
+    pub(crate) fn settings(&self) -> Result<RemoteSettings, CredentialsError> {
+        let credentials = self.credentials.clone().or_else(usual_credentials);
+        Ok(RemoteSettings {
+            credentials: credentials
+                .map_or_else(|| Ok(Credentials::default()), |path| Credentials::read(&path))?,
+            authorities: self.tls_ca.clone(),
+            ..RemoteSettings::default()
+        })
+    }
+
+    /// Whether there is anything to pass on.
+    pub(crate) fn are_given(&self) -> bool {
+        self.credentials.is_some() || self.tls_ca.is_some()
+    }
+
+    /// Passes on what was given to a command that takes the same flags.
+    pub(crate) fn pass_on(&self, command: &mut Command) {
+        let flags = [("--credentials", &self.credentials), ("--tls-ca", &self.tls_ca)];
+        for (flag, file) in flags {
+            if let Some(file) = file {
+                command.arg(flag).arg(file);
+            }
+        }
+    }
+}
+
+/// `$REGISTRY_AUTH_FILE`, else `~/.docker/config.json` if there is one.
+pub(crate) fn usual_credentials() -> Option<PathBuf> {
+    let named = std::env::var_os("REGISTRY_AUTH_FILE").map(PathBuf::from);
+    named.or_else(|| {
+        let home = std::env::var_os("HOME")?;
+        Some(Path::new(&home).join(".docker/config.json")).filter(|path| path.is_file())
+    })
+}
