@@ -1,7 +1,7 @@
 //! The boot timer of `--boot-timer`: a guest that has booted writes 123 to it, and the time it took is logged.
 //!
 //! Behaviour and log line are Firecracker's, so that guests and scripts made for it work here. It has no state: a
-//! resumed machine has booted long ago.
+//! machine that was saved before it had booted says so where it goes on, if the monitor there has one.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};

@@ -427,11 +427,13 @@ fn state_and_memory_are_replaced_together_or_stay() {
         let new = write_raw(&new, &memory, &CaptureSettings::default(), &progress).unwrap();
         publish(raw_state(&state), new, &progress)
     };
-    // No file can take the place of a directory.
+    // Something that appears while memory is copied.
+    let late = b"bytes".to_vec();
+    let late = write_raw(&late, &memory, &CaptureSettings::default(), &progress).unwrap();
     fs::create_dir(&memory).unwrap();
-    let error = write().unwrap_err();
+    let error = publish(raw_state(&state), late, &progress).unwrap_err();
     assert!(
-        matches!(error, RawError::Write { what: "renaming", .. }),
+        matches!(&error, RawError::NoFile(path) if *path == memory),
         "{error}"
     );
     assert_eq!(fs::read_to_string(&state).unwrap(), "the old state");
@@ -440,8 +442,22 @@ fn state_and_memory_are_replaced_together_or_stay() {
         2,
         "and nothing is left over"
     );
-
     fs::remove_dir(&memory).unwrap();
+
+    // Whatever is there already and is no file is not touched.
+    let precious = memory.join("precious");
+    fs::create_dir(&memory).unwrap();
+    fs::write(&precious, "").unwrap();
+    for target in [&memory, Path::new("/dev/null")] {
+        let error = write_raw(&vec![1_u8; 8], target, &CaptureSettings::default(), &progress).unwrap_err();
+        assert!(
+            matches!(&error, RawError::NoFile(path) if path == target),
+            "{error}"
+        );
+    }
+    assert!(precious.exists());
+    fs::remove_dir_all(&memory).unwrap();
+
     write().unwrap();
     assert_eq!(fs::read_to_string(&state).unwrap(), "the new state");
     assert_eq!(fs::read(&memory).unwrap(), b"bytes");

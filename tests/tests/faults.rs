@@ -381,7 +381,7 @@ fn clones_of_one_image_never_see_what_another_wrote_to_disk_or_memory() {
 }
 
 #[test]
-fn a_drive_that_was_left_out_must_be_supplied_and_be_as_long() {
+fn a_drive_that_was_left_out_must_be_supplied_be_as_long_and_be_nobody_elses() {
     let folder = tempfile::tempdir().unwrap();
     let machine = with_drive(folder.path(), false);
     let stranger = json!({"image_path": folder.path().join("none"), "excluded_drives": ["other"]});
@@ -423,6 +423,14 @@ fn a_drive_that_was_left_out_must_be_supplied_and_be_as_long() {
     request["drive_overrides"][0]["drive_id"] = json!("data");
     monitor.demand("PUT", "/snapshot/load", &request);
     tell(&mut monitor, "count:1", "count=4");
+
+    // It is that machine's now, and another one's as soon as that has ended.
+    let second = Monitor::start();
+    let reason = refusal(&second, "PUT", "/snapshot/load", &request);
+    assert!(reason.contains("locked by another machine"), "{reason}");
+    assert_eq!(about(&second)["state"], "Not started");
+    drop(monitor);
+    second.demand("PUT", "/snapshot/load", &request);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use runnel_vmm::control::{
 use runnel_vmm::engine::KvmEngine;
 use runnel_vmm::exit::ExitCode;
 use runnel_vmm::kvm;
-use runnel_vmm::logger::{Logger, LoggerError};
+use runnel_vmm::logger::{self, Logger, LoggerError};
 use runnel_vmm::version::{FIRECRACKER_VERSION, RUNNEL_VERSION};
 use rustix::fs::Mode;
 
@@ -112,7 +112,7 @@ fn last_words(logger: &Logger, words: &str) {
     if !logger.is_on_stderr() {
         tracing::error!("{words}");
     }
-    eprintln!("{words}");
+    logger::say_last(words);
 }
 
 /// The error and its causes in one line. Some of Firecracker's texts end with their cause; it is not said again.

@@ -36,6 +36,9 @@ pub enum RawError {
         #[source]
         source: io::Error,
     },
+    /// What is there is none of ours.
+    #[error("{} is no regular file, and is not replaced: name another path", .0.display())]
+    NoFile(PathBuf),
     /// The file cannot be written.
     #[error("{what} {path} failed")]
     Write {
@@ -94,16 +97,32 @@ pub fn write_raw(
 /// When a rename fails. The old files are both there then, or the old state is not.
 pub fn publish(state: RawFile, memory: RawFile, progress: &Progress) -> Result<(), RawError> {
     progress.set_stage(Stage::Publishing);
+    // Again, for copying took a while.
+    check_target(&state.target)?;
+    check_target(&memory.target)?;
     let old_state = OldState::set_aside(&state)?;
-    if let Err(error) = memory.publish() {
+    if let Err(error) = memory.rename() {
         old_state.put_back(&state);
         return Err(error);
     }
-    let published = state.publish();
+    // From here on the old state fits nothing.
+    let published = memory
+        .synchronise_folder()
+        .and_then(|()| state.rename())
+        .and_then(|()| state.synchronise_folder());
     old_state.remove();
     published?;
     progress.set_stage(Stage::Published);
     Ok(())
+}
+
+/// Whether a file may be put at `target`: nothing is there, or a file that is replaced.
+fn check_target(target: &Path) -> Result<(), RawError> {
+    match fs::symlink_metadata(target) {
+        Ok(about) if !about.is_file() => Err(RawError::NoFile(target.to_owned())),
+        // Whatever keeps it from being looked at keeps it from being written, and is told then.
+        _ => Ok(()),
+    }
 }
 
 /// The state that was at the target, under a name that the next writer sweeps; none if there was none.
@@ -119,8 +138,14 @@ impl OldState {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self(None)),
             Err(error) => return Err(state.failed("setting aside what is in the place of", error)),
         }
-        state.synchronise_folder()?;
-        Ok(Self(Some(aside)))
+        let old_state = Self(Some(aside));
+        match state.synchronise_folder() {
+            Ok(()) => Ok(old_state),
+            Err(error) => {
+                old_state.put_back(state);
+                Err(error)
+            }
+        }
     }
 
     fn put_back(self, state: &RawFile) {
@@ -192,6 +217,7 @@ impl RawFile {
         };
         let name = target.file_name().and_then(OsStr::to_str);
         let name = name.ok_or_else(|| failed("creating", target, io::ErrorKind::InvalidFilename.into()))?;
+        check_target(target)?;
         let parent = target
             .parent()
             .filter(|parent| !parent.as_os_str().is_empty())
@@ -222,9 +248,8 @@ impl RawFile {
             .map_err(|source| self.failed("synchronising", source))
     }
 
-    fn publish(&self) -> Result<(), RawError> {
-        fs::rename(self.partial.path(), &self.target).map_err(|source| self.failed("renaming", source))?;
-        self.synchronise_folder()
+    fn rename(&self) -> Result<(), RawError> {
+        fs::rename(self.partial.path(), &self.target).map_err(|source| self.failed("renaming", source))
     }
 
     fn synchronise_folder(&self) -> Result<(), RawError> {

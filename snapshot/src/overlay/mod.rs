@@ -285,7 +285,10 @@ impl Overlay {
     fn make_zero(&self, range: ByteRange) -> io::Result<()> {
         self.take_over_edges(range)?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.own, flags, range.start, range.len)?;
+        // A file system that shares blocks may need room to take some of them out.
+        self.keep(range.start, || {
+            Ok(rustix::fs::fallocate(&self.own, flags, range.start, range.len)?)
+        })?;
         self.mark_written(range);
         Ok(())
     }

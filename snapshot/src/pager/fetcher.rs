@@ -12,6 +12,7 @@
 //! One fetcher serves a whole machine: its memory through [`MemoryPager`](super::MemoryPager), its drives through
 //! overlays that block in [`Fetcher::wait`].
 
+mod fill;
 mod queue;
 mod report;
 mod room;
@@ -29,6 +30,12 @@ use super::waits::{Histogram, Waits};
 use queue::{Pending, Queue, Work};
 pub use report::{FetcherCounters, Stall};
 pub use settings::FetcherSettings;
+
+/// Where the background fill begins.
+const FIRST_CHUNK: ChunkId = ChunkId {
+    volume: VolumeId(0),
+    chunk: ChunkIndex(0),
+};
 
 const ABSENT: u8 = 0;
 const DATA: u8 = 1;
@@ -272,10 +279,7 @@ impl Fetcher {
     pub fn start_fill(&self) {
         if self.settings.fill && !self.volumes.is_empty() {
             let mut queue = self.work.lock();
-            queue.fill_next = Some(ChunkId {
-                volume: VolumeId(0),
-                chunk: ChunkIndex(0),
-            });
+            queue.fill.next = Some(FIRST_CHUNK);
             queue.news = true;
             self.work.changed.notify_all();
         }
@@ -378,7 +382,7 @@ impl Fetcher {
             }
             if let Some(pending) = queue.pending.remove(&id) {
                 if pending.fills {
-                    queue.fill_under_way -= 1;
+                    queue.fill.got_one();
                     queue.news = true;
                 }
                 if let Some(since) = pending.demanded {
@@ -394,12 +398,32 @@ impl Fetcher {
 
     fn failed(&self, id: ChunkId, failure: ChunkFailure) {
         self.failures.fetch_add(1, Ordering::Relaxed);
+        let now = Instant::now();
         let mut queue = self.work.lock();
+        let queue = &mut *queue;
         let Some(pending) = queue.pending.get_mut(&id) else {
             return;
         };
+        if pending.failed.is_none()
+            && let Some(others) = queue.complaints.next(now)
+        {
+            let volume = &self.volumes[usize::from(id.volume.0)].about.name;
+            let reason = &failure.reason;
+            tracing::warn!(%volume, chunk = id.chunk.0, others, reason, "a chunk could not be had");
+        }
+        if !failure.transient {
+            if std::mem::take(&mut pending.fills) {
+                queue.fill.lost_one(now, &self.settings);
+            }
+            if pending.demanded.is_none() {
+                // Nobody waits for it. It is asked for again when somebody does, or by the next round of the fill.
+                queue.pending.remove(&id);
+                queue.fill.has_gaps = true;
+                queue.news = true;
+                return self.work.changed.notify_all();
+            }
+        }
         let attempts = pending.failed.as_ref().map_or(0, |(_, attempts)| *attempts) + 1;
-        let is_new = pending.failed.is_none();
         // A failure that asking again cannot cure now may be cured by somebody who repairs the store: it is asked
         // for again too, at the longest pause.
         let pause = if failure.transient {
@@ -410,21 +434,8 @@ impl Fetcher {
         } else {
             self.settings.retry_max
         };
-        let leaves_window = pending.fills && !failure.transient;
-        if leaves_window {
-            pending.fills = false;
-        }
-        let reason = failure.reason.clone();
         pending.failed = Some((failure, attempts));
-        pending.retry_at = Some(Instant::now() + pause);
-        if leaves_window {
-            // Damage does not pass by itself: what is sound behind it is not to wait for somebody who repairs it.
-            queue.fill_under_way -= 1;
-        }
-        if is_new && let Some(others) = queue.complaints.next(Instant::now()) {
-            let volume = &self.volumes[usize::from(id.volume.0)].about.name;
-            tracing::warn!(%volume, chunk = id.chunk.0, others, reason, "a chunk could not be had");
-        }
+        pending.retry_at = Some(now + pause);
         queue.news = true;
         self.work.changed.notify_all();
     }
@@ -444,13 +455,22 @@ impl Fetcher {
                 None => {}
             }
         }
-        while queue.fill_under_way < self.settings.fill_window
-            && let Some(id) = queue.fill_next
-        {
-            queue.fill_next = self.after(id);
-            if self.slot(id).is_some() && self.state(id).is_none() && queue.add(id, Urgency::Fill) {
-                queue.fill_under_way += 1;
-                asks.push((id, Urgency::Fill));
+        if self.settings.fill && queue.fill.begins_again(now, &self.settings) {
+            queue.fill.next = Some(FIRST_CHUNK);
+        }
+        match queue.fill.paused_until {
+            Some(until) if until > now => next = Some(next.map_or(until, |next| next.min(until))),
+            _ => {
+                queue.fill.paused_until = None;
+                while queue.fill.under_way < self.settings.fill_window
+                    && let Some(id) = queue.fill.next
+                {
+                    queue.fill.next = self.after(id);
+                    if self.slot(id).is_some() && self.state(id).is_none() && queue.add(id, Urgency::Fill) {
+                        queue.fill.under_way += 1;
+                        asks.push((id, Urgency::Fill));
+                    }
+                }
             }
         }
         (asks, next)

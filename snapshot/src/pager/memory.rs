@@ -10,6 +10,7 @@
 //! touch it either; so the thread that answers faults cannot wait for a thread whose fault it must answer.
 
 use std::collections::{BTreeMap, HashSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -93,6 +94,9 @@ pub struct MemoryPager {
     chunk_size: ChunkSize,
     pages_total: u64,
     installer: Box<dyn PageInstaller>,
+    /// Whether a page that the page file holds was written there. Where the file has huge pages one write makes many
+    /// pages, and all but what was written are zeros that are nobody's.
+    has_small_pages: bool,
     /// Held while pages are installed, so that a page given back is never filled with the image's content afterwards.
     pages: Mutex<Pages>,
     faults: Faults,
@@ -112,6 +116,23 @@ impl MemoryPager {
     /// # Panics
     /// If the fetcher has a pager already.
     pub fn new(fetcher: &Arc<Fetcher>, installer: Box<dyn PageInstaller>) -> Result<Arc<Self>, NoMemory> {
+        let (volume, _) = fetcher.volume_named(&VolumeName::Memory).ok_or(NoMemory)?;
+        // tmpfs says so (`shmem_getattr`): as its block size, if it may use huge pages.
+        let about = fetcher.source().page_file(volume).metadata();
+        let has_small_pages = about.is_ok_and(|about| about.blksize() <= PAGE_SIZE);
+        if !has_small_pages {
+            tracing::info!(
+                "The page file may have huge pages: what is there already is asked for all the same."
+            );
+        }
+        Self::over(fetcher, installer, has_small_pages)
+    }
+
+    fn over(
+        fetcher: &Arc<Fetcher>,
+        installer: Box<dyn PageInstaller>,
+        has_small_pages: bool,
+    ) -> Result<Arc<Self>, NoMemory> {
         let (volume, about) = fetcher.volume_named(&VolumeName::Memory).ok_or(NoMemory)?;
         if !about.bytes.is_multiple_of(PAGE_SIZE) {
             return Err(NoMemory);
@@ -123,6 +144,7 @@ impl MemoryPager {
             chunk_size: about.chunk_size,
             pages_total,
             installer,
+            has_small_pages,
             pages: Mutex::new(Pages {
                 awaited: HashSet::new(),
                 discarded: PageSet::new(pages_total),
@@ -141,7 +163,7 @@ impl MemoryPager {
     }
 
     /// A thread waits for `page`. `in_page_file` says that the page file holds it (a minor fault): then it is
-    /// verified already, whoever fetched it.
+    /// verified already, whoever fetched it, unless the file may have huge pages.
     pub fn fault(&self, page: PageIndex, in_page_file: bool) {
         if page.0 >= self.pages_total {
             tracing::error!(page = page.0, "a fault outside guest memory");
@@ -164,7 +186,7 @@ impl MemoryPager {
                 counter.fetch_add(1, Ordering::Relaxed);
                 self.install(chunk, what, &mut pages);
             }
-            None if in_page_file => {
+            None if in_page_file && self.has_small_pages => {
                 self.faults.present.fetch_add(1, Ordering::Relaxed);
                 self.report(self.installer.map(page, 1), chunk, &mut pages);
             }

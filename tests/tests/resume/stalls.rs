@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use runnel_tests::bare::{about, configure, hear, load, save, start, tell, wait_until, wait_until_stalled};
-use runnel_tests::monitor::Monitor;
-use serde_json::json;
+use runnel_tests::bare::{
+    about, booted, configure, hear, load, save, start, tell, wait_until, wait_until_stalled,
+};
+use runnel_tests::monitor::{Monitor, Question};
+use serde_json::{Value, json};
 
 use crate::served::Served;
 
@@ -52,6 +54,44 @@ fn a_vcpu_that_is_in_no_fault_stands_while_the_machine_is_stalled() {
     machine.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
     machine.type_line("sum:8m:4k");
     machine.wait_for_console("sum=");
+}
+
+fn progress(monitor: &Monitor) -> Value {
+    monitor.demand("GET", "/snapshot/progress", &Value::Null)["operation"].clone()
+}
+
+/// The guest waits for a page that does not come, and does not count as stalled for a long time.
+#[test]
+fn a_pause_that_waits_for_a_chunk_can_be_called_off_and_does_not_keep_the_monitor_from_ending() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    save(&booted("fill:8m:4m:7"), &image);
+    let mut served = Served::new(&image);
+    let mut machine = load(&served.request(&json!({"stall_after_ms": 3_600_000})));
+    tell(&mut machine, "count:1", "count=1");
+    served.goes_away();
+    machine.type_line("count:1 checkfill:8m:64k:7");
+    hear(&mut machine, "count=2");
+    // Nothing tells that it touches what is missing but that it says no more.
+    machine.wait_for_silence(SILENCE);
+
+    let target = json!({"image_path": folder.path().join("second")});
+    let saving = Question::put(machine.socket(), "PUT", "/snapshot/create", &target);
+    wait_until("it pauses", || progress(&machine)["phase"] == "pausing");
+    machine.demand("DELETE", "/snapshot/create", &Value::Null);
+    let (status, fault) = saving.answer();
+    assert_eq!(status, 400, "{fault}");
+    assert!(
+        fault["fault_message"].as_str().unwrap().contains("cancelled"),
+        "{fault}"
+    );
+    assert_eq!(progress(&machine)["state"], "cancelled");
+    assert_eq!(about(&machine)["state"], "Running");
+
+    let _pausing = Question::put(machine.socket(), "PATCH", "/vm", &json!({"state": "Paused"}));
+    machine.wait_for_silence(SILENCE);
+    machine.signal("TERM");
+    assert_eq!(machine.wait().0.code(), Some(0));
 }
 
 /// The guest waits for a sector, and for nothing else: all of its memory that it touches is there.

@@ -157,6 +157,9 @@ pub enum SnapshotError {
     /// Fields of both forms.
     #[error("too many fields: `{0}` and `{1}` exclude each other")]
     Exclusive(&'static str, &'static str),
+    /// State and memory at one path.
+    #[error("`snapshot_path` and `mem_file_path` name one file, {}: give each its own", .0.display())]
+    OneFile(PathBuf),
     /// A field without the one that it belongs to.
     #[error("`{0}` needs `{1}`")]
     Needs(&'static str, &'static str),
@@ -299,6 +302,9 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             (Some(_), None, Some(_)) => return Err(SnapshotError::Exclusive("image_path", "mem_file_path")),
             (None, _, _) if !excluded.is_empty() => {
                 return Err(SnapshotError::Needs("excluded_drives", "image_path"));
+            }
+            (None, Some(state), Some(memory)) if state == memory => {
+                return Err(SnapshotError::OneFile(state));
             }
             (None, Some(state), Some(memory)) => SaveAs::TwoFiles { state, memory },
             (None, None, _) => return Err(SnapshotError::Missing("snapshot_path")),

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::pipe::PIPE_BUF;
 
 use super::{QUEUE_BYTES_MAX, READER_WAIT};
 
@@ -40,12 +41,17 @@ struct Queue {
 }
 
 impl Queue {
+    /// All that waits.
+    fn len(&self) -> usize {
+        self.bytes.len() + self.in_hand
+    }
+
     fn is_full(&self) -> bool {
-        self.bytes.len() >= QUEUE_BYTES_MAX
+        self.len() >= QUEUE_BYTES_MAX
     }
 
     fn is_done(&self) -> bool {
-        self.has_failed || self.bytes.is_empty() && self.in_hand == 0
+        self.has_failed || self.len() == 0
     }
 }
 
@@ -103,11 +109,11 @@ impl Drop for OutputThread {
         queue.is_closed = true;
         self.outbox.work.notify_one();
         while !queue.is_done() {
-            let left = queue.bytes.len() + queue.in_hand;
-            queue = self.outbox.wait_while(queue, |queue| {
-                !queue.is_done() && queue.bytes.len() + queue.in_hand == left
-            });
-            if queue.bytes.len() + queue.in_hand == left {
+            let left = queue.len();
+            queue = self
+                .outbox
+                .wait_while(queue, |queue| !queue.is_done() && queue.len() == left);
+            if queue.len() == left {
                 // Nobody reads. The thread ends with the process, or when somebody does.
                 return;
             }
@@ -133,7 +139,9 @@ fn write_all(outbox: &Outbox, mut file: File) {
         queue.in_hand = hand.len();
         drop(queue);
         while !hand.is_empty() {
-            let written = write_some(&mut file, hand.as_slices().0);
+            let front = hand.as_slices().0;
+            // A pipe takes all of a write or waits: of a long one nobody would know how far it is.
+            let written = write_some(&mut file, &front[..front.len().min(PIPE_BUF)]);
             hand.drain(..written);
             let mut queue = outbox.queue();
             queue.in_hand = hand.len();
@@ -237,6 +245,30 @@ mod tests {
         assert!(sink.0.queue().is_given_up, "the next byte would wait again");
         drop((sink, thread));
         drop(reader);
+    }
+
+    #[test]
+    fn a_slow_reader_that_goes_on_reading_gets_everything() {
+        let (mut reader, writer) = pipe();
+        let (thread, mut sink) = OutputThread::start(writer).unwrap();
+        let said = QUEUE_BYTES_MAX + (128 << 10);
+        let heard = std::thread::spawn(move || {
+            let mut heard = 0;
+            let mut bytes = [0; 16 << 10];
+            loop {
+                // All of it takes longer than a reader is waited for that does not read at all.
+                std::thread::sleep(READER_WAIT / 10);
+                match reader.read(&mut bytes).unwrap() {
+                    0 => return heard,
+                    more => heard += more,
+                }
+            }
+        });
+        for _ in 0..said {
+            sink.write_all(b"x").unwrap();
+        }
+        drop((sink, thread));
+        assert_eq!(heard.join().unwrap(), said);
     }
 
     #[test]

@@ -69,7 +69,7 @@ struct FakeGuest {
 }
 
 impl Guest for FakeGuest {
-    fn pause(&mut self) -> Result<(), GuestError> {
+    fn pause(&mut self, _: &dyn Fn() -> bool) -> Result<(), GuestError> {
         self.engine.call("pause")
     }
 

@@ -39,11 +39,12 @@ pub trait Engine {
 
 /// A machine that was booted or loaded.
 pub trait Guest {
-    /// Stops the vCPUs, and then the devices.
+    /// Stops the vCPUs, and then the devices. Whoever of them waits for a chunk is waited for; `give_up` is asked now
+    /// and then meanwhile.
     ///
     /// # Errors
-    /// When the machine is stalled, or KVM fails; it runs on then.
-    fn pause(&mut self) -> Result<(), GuestError>;
+    /// When the machine is stalled, `give_up` says so, or KVM fails; it runs on then.
+    fn pause(&mut self, give_up: &dyn Fn() -> bool) -> Result<(), GuestError>;
 
     /// Lets the devices and then the vCPUs go on.
     ///

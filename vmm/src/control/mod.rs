@@ -205,7 +205,9 @@ impl<E: Engine> Control<E> {
 
     fn pause(&self, guest: &mut dyn Guest) -> Result<Reply, Fault> {
         if self.status.state() == VmState::Running {
-            guest.pause().map_err(Fault::internal)?;
+            guest
+                .pause(&|| self.status.is_ending())
+                .map_err(Fault::internal)?;
             self.status.set_state(VmState::Paused);
         }
         Ok(Reply::Empty)

@@ -50,6 +50,8 @@ struct Shared {
     /// The one under way, or the last one.
     operation: Option<Arc<Operation>>,
     paging: Option<Arc<dyn Paging>>,
+    /// Nothing that takes long is begun or waited for any more.
+    is_ending: bool,
 }
 
 impl Status {
@@ -60,6 +62,7 @@ impl Status {
             state: VmState::NotStarted,
             operation: None,
             paging: None,
+            is_ending: false,
         };
         Arc::new(Self {
             id,
@@ -91,7 +94,11 @@ impl Status {
     /// A new operation takes the place of the last one.
     pub(crate) fn begin(&self, kind: OperationKind) -> Arc<Operation> {
         let operation = Operation::new(kind);
-        self.shared().operation = Some(Arc::clone(&operation));
+        let mut shared = self.shared();
+        if shared.is_ending {
+            operation.cancel();
+        }
+        shared.operation = Some(Arc::clone(&operation));
         operation
     }
 
@@ -140,11 +147,17 @@ impl Status {
         operation.is_some_and(|operation| operation.kind() == kind && operation.cancel())
     }
 
-    /// Cancels whatever is under way: the monitor is to end.
+    /// Cancels whatever is under way, and whatever begins yet: the monitor is to end.
     pub(super) fn cancel_all(&self) {
+        self.shared().is_ending = true;
         for kind in [OperationKind::Create, OperationKind::Load] {
             // Nothing is lost if there was none.
             let _ = self.cancel(kind);
         }
+    }
+
+    /// Whether the monitor is to end.
+    pub(super) fn is_ending(&self) -> bool {
+        self.shared().is_ending
     }
 }

@@ -47,6 +47,9 @@ pub enum EngineError {
     /// An image is to appear in a directory that is not there.
     #[error("{0} does not exist: make it first, with `mkdir -p {0}`")]
     NoDirectory(PathBuf),
+    /// A machine that was to stand still, and is not wanted to any more.
+    #[error("it was cancelled while the machine waited for a chunk; the machine runs on")]
+    CalledOff,
     /// A machine that waits for bytes that do not come.
     #[error(
         "the machine is stalled: {chunk} of {volume} is missing ({reason}); try again when GET / no longer says so"
@@ -125,18 +128,19 @@ struct KvmGuest {
 }
 
 impl KvmGuest {
-    /// Stops vCPUs and devices.
-    fn stand_still(&mut self) -> Result<(), GuestError> {
+    /// Stops vCPUs and devices, unless the machine is stalled or `give_up` says so.
+    fn stand_still(&mut self, give_up: &dyn Fn() -> bool) -> Result<(), GuestError> {
         if let Some(stall) = self.stall() {
             return Err(stalled(stall).into());
         }
         let pager = &self.pager;
-        let is_stalled = || {
-            pager
-                .as_ref()
-                .is_some_and(|pager| pager.logic().stall().is_some())
+        let is_in_vain = || {
+            give_up()
+                || pager
+                    .as_ref()
+                    .is_some_and(|pager| pager.logic().stall().is_some())
         };
-        let paused = self.machine.pause(&is_stalled);
+        let paused = self.machine.pause(&is_in_vain);
         // Standing, or let run again.
         self.is_held = false;
         match paused {
@@ -146,6 +150,7 @@ impl KvmGuest {
             }
             Err(error) => Err(match self.stall() {
                 Some(stall) => stalled(stall).into(),
+                None if give_up() => EngineError::CalledOff.into(),
                 None => error.into(),
             }),
         }
@@ -190,8 +195,8 @@ fn stalled(stall: Stall) -> EngineError {
 }
 
 impl Guest for KvmGuest {
-    fn pause(&mut self) -> Result<(), GuestError> {
-        self.stand_still()
+    fn pause(&mut self, give_up: &dyn Fn() -> bool) -> Result<(), GuestError> {
+        self.stand_still(give_up)
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

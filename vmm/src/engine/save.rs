@@ -79,7 +79,7 @@ pub(super) fn save(
     let was_running = guest.is_running;
     if was_running {
         operation.enter("pausing");
-        guest.stand_still()?;
+        guest.stand_still(&|| operation.is_cancelled())?;
     }
     let saved = match &create.save_as {
         SaveAs::Image {

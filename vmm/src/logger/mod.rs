@@ -188,12 +188,20 @@ fn open(path: &Path) -> Result<File, LoggerError> {
 /// Writes to standard error, if it takes something now: it may be a pipe that nobody empties, and must not be told not
 /// to block, since others have it too.
 fn say(line: &[u8]) -> io::Result<()> {
-    let stderr = io::stderr();
-    let mut entries = [PollFd::new(&stderr, PollFlags::OUT)];
-    if poll(&mut entries, Some(&Timespec::default()))? == 0 {
+    let mut stderr = io::stderr().lock();
+    let is_ready = poll(
+        &mut [PollFd::new(&stderr, PollFlags::OUT)],
+        Some(&Timespec::default()),
+    )?;
+    if is_ready == 0 {
         return Err(io::ErrorKind::WouldBlock.into());
     }
-    stderr.lock().write_all(line)
+    stderr.write_all(line)
+}
+
+/// Says on standard error why the monitor ends, if anybody takes it: it ends all the same.
+pub fn say_last(words: &str) {
+    let _ = say(format!("{words}\n").as_bytes());
 }
 
 impl Settings {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::fill::Fill;
 use super::room::NoRoom;
 use crate::source::{ChunkFailure, ChunkId, Urgency, VolumeId};
 
@@ -66,9 +67,7 @@ impl Complaints {
 #[derive(Default)]
 pub(super) struct Queue {
     pub(super) pending: BTreeMap<ChunkId, Pending>,
-    /// Where the background fill goes on.
-    pub(super) fill_next: Option<ChunkId>,
-    pub(super) fill_under_way: usize,
+    pub(super) fill: Fill,
     pub(super) complaints: Complaints,
     /// Writes for which there is no room, one a volume.
     pub(super) without_room: BTreeMap<VolumeId, NoRoom>,

@@ -13,6 +13,8 @@ pub struct FetcherSettings {
     pub fill: bool,
     /// Background chunks under way at once. The source holds its rate; this only keeps its queue short.
     pub fill_window: usize,
+    /// How long the fill stands where nothing can be had for good, and between two rounds.
+    pub fill_pause: Duration,
     /// The first pause before asking again for a chunk that failed; doubles each time.
     pub retry_min: Duration,
     /// The longest such pause.
@@ -40,6 +42,7 @@ impl Default for FetcherSettings {
             neighbourhood_bytes: 256 << 10,
             fill: true,
             fill_window: 64,
+            fill_pause: Duration::from_secs(60),
             retry_min: Duration::from_millis(50),
             retry_max: Duration::from_secs(2),
             stall_after: Duration::from_secs(15),

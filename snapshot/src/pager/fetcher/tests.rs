@@ -262,7 +262,7 @@ fn damaged_chunks_do_not_keep_the_fill_from_the_sound_ones_and_come_when_they_ar
     let settings = FetcherSettings {
         fill: true,
         fill_window: 2,
-        retry_max: Duration::from_millis(1),
+        fill_pause: Duration::from_millis(1),
         ..quiet()
     };
     let fetcher = Fetcher::start(source.clone(), settings).unwrap();
@@ -279,7 +279,7 @@ fn damaged_chunks_do_not_keep_the_fill_from_the_sound_ones_and_come_when_they_ar
             }
         }
     }
-    // Each is asked for again and again; now it is there.
+    // Each is asked for again, round after round; now it is there.
     while !damaged.is_empty() {
         for (chunk, _) in source.asked_until(|asked| !asked.is_empty()) {
             damaged.remove(&chunk);
@@ -287,6 +287,37 @@ fn damaged_chunks_do_not_keep_the_fill_from_the_sound_ones_and_come_when_they_ar
         }
     }
     assert!(fetcher.counters().is_complete());
+}
+
+#[test]
+fn where_nothing_can_be_had_for_good_the_fill_stands_and_what_is_demanded_is_asked_for() {
+    let source = source(&[40]);
+    let settings = FetcherSettings {
+        fill: true,
+        fill_window: 4,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.start_fill();
+    let mut asked = 0;
+    // As long as it goes on, and then for those that are under way yet.
+    while fetcher.work.lock().fill.paused_until.is_none() || fetcher.work.lock().fill.under_way > 0 {
+        for (chunk, _) in source.asked() {
+            asked += 1;
+            source.fail(chunk, "there is no such image", false);
+        }
+        std::thread::yield_now();
+    }
+    assert!((4..8).contains(&asked), "{asked}");
+    assert!(
+        fetcher.work.lock().pending.is_empty(),
+        "what nobody waits for is forgotten"
+    );
+
+    fetcher.demand(id(0, 39));
+    assert_eq!(source.asked(), [(id(0, 39), Urgency::Demand)]);
+    source.fail(id(0, 39), "there is no such image", false);
+    assert_eq!(fetcher.stall().unwrap().chunk, ChunkIndex(39));
 }
 
 #[test]

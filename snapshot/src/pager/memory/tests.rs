@@ -76,6 +76,10 @@ fn image_page(page: u64) -> Vec<u8> {
 }
 
 fn rig() -> Rig {
+    rig_with(true)
+}
+
+fn rig_with(has_small_pages: bool) -> Rig {
     let chunk_size = ChunkSize::new((PAGES_PER_CHUNK * PAGE_SIZE) as u32).unwrap();
     let about = SourceVolume {
         name: VolumeName::Memory,
@@ -96,7 +100,7 @@ fn rig() -> Rig {
         file: source.page_file(VolumeId(0)),
         refusals: refusals.clone(),
     };
-    let pager = MemoryPager::new(&fetcher, Box::new(installer)).unwrap();
+    let pager = MemoryPager::over(&fetcher, Box::new(installer), has_small_pages).unwrap();
     Rig {
         source,
         pager,
@@ -122,6 +126,16 @@ fn a_fault_waits_for_its_chunk_and_then_has_all_of_it() {
     }
     assert_eq!(rig.page(8), None);
     assert_eq!(rig.pager.counters().faults_waiting, 1);
+}
+
+#[test]
+fn a_page_of_a_huge_one_is_not_taken_for_the_images() {
+    let rig = rig_with(false);
+    // Beside it something was written, and it came into being with that.
+    rig.pager.fault(PageIndex(5), true);
+    assert_eq!(rig.page(5), None);
+    rig.source.deliver(id(0, 1));
+    assert_eq!(rig.page(5), Some(image_page(5)));
 }
 
 #[test]

@@ -61,6 +61,10 @@ fn what_is_missing_or_too_much_is_named() {
             SnapshotError::Exclusive("image_path", "mem_file_path"),
         ),
         (
+            r#"{"snapshot_path": "s", "mem_file_path": "s"}"#,
+            SnapshotError::OneFile("s".into()),
+        ),
+        (
             r#"{"snapshot_path": "s", "mem_file_path": "m", "excluded_drives": ["a"]}"#,
             SnapshotError::Needs("excluded_drives", "image_path"),
         ),

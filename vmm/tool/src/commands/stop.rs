@@ -11,6 +11,7 @@ use super::Failure;
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
+use crate::output::trace;
 use crate::signals::Signals;
 use crate::size::{duration, parse_duration};
 use crate::state::{Machine, MachineName, StateError, StateFolder};
@@ -89,29 +90,46 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
     let machines = find(&state, &args.machines)?;
+    let mut failures = Vec::new();
+    let mut asked = Vec::new();
     for machine in &machines {
         let press = json!({ "action_type": "SendCtrlAltDel" });
-        let pressed = Api::new(&machine.folder.api_socket()).put("/actions", &press);
-        pressed.map_err(|source| {
-            let name = machine.folder.name.clone();
-            StopError::Deaf { name, source }
-        })?;
+        match Api::new(&machine.folder.api_socket()).put("/actions", &press) {
+            Ok(_) => asked.push(machine),
+            Err(source) => {
+                let name = machine.folder.name.clone();
+                failures.push(StopError::Deaf { name, source });
+            }
+        }
     }
     // All were asked at once, so all share the time.
     let deadline = Instant::now() + args.timeout;
-    for machine in &machines {
-        while !machine.process.wait(LOOK)? {
+    for machine in asked {
+        let has_ended = loop {
+            if machine.process.wait(LOOK)? {
+                break true;
+            }
             if let Some(signal) = signals.next() {
                 return Ok(Exit::Signal(signal));
             }
             if Instant::now() >= deadline {
-                let (name, patience) = (machine.folder.name.clone(), args.timeout);
-                return Err(StopError::StillRuns { name, patience }.into());
+                break false;
             }
+        };
+        if has_ended {
+            state.forget(&machine.folder)?;
+        } else {
+            let (name, patience) = (machine.folder.name.clone(), args.timeout);
+            failures.push(StopError::StillRuns { name, patience });
         }
-        state.forget(&machine.folder)?;
     }
-    Ok(Exit::Done)
+    let Some(last) = failures.pop() else {
+        return Ok(Exit::Done);
+    };
+    for failure in failures {
+        eprintln!("runnel: {}", trace(&failure));
+    }
+    Err(last.into())
 }
 
 pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {

@@ -1,0 +1,51 @@
+//! The background fill: round after round, until the machine has every chunk.
+//!
+//! A round asks for each chunk that nobody has asked for, a window of them at a time. What is damaged, or refused, it
+//! leaves behind for the next round; where everything is, it stands, so that a server which has lost the image, or does
+//! not let us in any more, is asked for a few chunks a minute and not for all of them.
+
+use std::time::Instant;
+
+use super::FetcherSettings;
+use crate::source::ChunkId;
+
+/// How far the fill is.
+#[derive(Default)]
+pub(super) struct Fill {
+    /// Where it goes on; `None` before it begins and after a round.
+    pub(super) next: Option<ChunkId>,
+    pub(super) under_way: usize,
+    /// Chunks were left behind.
+    pub(super) has_gaps: bool,
+    /// Chunks that were left behind since one arrived.
+    lost_in_a_row: usize,
+    pub(super) paused_until: Option<Instant>,
+}
+
+impl Fill {
+    /// A chunk of the window has arrived.
+    pub(super) fn got_one(&mut self) {
+        self.under_way -= 1;
+        self.lost_in_a_row = 0;
+    }
+
+    /// A chunk of the window cannot be had.
+    pub(super) fn lost_one(&mut self, now: Instant, settings: &FetcherSettings) {
+        self.under_way -= 1;
+        self.lost_in_a_row += 1;
+        if self.lost_in_a_row >= settings.fill_window {
+            self.lost_in_a_row = 0;
+            self.paused_until = Some(now + settings.fill_pause);
+        }
+    }
+
+    /// Whether a round is over that left something behind: then there is another one, after a pause.
+    pub(super) fn begins_again(&mut self, now: Instant, settings: &FetcherSettings) -> bool {
+        let begins = self.next.is_none() && self.under_way == 0 && self.has_gaps;
+        if begins {
+            self.has_gaps = false;
+            self.paused_until = Some(now + settings.fill_pause);
+        }
+        begins
+    }
+}
