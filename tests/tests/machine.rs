@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use runnel_snapshot::section::SavedSection;
 use runnel_tests::bare_guest;
-use runnel_vmm::config::{BootSource, MemorySize, MicrovmConfig, Serial};
+use runnel_vmm::config::{BootSource, MemorySize, MicrovmConfig, Serial, VcpuCount};
 use runnel_vmm::exit::{EndSignal, Ended};
 use runnel_vmm::layout::{self, RamLayout};
 use runnel_vmm::memory;
@@ -437,6 +437,42 @@ fn the_bare_guest_fills_memory_and_switches_itself_off() {
     assert_eq!(bare.line(), "count=1");
     assert_eq!(bare.line(), "count=2");
     assert_eq!(bare.end.wait(DEADLINE), Some(&Ended::PowerOff));
+}
+
+#[test]
+fn the_smallest_machine_and_one_of_32_vcpus_and_half_of_the_hosts_memory_run() {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let total_kib: u64 = info.split_whitespace().nth(1).unwrap().parse().unwrap();
+    let largest = (total_kib / 1024 / 2).min(65536);
+    for (mib, vcpus) in [(32, 1), (largest, 32)] {
+        let with = |config: &mut MicrovmConfig| {
+            config.machine.memory = MemorySize::from_mib(mib).unwrap();
+            config.machine.vcpus = VcpuCount::new(vcpus).unwrap();
+        };
+        let mut bare = Bare::with(|config| {
+            with(config);
+            config.boot_source = Some(BootSource {
+                kernel: bare_guest().to_owned(),
+                initrd: None,
+                boot_args: Some("count:1".to_owned()),
+            });
+        });
+        bare.machine.unpause();
+        let introduction = bare.line();
+        let ram = introduction
+            .split(' ')
+            .find_map(|field| field.strip_prefix("ram="));
+        let hidden = (mib << 20) - ram.unwrap().parse::<u64>().unwrap();
+        assert!(hidden < 1 << 20, "all but the hole below 1 MiB: {introduction}");
+        assert_eq!(bare.line(), "count=1");
+        assert_eq!(bare.line(), "listening=1");
+        bare.machine.pause(&|| false).unwrap();
+        let saved = bare.machine.save().unwrap();
+        let saved_vcpus = saved.iter().filter(|section| section.kind == "vcpu").count();
+        assert_eq!(saved_vcpus, usize::from(vcpus));
+        bare.machine.unpause();
+        assert_eq!(bare.tell("count:1"), "count=2");
+    }
 }
 
 #[test]

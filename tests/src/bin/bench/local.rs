@@ -174,7 +174,7 @@ impl Bench<'_> {
             first.push(resumed(&mut vmm, &saver.load(IMAGE))?);
         }
         metrics.add("resume_local_ms", Samples::milliseconds(&first));
-        let (mut waits, mut own) = (Vec::new(), Vec::new());
+        let (mut waits, mut own, mut anonymous) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..TOUCHED_MACHINES {
             let (mut vmm, _) = self.start()?;
             resumed(&mut vmm, &saver.load(IMAGE))?;
@@ -182,7 +182,9 @@ impl Bench<'_> {
             waits.push(touch(&mut vmm, PROGRAMS_START, length, TOUCHES)?);
             wait_until_resident(&vmm)?;
             std::thread::sleep(AT_REST);
-            own.push(vmm.own_resident_kib()? as f64);
+            let resident = vmm.own_resident()?;
+            own.push(resident.all_kib as f64);
+            anonymous.push(resident.anonymous_kib as f64);
         }
         let micros = |share| {
             let waits = waits.iter().map(|waits| waits.quantile(share) * 1e3);
@@ -191,6 +193,7 @@ impl Bench<'_> {
         metrics.add("fault_local_p50_us", micros(0.5));
         metrics.add("fault_local_p99_us", micros(0.99));
         metrics.add("vmm_rss_kib", Samples::new("KiB", own));
+        metrics.add("vmm_rss_anonymous_kib", Samples::new("KiB", anonymous));
         Ok(())
     }
 }

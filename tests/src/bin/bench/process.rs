@@ -129,20 +129,29 @@ impl Vmm {
     ///
     /// # Errors
     /// When the kernel does not tell.
-    pub(crate) fn own_resident_kib(&self) -> io::Result<u64> {
+    pub(crate) fn own_resident(&self) -> io::Result<Resident> {
         let maps = fs::read_to_string(format!("/proc/{}/smaps", self.process.0.id()))?;
-        let (mut own, mut is_guest) = (0, false);
+        let (mut own, mut is_guest) = (Resident::default(), false);
         for line in maps.lines() {
             let mut words = line.split_whitespace();
             let (key, value) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
             match (key, value.parse::<u64>()) {
                 ("Size:", Ok(kib)) => is_guest = kib >= super::content::RAM_MIB << 10,
-                ("Rss:", Ok(kib)) if !is_guest => own += kib,
+                ("Rss:", Ok(kib)) if !is_guest => own.all_kib += kib,
+                ("Anonymous:", Ok(kib)) if !is_guest => own.anonymous_kib += kib,
                 _ => {}
             }
         }
         Ok(own)
     }
+}
+
+/// Resident memory of a process but for its guest's.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Resident {
+    pub(crate) all_kib: u64,
+    /// What is not pages of files: heap, stacks, and what was changed of the program's data.
+    pub(crate) anonymous_kib: u64,
 }
 
 /// Waits until somebody listens at `socket`.
