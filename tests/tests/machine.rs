@@ -342,6 +342,33 @@ fn a_register_that_this_host_does_not_take_is_refused_by_its_name() {
         vcpu.msrs.retain(|msr| msr.0 != IA32_XSS);
         vcpu.msrs.push(Msr(IA32_XSS, u64::MAX));
     });
+    let refusal = refusal(&remains, sections).unwrap();
+    assert!(refusal.contains("IA32_XSS (MSR 0xda0)"), "{refusal}");
+}
+
+#[test]
+fn a_counter_of_another_frequency_is_scaled_or_refused_with_both() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let remains = bare.save(of_64_mib());
+    let mut own = 0;
+    let sections = with_vcpu(&remains, |vcpu| {
+        own = vcpu.tsc_khz;
+        vcpu.tsc_khz *= 2;
+    });
+    assert_ne!(own, 0, "KVM knows the frequency of its counters");
+    let refusal = refusal(&remains, sections);
+    if runnel_vmm::kvm::describe().scales_tsc {
+        assert_eq!(refusal, None);
+    } else {
+        let refusal = refusal.unwrap();
+        let both = [own * 2, own].map(|khz| refusal.contains(&format!("{khz} kHz")));
+        assert_eq!(both, [true, true], "{refusal}");
+    }
+}
+
+/// Why a machine cannot be rebuilt from these sections.
+fn refusal(remains: &Remains, sections: Vec<SavedSection>) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
     let mut config = of_64_mib();
     config.serial = Serial::Socket(folder.path().join("console"));
@@ -353,10 +380,8 @@ fn a_register_that_this_host_does_not_take_is_refused_by_its_name() {
         stores: &mut microvm::open_file,
         clock: Resumption::WhereItWas,
     };
-    let refusal = Microvm::restore(saved, &EndSignal::new().unwrap())
-        .unwrap_err()
-        .to_string();
-    assert!(refusal.contains("IA32_XSS (MSR 0xda0)"), "{refusal}");
+    let restored = Microvm::restore(saved, &EndSignal::new().unwrap());
+    restored.err().map(|error| error.to_string())
 }
 
 #[test]

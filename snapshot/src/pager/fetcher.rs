@@ -404,9 +404,12 @@ impl Fetcher {
         let Some(pending) = queue.pending.get_mut(&id) else {
             return;
         };
-        if pending.failed.is_none()
-            && let Some(others) = queue.complaints.next(now)
-        {
+        // An outage that turns out to be damage is news.
+        let is_new = match &pending.failed {
+            Some((before, _)) => before.transient && !failure.transient,
+            None => true,
+        };
+        if is_new && let Some(others) = queue.complaints.next(now) {
             let volume = &self.volumes[usize::from(id.volume.0)].about.name;
             let reason = &failure.reason;
             tracing::warn!(%volume, chunk = id.chunk.0, others, reason, "a chunk could not be had");

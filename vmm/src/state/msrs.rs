@@ -149,6 +149,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_kvm_does_not_list_is_saved_too_and_nothing_twice() {
+        let all = to_save(&[IA32_TSC, 0x2ff, IA32_XSS]);
+        assert_eq!(all[..3], [IA32_TSC, 0x2ff, IA32_XSS]);
+        for index in [0x200, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x26f, 0x2ff, IA32_XSS] {
+            assert_eq!(
+                all.iter().filter(|other| **other == index).count(),
+                1,
+                "{index:#x}"
+            );
+        }
+        assert_eq!(all.len(), 1 + 16 + 1 + 2 + 8 + 1 + 1);
+    }
+
+    #[test]
     fn a_register_that_a_host_lacks_is_refused_by_its_name() {
         let refusal = |index| StateError::Msr { index, value: 0x1800 }.to_string();
         assert!(refusal(0xda0).contains("IA32_XSS (MSR 0xda0) with the value 0x1800"));

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use super::queue::Queue;
 use super::{Fetcher, Stall};
 use crate::source::ChunkId;
 use crate::units::ChunkIndex;
@@ -56,8 +57,10 @@ impl Fetcher {
                     folder.display()
                 ),
             });
-            let woken = self.work.changed.wait_timeout(queue, PAUSE);
-            drop(woken.unwrap_or_else(PoisonError::into_inner));
+            // Not for arrivals: they take room, if anything.
+            let goes_on = |queue: &mut Queue| !queue.stopping;
+            let waited = self.work.changed.wait_timeout_while(queue, PAUSE, goes_on);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
     }
 

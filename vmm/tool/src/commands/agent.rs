@@ -191,7 +191,16 @@ fn stop(socket: &Path) -> Result<Exit, Failure> {
 
 /// The socket of an agent that runs; this user's own is started if it does not.
 pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<PathBuf, Failure> {
+    let warn = || {
+        if flags.remote.are_given() {
+            tracing::warn!(
+                "an agent runs already, and keeps the --credentials and --tls-ca that it was started with: \
+                 `runnel agent --stop` ends it"
+            );
+        }
+    };
     if let Some(socket) = &flags.agent {
+        warn();
         return match is_answering(socket) {
             true => Ok(std::path::absolute(socket)?),
             false => Err(AgentCommandError::NotThere(socket.clone()).into()),
@@ -200,11 +209,8 @@ pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<
     let socket = socket_of(state);
     if !is_answering(&socket) {
         start(state, flags, &socket)?;
-    } else if flags.remote.are_given() {
-        tracing::warn!(
-            "an agent runs already, and keeps the --credentials and --tls-ca that it was started with: \
-             `runnel agent --stop` ends it"
-        );
+    } else {
+        warn();
     }
     Ok(socket)
 }
