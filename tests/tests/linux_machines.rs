@@ -73,6 +73,10 @@ fn main() -> ExitCode {
             ("linux_6_1_on_the_time_stamp_counter_comes_back_as_it_was", || {
                 comes_back_as_it_was("6.1-cloud", 1, TIME_STAMP_COUNTER)
             }),
+            (
+                "a_busy_linux_is_not_called_hung_by_its_own_kernel",
+                a_busy_linux_is_not_called_hung,
+            ),
             ("ctrl_alt_del_restarts_linux", ctrl_alt_del_restarts_linux),
         ],
     }
@@ -179,6 +183,22 @@ fn comes_back_as_it_was(kernel: &str, vcpus: u8, source: &ClockSource) {
     }
     linux.tell("off");
     assert_eq!(linux.end.wait(DEADLINE), Some(&Ended::PowerOff));
+}
+
+/// A CPU that was idle is no witness: its kernel does not expect anything of it.
+fn a_busy_linux_is_not_called_hung() {
+    let mut linux = Linux::boot(config("6.12-cloud", 1, "lab=kernel,shell"));
+    linux.value("shell");
+    linux.tell("dmesg -c >/dev/null; work registers &");
+    linux.works(&["registers"]);
+    let mut saved = linux.save("echo typed=1");
+    saved.age_clock(AWAY);
+    let mut linux = saved.restore(Resumption::Forward);
+    assert_eq!(linux.value("typed"), "1");
+    // Longer than its kernel looks away.
+    linux.sleep(Duration::from_secs(5));
+    linux.value("slept");
+    linux.is_content(&[]);
 }
 
 fn ctrl_alt_del_restarts_linux() {
