@@ -56,7 +56,7 @@ pub(crate) fn parse_mebibytes(text: &str) -> Result<u64, BadQuantity> {
     Ok(bytes >> 20)
 }
 
-/// Reads `30s`, `500ms`, `7d`; a bare number is seconds.
+/// Reads `30s`, `500ms`, `7d`.
 ///
 /// # Errors
 /// When it is no duration.
@@ -65,7 +65,8 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, BadQuantity> {
     let (number, unit) = split(text).ok_or_else(bad)?;
     let unit_ms: u64 = match unit {
         "ms" => 1,
-        "" | "s" => 1000,
+        // Without a unit, `30` may be meant as days where images are removed: nobody guesses.
+        "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
@@ -188,7 +189,8 @@ mod tests {
 
     #[test]
     fn durations_are_read_and_written() {
-        assert_eq!(parse_duration("30").unwrap(), Duration::from_secs(30));
+        assert_eq!(parse_duration("30s").unwrap(), Duration::from_secs(30));
+        assert!(parse_duration("30").is_err(), "seconds, or days?");
         assert_eq!(parse_duration("250ms").unwrap(), Duration::from_millis(250));
         assert_eq!(parse_duration("7d").unwrap(), Duration::from_secs(7 * 86_400));
         assert!(parse_duration("soon").is_err());
