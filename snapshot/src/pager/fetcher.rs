@@ -31,12 +31,6 @@ use queue::{Pending, Queue, Work};
 pub use report::{FetcherCounters, Stall};
 pub use settings::FetcherSettings;
 
-/// Where the background fill begins.
-const FIRST_CHUNK: ChunkId = ChunkId {
-    volume: VolumeId(0),
-    chunk: ChunkIndex(0),
-};
-
 const ABSENT: u8 = 0;
 const DATA: u8 = 1;
 const ZERO: u8 = 2;
@@ -279,7 +273,7 @@ impl Fetcher {
     pub fn start_fill(&self) {
         if self.settings.fill && !self.volumes.is_empty() {
             let mut queue = self.work.lock();
-            queue.fill.next = Some(FIRST_CHUNK);
+            queue.fill.begin();
             queue.news = true;
             self.work.changed.notify_all();
         }
@@ -458,9 +452,7 @@ impl Fetcher {
                 None => {}
             }
         }
-        if self.settings.fill && queue.fill.begins_again(now, &self.settings) {
-            queue.fill.next = Some(FIRST_CHUNK);
-        }
+        queue.fill.begin_again_if_need_be(now, &self.settings);
         match queue.fill.paused_until {
             Some(until) if until > now => next = Some(next.map_or(until, |next| next.min(until))),
             _ => {

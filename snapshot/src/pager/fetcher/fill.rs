@@ -7,11 +7,20 @@
 use std::time::Instant;
 
 use super::FetcherSettings;
-use crate::source::ChunkId;
+use crate::source::{ChunkId, VolumeId};
+use crate::units::ChunkIndex;
+
+/// Where a round begins.
+const FIRST_CHUNK: ChunkId = ChunkId {
+    volume: VolumeId(0),
+    chunk: ChunkIndex(0),
+};
 
 /// How far the fill is.
 #[derive(Default)]
 pub(super) struct Fill {
+    /// Nobody has told it to begin before: what is lost until then is no gap of a round.
+    has_begun: bool,
     /// Where it goes on; `None` before it begins and after a round.
     pub(super) next: Option<ChunkId>,
     pub(super) under_way: usize,
@@ -23,6 +32,13 @@ pub(super) struct Fill {
 }
 
 impl Fill {
+    /// Begins the first round, or begins it anew.
+    pub(super) fn begin(&mut self) {
+        self.has_begun = true;
+        self.has_gaps = false;
+        self.next = Some(FIRST_CHUNK);
+    }
+
     /// A chunk of the window has arrived.
     pub(super) fn got_one(&mut self) {
         self.under_way -= 1;
@@ -39,13 +55,12 @@ impl Fill {
         }
     }
 
-    /// Whether a round is over that left something behind: then there is another one, after a pause.
-    pub(super) fn begins_again(&mut self, now: Instant, settings: &FetcherSettings) -> bool {
-        let begins = self.next.is_none() && self.under_way == 0 && self.has_gaps;
+    /// Begins another round, after a pause, if one is over that left something behind.
+    pub(super) fn begin_again_if_need_be(&mut self, now: Instant, settings: &FetcherSettings) {
+        let begins = self.has_begun && self.next.is_none() && self.under_way == 0 && self.has_gaps;
         if begins {
-            self.has_gaps = false;
+            self.begin();
             self.paused_until = Some(now + settings.fill_pause);
         }
-        begins
     }
 }

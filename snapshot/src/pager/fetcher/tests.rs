@@ -290,6 +290,23 @@ fn damaged_chunks_do_not_keep_the_fill_from_the_sound_ones_and_come_when_they_ar
 }
 
 #[test]
+fn what_is_lost_before_the_fill_begins_does_not_begin_it_nor_delay_it() {
+    let source = source(&[2]);
+    let settings = FetcherSettings {
+        fill: true,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.prefetch(&[id(0, 1)]);
+    source.fail(id(0, 1), "the frame is damaged", false);
+    assert!(fetcher.work.lock().fill.next.is_none());
+    assert_eq!(source.asked(), [(id(0, 1), Urgency::Soon)]);
+    fetcher.start_fill();
+    let asked = source.asked_until(|asked| asked.len() == 2);
+    assert!(asked.iter().all(|(_, urgency)| *urgency == Urgency::Fill));
+}
+
+#[test]
 fn where_nothing_can_be_had_for_good_the_fill_stands_and_what_is_demanded_is_asked_for() {
     let source = source(&[40]);
     let settings = FetcherSettings {
