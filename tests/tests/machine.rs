@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use runnel_snapshot::section::SavedSection;
 use runnel_tests::bare_guest;
@@ -23,6 +23,15 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Far longer than anything here takes: a test that waits so long has failed.
 const DEADLINE: Duration = Duration::from_secs(30);
+
+// Model-specific registers, and an interrupt that nothing else here uses.
+const IA32_TSC: u32 = 0x10;
+const IA32_APIC_BASE: u32 = 0x1b;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+const X2APIC_SPURIOUS: u32 = 0x80f;
+const X2APIC_REQUEST: u32 = 0x820;
+const X2APIC_TIMER: u32 = 0x832;
+const TIMER_VECTOR: u8 = 0x44;
 
 /// A machine with the bare guest, and the other end of its serial console.
 struct Bare {
@@ -141,6 +150,10 @@ impl Bare {
 
     /// With other sections than those that were saved.
     fn restore_of(remains: &Remains, sections: Vec<SavedSection>) -> Self {
+        Self::restore_with(remains, sections, Resumption::WhereItWas)
+    }
+
+    fn restore_with(remains: &Remains, sections: Vec<SavedSection>, clock: Resumption) -> Self {
         Self::made(
             |config| {
                 let serial = config.serial.clone();
@@ -154,7 +167,7 @@ impl Bare {
                     layout: remains.layout,
                     sections,
                     stores: &mut microvm::open_file,
-                    clock: Resumption::WhereItWas,
+                    clock,
                 };
                 Microvm::restore(saved, end).unwrap()
             },
@@ -384,9 +397,75 @@ fn refusal(remains: &Remains, sections: Vec<SavedSection>) -> Option<String> {
     restored.err().map(|error| error.to_string())
 }
 
+/// Sets the deadline of the guest's timer so many ticks of its counter from now. The guest takes no interrupts: they
+/// stay requested.
+fn arm_timer(bare: &mut Bare, ticks: u64) {
+    const X2APIC: u64 = 0xfee0_0d00;
+    const DEADLINE_MODE: u64 = 0b10 << 17;
+    for (msr, value) in [
+        (IA32_APIC_BASE, X2APIC),
+        (X2APIC_SPURIOUS, 0x1ff),
+        (X2APIC_TIMER, DEADLINE_MODE | u64::from(TIMER_VECTOR)),
+    ] {
+        assert_eq!(bare.tell(&format!("wrmsr:{msr:#x}:{value:#x}")), "wrmsr=done");
+    }
+    let now: u64 = bare.tell("tsc").strip_prefix("tsc=").unwrap().parse().unwrap();
+    let then = now + ticks;
+    let armed = bare.tell(&format!("wrmsr:{IA32_TSC_DEADLINE:#x}:{then:#x}"));
+    assert_eq!(armed, "wrmsr=done");
+}
+
+/// Waits until the timer's interrupt is requested; false if it is not in time.
+fn timer_fires(bare: &mut Bare) -> bool {
+    let request = X2APIC_REQUEST + u32::from(TIMER_VECTOR) / 32;
+    let bit = format!("rdmsr={:#x}", 1 << (TIMER_VECTOR % 32));
+    let until = Instant::now() + DEADLINE;
+    while Instant::now() < until {
+        if bare.tell(&format!("rdmsr:{request:#x}")) == bit {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn the_timer_of_a_guest_that_was_up_for_a_month_fires_when_it_is_due() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    arm_timer(&mut bare, 1_000_000_000);
+    let remains = bare.save(of_64_mib());
+    // The counter of the new machine begins at nothing: by that one the deadline is a month away.
+    let sections = with_vcpu(&remains, |vcpu| {
+        let month = u64::from(vcpu.tsc_khz) * 1000 * 86400 * 30;
+        for msr in &mut vcpu.msrs {
+            if msr.0 == IA32_TSC || msr.0 == IA32_TSC_DEADLINE && msr.1 != 0 {
+                msr.1 += month;
+            }
+        }
+    });
+    let mut clone = Bare::restore_of(&remains, sections);
+    clone.machine.unpause();
+    assert!(timer_fires(&mut clone));
+}
+
+#[test]
+fn a_timer_that_is_overdue_when_the_clock_goes_forward_fires_at_once() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    // Minutes, whatever the counter's frequency is; and an hour goes by.
+    arm_timer(&mut bare, 1_000_000_000_000);
+    let remains = bare.save(of_64_mib());
+    let mut sections: Vec<SavedSection> = serde_json::from_str(&remains.sections).unwrap();
+    let clock = sections.iter_mut().find(|section| section.kind == "clock");
+    let saved_at = &mut clock.unwrap().state["host_wall_ns"];
+    *saved_at = (saved_at.as_u64().unwrap() - 3_600_000_000_000).into();
+    let mut clone = Bare::restore_with(&remains, sections, Resumption::Forward);
+    clone.machine.unpause();
+    assert!(timer_fires(&mut clone));
+}
+
 #[test]
 fn a_deadline_that_was_lost_while_saving_is_due_at_once_on_resume() {
-    const IA32_TSC_DEADLINE: u32 = 0x6e0;
     const VECTOR: u8 = 0xec;
     // Registers of the local APIC: the timer, and the word of requests that holds the vector.
     const TIMER: usize = 0x320;
