@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{program, thing};
+use super::{evidence, program, thing};
 
 /// How long a line may take: a software CPU that shares its cores boots a kernel in half a minute.
 const LINE_DEADLINE: Duration = Duration::from_secs(120);
@@ -244,7 +244,9 @@ impl RunningGuest {
 
     fn transcript(&self) -> String {
         let start = self.seen.len().saturating_sub(40);
-        format!("the end of the console:\n{}", self.seen[start..].join("\n"))
+        let console = self.seen[start..].join("\n");
+        let monitor = evidence::of_monitor(self.monitor.id());
+        format!("the end of the console:\n{console}\n{monitor}")
     }
 }
 

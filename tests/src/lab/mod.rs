@@ -6,6 +6,7 @@
 //!
 //! With `RUNNEL_LAB=full` (as in CI) a test that lacks its level fails; without it, the test says why it is skipped.
 
+pub mod evidence;
 pub mod hosts;
 pub mod level;
 pub mod linux_guest;

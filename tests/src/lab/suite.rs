@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use super::nested::NestedHost;
-use super::{CARRIED, Level, is_full, is_nested, level, program, thing};
+use super::{CARRIED, Level, evidence, is_full, is_nested, level, program, thing};
 
 /// One test: its name, by behaviour, and what panics if the behaviour is another.
 pub type Test = (&'static str, fn());
@@ -183,5 +183,8 @@ fn passes(name: &str, run: fn()) -> bool {
         "test {name} ... {verdict} ({:.1} s)",
         started.elapsed().as_secs_f64()
     );
+    if !passed {
+        println!("{}", evidence::of_host());
+    }
     passed
 }
