@@ -10,9 +10,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
+use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
 use runnel_snapshot::capture::{CaptureSettings, Job, VolumeSource};
+use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::image::source::{ImageSource, SourceSettings};
@@ -121,6 +125,51 @@ fn a_chunk_that_the_page_file_lost_is_read_and_verified_anew() {
     let mut bytes = vec![0; CHUNK];
     pages.read_exact_at(&mut bytes, at).unwrap();
     assert_eq!(bytes, chunk_of(2));
+}
+
+/// A store that counts how often a blob is read.
+struct Counting {
+    store: Arc<dyn BlobStore>,
+    counted: BlobDigest,
+    reads: AtomicUsize,
+}
+
+impl BlobStore for Counting {
+    fn read_range(&self, blob: &Blob, offset: u64, into: &mut [u8]) -> Result<(), BlobError> {
+        if blob.digest == self.counted {
+            self.reads.fetch_add(1, Ordering::SeqCst);
+        }
+        self.store.read_range(blob, offset, into)
+    }
+}
+
+#[test]
+fn the_index_is_kept_until_all_of_the_volume_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    publish(&folder.path().join("image")).unwrap();
+    let mut image = Image::open_directory(&folder.path().join("image"), &Wanted::Only).unwrap();
+    let counting = Arc::new(Counting {
+        store: Arc::clone(&image.store),
+        counted: image.manifest.volumes[0].index.digest,
+        reads: AtomicUsize::new(0),
+    });
+    image.store = Arc::clone(&counting) as _;
+    let (source, answers) = source(&image);
+    for number in 0..5 {
+        source.ask(&[chunk(number)], Urgency::Fill);
+        answers.recv().unwrap().1.unwrap();
+        if number == 0 {
+            // Whoever filled it finds no more to do for a second, and puts away what it needed.
+            std::thread::sleep(Duration::from_millis(1500));
+        }
+    }
+    assert_eq!(counting.reads.load(Ordering::SeqCst), 1);
+    // What turned out to be zeros is known without the index, and what is there too.
+    source.ask(&[chunk(1), chunk(3)], Urgency::Demand);
+    let mut known: Vec<Answer> = answers.iter().take(2).collect();
+    known.sort_by_key(|answer| answer.0);
+    assert_eq!(known, [(1, Ok(Arrived::Zero)), (3, Ok(Arrived::Data))]);
+    assert_eq!(counting.reads.load(Ordering::SeqCst), 1);
 }
 
 #[test]

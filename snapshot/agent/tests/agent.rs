@@ -11,10 +11,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use runnel_agent::agent::{Agent, AgentError, AgentSettings, PagesError};
 use runnel_agent::remote::RemoteSettings;
+use runnel_snapshot::index::SEGMENT_VOLUME_BYTES;
 use runnel_snapshot::protocol::{self, AgentSource, ConnectError, Opening};
 use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, Urgency, VolumeId};
 use runnel_snapshot::units::ChunkIndex;
@@ -252,6 +253,48 @@ fn a_chunk_that_two_machines_want_is_fetched_once_and_told_to_both() {
     third.ask(&[3]);
     assert_eq!(third.answer(), (3, Ok(Arrived::Data)));
     assert_eq!(asked.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_machine_that_goes_where_it_has_not_been_finds_the_index_of_what_is_around_read() {
+    use wire::fixture::Part::{Data, Zeros};
+    const CHUNKS_OF_SEGMENT: u64 = SEGMENT_VOLUME_BYTES / CHUNK as u64;
+    let segment = |content: u8| [Data(chunk_of(content)), Zeros(CHUNKS_OF_SEGMENT - 1)];
+    let mut parts = vec![
+        Zeros(2),
+        Data(chunk_of(8)),
+        Data(chunk_of(9)),
+        Zeros(CHUNKS_OF_SEGMENT - 4),
+    ];
+    parts.extend((1..4).flat_map(segment));
+    let stored = Stored::of(&parts);
+    let server = registry(&stored, Reply::part);
+    let index = stored.open().manifest.volumes[0].index.digest.to_string();
+    let read = || {
+        let requests = server.requests();
+        requests
+            .iter()
+            .filter(|request| request.target.ends_with(&index))
+            .count()
+    };
+    let home = Home::new();
+    let _agent = home.start();
+    let machine = home.machine(&format!("{}/web", server.base())).unwrap();
+    assert_eq!(read(), 0, "nothing is read ahead of a machine that does not run");
+
+    machine.ask(&[2 * CHUNKS_OF_SEGMENT]);
+    assert_eq!(machine.answer(), (2 * CHUNKS_OF_SEGMENT, Ok(Arrived::Data)));
+    let until = Instant::now() + LONG;
+    while read() < 4 {
+        assert!(Instant::now() < until, "{} of 4 segments were read", read());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for segment in [0, 1, 3] {
+        let chunk = segment * CHUNKS_OF_SEGMENT + if segment == 0 { 2 } else { 0 };
+        machine.ask(&[chunk]);
+        assert_eq!(machine.answer(), (chunk, Ok(Arrived::Data)));
+    }
+    assert_eq!(read(), 4, "each once");
 }
 
 #[test]

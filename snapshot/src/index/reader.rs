@@ -132,6 +132,19 @@ impl IndexReader {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Reads the segment of `chunk` and those around it, the nearest first, as many as are kept, one after another, for
+    /// as long as `goes_on` says so.
+    ///
+    /// # Errors
+    /// When one cannot be had or trusted.
+    pub fn read_ahead(&self, chunk: ChunkIndex, goes_on: &dyn Fn() -> bool) -> Result<(), IndexError> {
+        let start = self.root.locate(chunk).map_or(0, |(number, _)| number.0);
+        let mut numbers: Vec<u32> = (0..self.root.segments()).collect();
+        numbers.sort_by_key(|number| number.abs_diff(start));
+        let mut nearest = numbers.into_iter().take(SEGMENTS_KEPT).take_while(|_| goes_on());
+        nearest.try_for_each(|number| self.segment(SegmentIndex(number)).map(drop))
+    }
+
     fn read(&self, number: SegmentIndex) -> Result<Segment, IndexError> {
         let unusable = |source| IndexError::Segment {
             index: self.index.digest,

@@ -1,9 +1,10 @@
 //! One image, open, for all machines of the host that run from it.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 
 use runnel_snapshot::blobs::BlobError;
@@ -13,6 +14,7 @@ use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::image::source::{ImageSource, SourceError};
 use runnel_snapshot::image::{Image, ImageError};
+use runnel_snapshot::index::IndexError;
 use runnel_snapshot::protocol::{ImageStatus, Opened, OpenedVolume, VOLUMES_MAX};
 use runnel_snapshot::source::{ChunkId, PageSource, Urgency, VolumeId};
 use runnel_snapshot::state::{MachineState, StateError};
@@ -108,6 +110,10 @@ pub(super) struct OpenImage {
     /// Held while chunks are asked for or let go, with the table of who waits for them: so that nobody lets go of
     /// what another has just asked for.
     asking: Mutex<()>,
+    /// What a resumed machine touches first: asked for when the image is opened.
+    first: HashSet<ChunkId>,
+    /// The index is read ahead once.
+    index_ahead: Once,
     state: File,
     manifest: File,
     traffic: Option<Arc<Traffic>>,
@@ -138,25 +144,30 @@ impl OpenImage {
         source.learn(&first_chunks);
         let waiting = Arc::new(FanOut::default());
         source.deliver_to(Arc::clone(&waiting) as _);
+        let first: Vec<ChunkId> = first_chunks
+            .iter()
+            .filter_map(|first| {
+                let mut volumes = image.manifest.volumes.iter();
+                let position = volumes.position(|volume| volume.name == first.volume)?;
+                Some(ChunkId {
+                    volume: VolumeId(u16::try_from(position).ok()?),
+                    chunk: first.chunk,
+                })
+            })
+            .collect();
         let open = Arc::new(Self {
             reference,
             digest,
             waiting,
             asking: Mutex::new(()),
+            first: first.iter().copied().collect(),
+            index_ahead: Once::new(),
             state: document("state", &state).map_err(OpenError::Document)?,
             manifest: document("manifest", &manifest).map_err(OpenError::Document)?,
             traffic,
             source,
         });
-        let first = first_chunks.iter().filter_map(|first| {
-            let mut volumes = image.manifest.volumes.iter();
-            let position = volumes.position(|volume| volume.name == first.volume)?;
-            Some(ChunkId {
-                volume: VolumeId(u16::try_from(position).ok()?),
-                chunk: first.chunk,
-            })
-        });
-        open.go_ahead(first.collect());
+        open.go_ahead(first);
         Ok(open)
     }
 
@@ -167,21 +178,24 @@ impl OpenImage {
         }
         self.ask(NOBODY, &first, Urgency::Demand);
         let image = Arc::clone(self);
-        let spawned = thread::Builder::new().name("ahead".to_owned()).spawn(move || {
+        read_ahead(move || {
             // Not at once: a machine starts with the chunks alone, and the link is theirs until then.
             image.waiting.wait_until_answered(NOBODY, &first);
-            for chunk in first {
-                if let Err(error) = image.source.read_index_at(chunk.volume, chunk.chunk) {
-                    tracing::debug!(
-                        error = &error as &dyn std::error::Error,
-                        "an index cannot be read ahead"
-                    );
-                }
-            }
+            let mut chunks = first.into_iter();
+            chunks.try_for_each(|chunk| image.source.read_index_at(chunk.volume, chunk.chunk))
         });
-        if let Err(error) = spawned {
-            tracing::debug!(%error, "nothing is read ahead");
-        }
+    }
+
+    /// Reads the index, which is small beside what it tells of, once a machine goes where it has not been: what it
+    /// touches from here on then takes one round trip, not the several of a first touch in a part of its own.
+    fn read_index_ahead(self: &Arc<Self>, chunk: ChunkId) {
+        self.index_ahead.call_once(|| {
+            let image = Arc::clone(self);
+            read_ahead(move || {
+                let goes_on = || image.waiting.machines() > 0;
+                image.source.read_index_ahead(chunk, &goes_on)
+            });
+        });
     }
 
     /// What a monitor is told of the image.
@@ -220,10 +234,16 @@ impl OpenImage {
     }
 
     /// A machine wants chunks.
-    pub(super) fn ask(&self, machine: MachineNumber, chunks: &[ChunkId], urgency: Urgency) {
-        let _asking = self.lock();
-        self.waiting.expect(machine, chunks);
-        self.source.ask(chunks, urgency);
+    pub(super) fn ask(self: &Arc<Self>, machine: MachineNumber, chunks: &[ChunkId], urgency: Urgency) {
+        {
+            let _asking = self.lock();
+            self.waiting.expect(machine, chunks);
+            self.source.ask(chunks, urgency);
+        }
+        let new = chunks.iter().find(|chunk| !self.first.contains(chunk));
+        if let (Urgency::Demand, Some(new)) = (urgency, new) {
+            self.read_index_ahead(*new);
+        }
     }
 
     /// A machine wants chunks no more.
@@ -246,6 +266,19 @@ impl OpenImage {
 
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.asking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads parts of an index in a thread of its own. What fails is read again by whoever needs it, and told to them.
+fn read_ahead(read: impl FnOnce() -> Result<(), IndexError> + Send + 'static) {
+    let spawned = thread::Builder::new().name("ahead".to_owned()).spawn(move || {
+        if let Err(error) = read() {
+            let error = &error as &dyn std::error::Error;
+            tracing::debug!(error, "an index cannot be read ahead");
+        }
+    });
+    if let Err(error) = spawned {
+        tracing::debug!(%error, "nothing is read ahead");
     }
 }
 

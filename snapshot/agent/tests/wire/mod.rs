@@ -32,6 +32,13 @@ impl Stored {
         Self { folder, manifest }
     }
 
+    /// An image whose memory is these parts.
+    pub(crate) fn of(parts: &[fixture::Part]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let manifest = fixture::publish_memory(&folder.path().join("web"), parts).unwrap();
+        Self { folder, manifest }
+    }
+
     pub(crate) fn path(&self) -> PathBuf {
         self.folder.path().join("web")
     }

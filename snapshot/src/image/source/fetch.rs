@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::chunk_set::ChunkSet;
 use super::page_file::PageFile;
 use super::queue::{AskQueue, Hand, Run};
 use crate::blobs::{Blob, BlobError, BlobStore};
@@ -71,8 +71,10 @@ pub(super) struct Volume {
     pub(super) layers: Vec<Blob>,
     pub(super) index: IndexReader,
     pub(super) pages: PageFile,
-    /// One bit a chunk: its bytes are in the page file.
-    pub(super) present: Vec<AtomicU64>,
+    /// Chunks whose bytes are in the page file.
+    pub(super) present: ChunkSet,
+    /// Chunks that the index says are zeros.
+    pub(super) zeros: ChunkSet,
     /// Entries that came ahead of the index, with the machine state.
     pub(super) first: OnceLock<HashMap<ChunkIndex, StoredChunk>>,
 }
@@ -100,15 +102,15 @@ impl Shared {
         }
     }
 
-    /// Puts away what the last chunks needed. A filler that has filled and finds no more to do does so for the index
-    /// too: the machine has its chunks.
+    /// Puts away what the last chunks needed; a filler also the index of a volume all of which is known.
     fn rest(&self, hand: Hand, hands: &mut Hands) {
         if hands.decoder.is_none() {
             return;
         }
         *hands = Hands::default();
         if hand != Hand::Worker {
-            self.volumes.iter().for_each(|volume| volume.index.forget());
+            let known = self.volumes.iter().filter(|volume| volume.is_known());
+            known.for_each(|volume| volume.index.forget());
         }
         give_back_memory();
     }
@@ -135,17 +137,23 @@ impl Shared {
 
     fn look_up(&self, id: ChunkId, hands: &mut Hands) -> Result<Lookup, FetchError> {
         let volume = self.volume(id).ok_or(FetchError::NoVolume)?;
-        if volume.is_present(id) {
+        if volume.present.contains(id.chunk) {
             // Who asks again may have found it gone.
             if volume.pages.is_whole(volume.range_of(id.chunk)) {
                 return Ok(Lookup::There(Arrived::Data));
             }
-            volume.set_absent(id);
+            volume.present.remove(id.chunk);
+        }
+        if volume.zeros.contains(id.chunk) {
+            return Ok(Lookup::There(Arrived::Zero));
         }
         let stored = match volume.first_entry(id.chunk) {
             Some(stored) => stored,
             None => match volume.index.entry(id.chunk)? {
-                Entry::Zero => return Ok(Lookup::There(Arrived::Zero)),
+                Entry::Zero => {
+                    volume.zeros.insert(id.chunk);
+                    return Ok(Lookup::There(Arrived::Zero));
+                }
                 Entry::Data(stored) => stored,
             },
         };
@@ -153,7 +161,7 @@ impl Shared {
             .pages
             .holds(volume.range_of(id.chunk), &stored.digest, &mut hands.plain)
         {
-            volume.set_present(id);
+            volume.present.insert(id.chunk);
             return Ok(Lookup::There(Arrived::Data));
         }
         Ok(Lookup::Stored(stored))
@@ -265,27 +273,9 @@ impl Volume {
         self.layers.get(usize::from(number.0)).ok_or(FetchError::NoVolume)
     }
 
-    fn present(&self, id: ChunkId) -> Option<(&AtomicU64, u64)> {
-        let word = self.present.get(usize::try_from(id.chunk.0 / 64).ok()?)?;
-        Some((word, 1 << (id.chunk.0 % 64)))
-    }
-
-    fn is_present(&self, id: ChunkId) -> bool {
-        // Pairs with the release below: who sees the bit sees the bytes.
-        self.present(id)
-            .is_some_and(|(word, bit)| word.load(Ordering::Acquire) & bit != 0)
-    }
-
-    fn set_present(&self, id: ChunkId) {
-        if let Some((word, bit)) = self.present(id) {
-            word.fetch_or(bit, Ordering::Release);
-        }
-    }
-
-    fn set_absent(&self, id: ChunkId) {
-        if let Some((word, bit)) = self.present(id) {
-            word.fetch_and(!bit, Ordering::Release);
-        }
+    /// Whether nobody needs the index any more, unless a chunk is taken out of the page file.
+    fn is_known(&self) -> bool {
+        self.present.makes_whole_with(&self.zeros)
     }
 }
 
@@ -325,7 +315,7 @@ impl Hands {
             .pages
             .write(&self.plain, range.start)
             .map_err(FetchError::PageFile)?;
-        volume.set_present(id);
+        volume.present.insert(id.chunk);
         Ok(())
     }
 }

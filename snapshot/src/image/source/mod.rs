@@ -3,6 +3,7 @@
 //! Chunks are handed out by urgency. A demand costs reading, decompressing, hashing and one write. Background fill has
 //! threads of its own, which give way to all others in the queue, on the link and on the processors.
 
+mod chunk_set;
 mod fetch;
 mod page_file;
 mod queue;
@@ -13,7 +14,6 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
@@ -24,6 +24,7 @@ use crate::source::{ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, Volum
 use crate::state::FirstChunk;
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
+use chunk_set::ChunkSet;
 use fetch::{Shared, Volume};
 use queue::{AskQueue, Hand, Rules};
 
@@ -135,9 +136,8 @@ impl ImageSource {
                 layers: volume.layers.clone(),
                 index: image.index(volume),
                 pages: make(&volume.name, bytes)?,
-                present: (0..volume.root.chunks().div_ceil(64))
-                    .map(|_| AtomicU64::new(0))
-                    .collect(),
+                present: ChunkSet::new(volume.root.chunks()),
+                zeros: ChunkSet::new(volume.root.chunks()),
                 first: OnceLock::new(),
             });
         }
@@ -193,6 +193,27 @@ impl ImageSource {
             Some(volume) => volume.index.entry(chunk).map(drop),
             None => Ok(()),
         }
+    }
+
+    /// Reads the index of every volume, as much as is kept at hand, for as long as `goes_on` says so: that of
+    /// `chunk.volume` first, from `chunk` on.
+    ///
+    /// # Errors
+    /// When a part of it cannot be had.
+    pub fn read_index_ahead(&self, chunk: ChunkId, goes_on: &dyn Fn() -> bool) -> Result<(), IndexError> {
+        let first = usize::from(chunk.volume.0);
+        let others = (0..self.shared.volumes.len()).filter(|number| *number != first);
+        for number in std::iter::once(first).chain(others) {
+            let start = if number == first {
+                chunk.chunk
+            } else {
+                ChunkIndex(0)
+            };
+            if let Some(volume) = self.shared.volumes.get(number) {
+                volume.index.read_ahead(start, goes_on)?;
+            }
+        }
+        Ok(())
     }
 }
 
