@@ -37,6 +37,12 @@ impl Samples {
         sorted[rank]
     }
 
+    /// Without those that were measured first.
+    #[must_use]
+    pub(crate) fn after_first(&self, number: usize) -> Self {
+        Self::new(self.unit, self.values.iter().skip(number).copied().collect())
+    }
+
     fn to_json(&self) -> Value {
         json!({
             "median": rounded(self.quantile(0.5)),
