@@ -139,3 +139,79 @@ impl PageInstaller for Installer {
         self.install(first, count, |start, bytes| self.uffd.zero(start, bytes))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Eight pages from here on, of the volume's page 3 on.
+    const START: u64 = 1 << 32;
+
+    fn installer() -> Installer {
+        let mapping = HostMapping {
+            start: HostAddress(START),
+            bytes: 8 * PAGE_SIZE,
+            first_page: PageIndex(3),
+        };
+        Installer {
+            uffd: Arc::new(Userfaultfd::open().unwrap()),
+            mappings: vec![mapping],
+        }
+    }
+
+    fn part(pages: u64, errno: i32) -> Installed {
+        Installed::Part(pages * PAGE_SIZE, io::Error::from_raw_os_error(errno))
+    }
+
+    #[test]
+    fn what_the_kernel_left_out_for_a_moment_is_installed_from_there_on() {
+        let answers = RefCell::new(vec![
+            Installed::All,
+            part(0, libc::ENOMEM),
+            part(3, libc::EAGAIN),
+            part(0, libc::EAGAIN),
+            part(2, libc::EAGAIN),
+        ]);
+        let asked = RefCell::new(Vec::new());
+        let installed = installer().install(PageIndex(4), 7, |start, bytes| {
+            let page = (start.0 - START) / PAGE_SIZE;
+            asked.borrow_mut().push((page, bytes / PAGE_SIZE));
+            answers.borrow_mut().pop().unwrap()
+        });
+        installed.unwrap();
+        assert_eq!(asked.into_inner(), [(1, 7), (3, 5), (3, 5), (6, 2), (6, 2)]);
+    }
+
+    #[test]
+    fn a_host_that_stays_short_of_memory_is_named_with_the_page() {
+        for errno in [libc::EAGAIN, libc::ENOMEM] {
+            let tries = RefCell::new(0);
+            let installed = installer().install(PageIndex(5), 2, |_, _| {
+                *tries.borrow_mut() += 1;
+                part(0, errno)
+            });
+            let Err(InstallError::Host(PageIndex(5), error)) = installed else {
+                panic!("{installed:?}");
+            };
+            assert_eq!(error.raw_os_error(), Some(errno));
+            assert_eq!(tries.into_inner(), TRIES_MAX + 1);
+        }
+    }
+
+    #[test]
+    fn what_is_not_in_the_page_file_and_what_is_not_mapped_are_told_apart() {
+        let answers = RefCell::new(vec![part(0, libc::EFAULT), part(1, libc::EAGAIN)]);
+        let installed = installer().install(PageIndex(4), 2, |_, _| answers.borrow_mut().pop().unwrap());
+        assert!(
+            matches!(installed, Err(InstallError::NotInPageFile(PageIndex(5)))),
+            "{installed:?}"
+        );
+        let installed = installer().install(PageIndex(10), 2, |_, _| Installed::All);
+        assert!(
+            matches!(installed, Err(InstallError::Host(PageIndex(11), _))),
+            "{installed:?}"
+        );
+    }
+}
