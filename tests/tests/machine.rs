@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -18,6 +19,7 @@ use runnel_vmm::memory;
 use runnel_vmm::microvm::{self, Microvm, Saved};
 use runnel_vmm::state::vcpu::{Vcpu, VcpuState};
 use runnel_vmm::state::{self, Msr, Resumption};
+use serde_json::json;
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -541,6 +543,51 @@ fn the_bare_guest_fills_memory_and_switches_itself_off() {
     assert_eq!(bare.line(), "count=1");
     assert_eq!(bare.line(), "count=2");
     assert_eq!(bare.end.wait(DEADLINE), Some(&Ended::PowerOff));
+}
+
+#[test]
+fn kicks_and_interrupts_of_a_drive_do_not_pass_through_the_vcpus_way_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let drive =
+        json!({"drive_id": "data", "path_on_host": path, "is_root_device": false, "is_read_only": false});
+    let with_drive = |config: &mut MicrovmConfig| {
+        config
+            .put_drive(serde_json::from_value(drive.clone()).unwrap())
+            .unwrap();
+        config.boot_source = Some(BootSource {
+            kernel: bare_guest().to_owned(),
+            initrd: None,
+            boot_args: Some(String::new()),
+        });
+    };
+    let counted = |bare: &Bare| -> BTreeMap<_, _> {
+        bare.machine.board().virtio()[0]
+            .device
+            .counters()
+            .into_iter()
+            .collect()
+    };
+    let mut bare = Bare::with(with_drive);
+    bare.machine.unpause();
+    assert!(bare.line().starts_with("guest=bare"));
+    assert_eq!(bare.line(), "listening=1");
+    let works = |bare: &mut Bare, seed: u64| {
+        let before = counted(bare);
+        let filled = bare.tell(&format!("diskfill:0:256k:{seed}"));
+        assert!(filled.starts_with("diskfill="), "{filled}");
+        let after = counted(bare);
+        assert!(after["writes"] > before["writes"], "{before:?} {after:?}");
+        assert!(after["interrupts"] > before["interrupts"], "{before:?} {after:?}");
+        assert_eq!(after["register_kicks"], 0);
+    };
+    works(&mut bare, 1);
+    let mut config = of_64_mib();
+    with_drive(&mut config);
+    let mut restored = Bare::restore(&bare.save(config));
+    restored.machine.unpause();
+    works(&mut restored, 2);
 }
 
 #[test]

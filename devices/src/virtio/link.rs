@@ -17,6 +17,8 @@ const FAULTS_LOGGED_MAX: u64 = 10;
 pub struct LinkMetrics {
     /// Interrupts raised.
     pub interrupts: AtomicU64,
+    /// Kicks that came to the register because no ioeventfd caught them: each costs the vCPU a way out of the guest.
+    pub register_kicks: AtomicU64,
     /// How often a driver's misbehaviour cost it the device.
     pub faults: AtomicU64,
     /// Register accesses that made no sense and were ignored.

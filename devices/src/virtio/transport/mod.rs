@@ -291,6 +291,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
             .get(value as usize)
             .filter(|_| registers.has(DRIVER_OK))
             .ok_or(Refused)?;
+        self.link.metrics().register_kicks.fetch_add(1, Ordering::Relaxed);
         let _ = kick.write(1);
         Ok(())
     }

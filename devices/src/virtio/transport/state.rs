@@ -318,6 +318,7 @@ impl<D: VirtioDevice> MmioDevice for MmioTransport<D> {
         let mut counters = self.registers().device.counters();
         counters.extend([
             counter("interrupts", &link.interrupts),
+            counter("register_kicks", &link.register_kicks),
             counter("driver_faults", &link.faults),
             counter("refused_accesses", &link.refused_accesses),
         ]);
