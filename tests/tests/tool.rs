@@ -453,3 +453,16 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
     user.output(&["agent", "--stop"]);
     assert_eq!(user.run(&["agent", "--status"]).status.code(), Some(1));
 }
+
+#[test]
+fn what_a_snapshot_that_was_cut_short_left_is_named_before_it_goes() {
+    let user = User::new();
+    let left = user.folder.path().join("images/.web.partial-1-1");
+    fs::create_dir_all(&left).unwrap();
+    let named = user.output(&["image", "prune", "--dry-run"]);
+    assert_eq!(named, format!("would remove {}\n", left.display()));
+    assert!(left.is_dir());
+    let removed = user.output(&["image", "prune"]);
+    assert_eq!(removed, format!("removed {}\n", left.display()));
+    assert!(!left.exists());
+}

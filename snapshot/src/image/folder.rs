@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::layout::Layout;
 use super::manifest::{ImageManifest, MANIFEST_BYTES_MAX};
-use super::partial::{path_beside, sweep};
+use super::partial::{abandoned, path_beside, sweep};
 use super::reference::Wanted;
 use super::{Image, ImageError};
 use crate::digest::BlobDigest;
@@ -130,6 +130,14 @@ pub fn remove(path: &Path) -> Result<(), FolderError> {
     // From here on it is an unfinished image like that of a killed writer: if this is cut short, the next sweep ends it.
     fs::rename(path, &hidden).map_err(io_error("removing", path))?;
     fs::remove_dir_all(&hidden).map_err(io_error("removing", &hidden))
+}
+
+/// What [`prune`] would remove, in the order of paths.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn unfinished(folder: &Path) -> Result<Vec<PathBuf>, FolderError> {
+    abandoned(folder).map_err(io_error("reading", folder))
 }
 
 /// Removes what killed writers left in the folder, whatever its name was to be.

@@ -90,7 +90,7 @@ struct PruneArgs {
     #[arg(long, requires = "older_than")]
     force: bool,
 
-    /// Say which images would go, and do nothing
+    /// Say what would go, and do nothing
     #[arg(long)]
     dry_run: bool,
 
@@ -186,8 +186,11 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
 
 fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
     let mut removed: BTreeSet<PathBuf> = BTreeSet::new();
-    if store.path().exists() && !args.dry_run {
-        removed.extend(folder::prune(store.path())?);
+    if store.path().exists() {
+        removed.extend(match args.dry_run {
+            true => folder::unfinished(store.path())?,
+            false => folder::prune(store.path())?,
+        });
     }
     if let Some(limit) = args.older_than {
         let machines = StateFolder::open()?.machines()?;
