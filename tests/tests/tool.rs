@@ -466,3 +466,33 @@ fn what_a_snapshot_that_was_cut_short_left_is_named_before_it_goes() {
     assert_eq!(removed, format!("removed {}\n", left.display()));
     assert!(!left.exists());
 }
+
+#[test]
+fn an_image_of_which_nothing_can_be_read_is_listed_and_can_be_removed() {
+    let user = User::new();
+    let images = user.folder.path().join("images");
+    for name in ["no-list", "no-mark"] {
+        fs::create_dir_all(images.join(name).join("blobs/sha256")).unwrap();
+        fs::write(images.join(name).join("index.json"), "junk").unwrap();
+    }
+    fs::write(
+        images.join("no-list/oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
+    fs::create_dir(images.join("notes")).unwrap();
+    let listed: Value = serde_json::from_str(&user.output(&["image", "ls", "--json"])).unwrap();
+    let broken = listed["broken"].as_array().unwrap();
+    let names: Vec<_> = broken
+        .iter()
+        .map(|broken| broken["path"].as_str().unwrap().rsplit('/').next().unwrap())
+        .collect();
+    assert_eq!(names, ["no-list", "no-mark"], "{listed}");
+    let told = text(&user.run(&["image", "ls"]).stderr);
+    assert!(told.contains("`runnel image rm no-list` removes it"), "{told}");
+
+    user.output(&["image", "rm", "no-list", "no-mark"]);
+    let told = refusal(&user.run(&["image", "rm", "notes"]));
+    assert!(told.contains("no image named notes"), "{told}");
+    assert!(images.join("notes").is_dir() && !images.join("no-list").exists());
+}

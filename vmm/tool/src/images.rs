@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use runnel_snapshot::image::folder::looks_like_image;
 use runnel_snapshot::image::reference::{BadReference, ImageReference, is_name};
 
 /// Why an image cannot be found.
@@ -120,15 +121,16 @@ impl ImageStore {
     /// # Errors
     /// When there is none.
     pub(crate) fn image(&self, name: &str) -> Result<PathBuf, StoreError> {
-        let path = self.path.join(name);
-        if is_single_name(name) && is_image(&path) {
-            return Ok(path);
-        }
-        if bare_name(Path::new(name)).is_none() {
+        // Whatever was copied there counts, also under a name that no snapshot is given; hidden ones are unfinished.
+        if bare_name(Path::new(name)).is_none_or(|name| name.starts_with('.')) {
             return Err(StoreError::NotOfStore {
                 path: name.to_owned(),
                 store: self.path.clone(),
             });
+        }
+        let path = self.path.join(name);
+        if looks_like_image(&path) {
+            return Ok(path);
         }
         Err(StoreError::Unknown {
             name: name.to_owned(),
@@ -153,7 +155,7 @@ impl ImageStore {
             Some(name) => match self.image(name) {
                 Ok(path) => path,
                 // Whoever types the name of a directory beside him means it.
-                Err(_) if is_image(&path) => path,
+                Err(_) if looks_like_image(&path) => path,
                 Err(unknown) => return Err(unknown),
             },
         };
@@ -202,10 +204,6 @@ fn lacks_scheme(text: &str) -> bool {
 fn bare_name(path: &Path) -> Option<&str> {
     path.to_str()
         .filter(|text| !text.contains('/') && !matches!(*text, "" | "." | ".."))
-}
-
-fn is_image(path: &Path) -> bool {
-    path.join("oci-layout").is_file()
 }
 
 fn is_single_name(name: &str) -> bool {

@@ -174,7 +174,7 @@ impl Inventory {
                 second: path.clone(),
             }
             .to_string()
-        } else if let Err(error) = Layout::open(&path) {
+        } else if let Err(error) = Layout::open(&path).and_then(Layout::with_images) {
             with_causes(&error)
         } else {
             self.served.insert(name, path);
@@ -229,20 +229,30 @@ mod tests {
     fn an_inventory_says_what_is_served_and_why_the_rest_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().canonicalize().unwrap();
-        for image in ["many/Upper", "many/web", "many/broken", "many/.hidden"] {
+        for image in [
+            "many/Upper",
+            "many/web",
+            "many/bare",
+            "many/broken",
+            "many/.hidden",
+        ] {
             layout(&root.join(image));
         }
-        for image in ["many/Upper", "many/web"] {
-            fs::write(
-                root.join(image).join("oci-layout"),
-                r#"{"imageLayoutVersion":"1.0.0"}"#,
-            )
-            .unwrap();
-            fs::write(
-                root.join(image).join("index.json"),
-                r#"{"schemaVersion":2,"manifests":[]}"#,
-            )
-            .unwrap();
+        let manifest = format!(
+            r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":1}}"#,
+            runnel_snapshot::digest::BlobDigest::of(b"m")
+        );
+        for (image, manifests) in [
+            ("many/Upper", &*manifest),
+            ("many/web", &*manifest),
+            ("many/bare", ""),
+        ] {
+            let write = |file: &str, text: String| fs::write(root.join(image).join(file), text).unwrap();
+            write("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#.to_owned());
+            write(
+                "index.json",
+                format!(r#"{{"schemaVersion":2,"manifests":[{manifests}]}}"#),
+            );
         }
         fs::create_dir(root.join("many/empty")).unwrap();
         fs::write(root.join("many/file"), "").unwrap();
@@ -256,7 +266,7 @@ mod tests {
             [("web".to_owned(), root.join("many/web"))]
         );
         let skipped: Vec<_> = inventory.skipped.iter().map(|(path, _)| name_of(path)).collect();
-        assert_eq!(skipped, ["later", "Upper", "broken", "empty"]);
+        assert_eq!(skipped, ["later", "Upper", "bare", "broken", "empty"]);
         assert!(
             inventory.skipped[1].1.contains("NAME="),
             "{:?}",

@@ -57,7 +57,7 @@ pub(crate) struct ImageArgs {
 enum ImageCommand {
     /// List images
     Ls(LsArgs),
-    /// Remove images
+    /// Remove images, also broken ones
     Rm(RmArgs),
     /// Remove what snapshots that were cut short left, and old images that no machine came from
     Prune(PruneArgs),
@@ -140,7 +140,12 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
     }
     print(&table.to_string())?;
     for (path, error) in &listing.broken {
-        eprintln!("{} is no usable image: {}", path.display(), trace(error));
+        eprintln!(
+            "{} is no usable image (`runnel image rm {}` removes it): {}",
+            path.display(),
+            name_of(path),
+            trace(error)
+        );
     }
     Ok(Exit::Done)
 }
