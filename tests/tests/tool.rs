@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::protocol::is_answering;
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -495,4 +496,33 @@ fn an_image_of_which_nothing_can_be_read_is_listed_and_can_be_removed() {
     let told = refusal(&user.run(&["image", "rm", "notes"]));
     assert!(told.contains("no image named notes"), "{told}");
     assert!(images.join("notes").is_dir() && !images.join("no-list").exists());
+}
+
+#[test]
+fn where_standard_error_takes_nothing_a_failure_is_still_one_and_an_agent_still_serves() {
+    let user = User::new();
+    let nowhere = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for arguments in [&["pause", "nobody"][..], &["--verbose", "inspect", "nothing"]] {
+        let status = user.command(arguments).stderr(nowhere()).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{arguments:?}");
+    }
+
+    let socket = user.folder.path().join("agent.sock");
+    let agent = || {
+        let mut command = Command::new(program("runnel-agent"));
+        for (flag, name) in [("--memory-pages", "memory"), ("--drive-pages", "drives")] {
+            command.arg(flag).arg(user.folder.path().join(name));
+        }
+        command.arg("--socket").arg(&socket).stderr(nowhere());
+        command
+    };
+    let mut first = agent().spawn().unwrap();
+    while !is_answering(&socket) {
+        assert_eq!(first.try_wait().unwrap(), None);
+        std::thread::yield_now();
+    }
+    // Its directories are the first one's.
+    assert_eq!(agent().status().unwrap().code(), Some(1));
+    signal(first.id(), "TERM");
+    assert_eq!(first.wait().unwrap().code(), Some(0));
 }

@@ -17,7 +17,7 @@ use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::output::trace;
 use crate::process::{Process, ProcessId};
-use crate::program::{self, ProgramError, last_lines};
+use crate::program::{self, ProgramError, last_words};
 use crate::signals::Signals;
 use crate::state::{MachineFolder, MachineName, StateError, StateFolder};
 
@@ -216,7 +216,8 @@ fn ended(child: &mut Child, folder: &MachineFolder) -> MonitorError {
     match child.wait() {
         Ok(status) => MonitorError::Ended {
             status,
-            log: last_lines(&folder.log(), LINES),
+            // The folder is new, and so is its log.
+            log: last_words(&folder.log(), 0, LINES),
         },
         Err(_) => MonitorError::Silent(folder.log()),
     }

@@ -16,7 +16,7 @@ use crate::exit::Exit;
 use crate::monitor::FAREWELL;
 use crate::output::{OutputArgs, print, print_json};
 use crate::process::ProcessId;
-use crate::program::{self, last_lines};
+use crate::program::{self, last_words, log_bytes};
 use crate::remote::{RemoteFlags, usual_credentials};
 use crate::signals::Signals;
 use crate::size;
@@ -217,6 +217,7 @@ pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<
 
 fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), Failure> {
     let log = state.agent().join("agent.log");
+    let before = log_bytes(&log);
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("agent");
     flags.remote.pass_on(&mut command);
@@ -228,7 +229,7 @@ fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), F
         if let Some(status) = child.try_wait()?
             && !is_answering(socket)
         {
-            let log = last_lines(&log, 8);
+            let log = last_words(&log, before, 8);
             return Err(AgentCommandError::Ended { status, log }.into());
         }
         if Instant::now() > deadline {

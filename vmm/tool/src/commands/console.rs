@@ -8,6 +8,7 @@ use super::Failure;
 use crate::console::{Console, Left};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
+use crate::output::tell;
 use crate::signals::Signals;
 use crate::state::{MachineName, StateFolder};
 
@@ -33,11 +34,11 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
     let machine = state.machine(&args.machine)?;
     let console = Console::connect(&machine.folder.console_socket())?;
     if std::io::stdin().is_terminal() {
-        eprintln!("{}; Ctrl-] leaves its console.", args.machine);
+        tell(format_args!("{}; Ctrl-] leaves its console.", args.machine));
     }
     Ok(match console.join(&signals)? {
         Left::Key => {
-            eprintln!("\n{} runs on.", args.machine);
+            tell(format_args!("\n{} runs on.", args.machine));
             Exit::Done
         }
         Left::Ended => {
@@ -45,11 +46,11 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
             if machine.process.wait(FAREWELL)? {
                 state.forget(&machine.folder)?;
             }
-            eprintln!(
+            tell(format_args!(
                 "{} has ended; its log is {}",
                 args.machine,
                 state.ended_log(&args.machine).display()
-            );
+            ));
             Exit::Done
         }
         Left::Signal(signal) => Exit::Signal(signal),

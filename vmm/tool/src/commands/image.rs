@@ -13,7 +13,7 @@ use super::Failure;
 use crate::exit::Exit;
 use crate::held::is_held;
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json, trace};
+use crate::output::{OutputArgs, print, print_json, tell, trace};
 use crate::size::{self, parse_duration};
 use crate::state::StateFolder;
 use crate::table::{Table, one_line};
@@ -140,12 +140,12 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
     }
     print(&table.to_string())?;
     for (path, error) in &listing.broken {
-        eprintln!(
+        tell(format_args!(
             "{} is no usable image (`runnel image rm {}` removes it): {}",
             path.display(),
             name_of(path),
             trace(error)
-        );
+        ));
     }
     Ok(Exit::Done)
 }
@@ -212,10 +212,10 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
             .filter(|path| is_old(path) && !in_use.contains(path))
         {
             if !args.force && is_held(&path) {
-                eprintln!(
+                tell(format_args!(
                     "{} is kept, since it is served (--force removes it nevertheless)",
                     path.display()
-                );
+                ));
                 continue;
             }
             if !args.dry_run {

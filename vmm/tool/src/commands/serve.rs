@@ -12,7 +12,7 @@ use super::Failure;
 use crate::exit::Exit;
 use crate::held::{Held, hold};
 use crate::images::{ImageStore, StoreError};
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, print, print_json, tell};
 use crate::signals::Signals;
 
 const HELP: &str = "\
@@ -149,7 +149,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     let url = format!("{scheme}://{}", server.address());
     if !args.output.json {
         for (path, reason) in &inventory.skipped {
-            eprintln!("{} is not served: {reason}", path.display());
+            tell(format_args!("{} is not served: {reason}", path.display()));
         }
     }
     match args.output.json {

@@ -12,7 +12,7 @@ use crate::api::Api;
 use crate::exit::Exit;
 use crate::images::ImageStore;
 use crate::operation::{self, Outcome};
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, print, print_json, tell};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size;
@@ -62,11 +62,16 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         Outcome::Done => {}
         Outcome::Cancelled(signal) => {
             let machine = &args.machine;
-            eprintln!("called off: nothing is left of the image, and {machine} goes on as it was.");
+            tell(format_args!(
+                "called off: nothing is left of the image, and {machine} goes on as it was."
+            ));
             return Ok(Exit::Signal(signal));
         }
         Outcome::Abandoned(signal) => {
-            eprintln!("not waited for: {} still calls it off.", args.machine);
+            tell(format_args!(
+                "not waited for: {} still calls it off.",
+                args.machine
+            ));
             return Ok(Exit::Signal(signal));
         }
     }
