@@ -1,5 +1,6 @@
 //! Sizes and durations as people write and read them.
 
+use std::num::NonZero;
 use std::time::Duration;
 
 /// Text that is no size or duration.
@@ -148,6 +149,14 @@ fn civil_date(days: u64) -> (u64, u64, u64) {
         month_from_march - 9
     };
     (era * 400 + year + u64::from(month <= 2), month, day_of_month)
+}
+
+/// A number of things of which there must be one.
+///
+/// # Errors
+/// When it is 0 or no number.
+pub(crate) fn parse_count(text: &str) -> Result<NonZero<usize>, &'static str> {
+    text.parse().map_err(|_| "a whole number is needed, at least 1")
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `runnel serve`: images for other hosts.
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -14,6 +15,7 @@ use crate::held::{Held, hold};
 use crate::images::{ImageStore, StoreError};
 use crate::output::{OutputArgs, print, print_json, tell};
 use crate::signals::Signals;
+use crate::size::parse_count;
 
 const HELP: &str = "\
 Serves the pull half of a registry: `runnel resume http://HOST:PORT/NAME` runs an image of it, and skopeo, oras and
@@ -59,8 +61,8 @@ pub(crate) struct ServeArgs {
     insecure: bool,
 
     /// Connections at a time
-    #[arg(long, value_name = "COUNT", default_value_t = CONNECTIONS_MAX)]
-    max_connections: usize,
+    #[arg(long, value_name = "COUNT", default_value_t = CONNECTIONS_MAX, value_parser = parse_count)]
+    max_connections: NonZero<usize>,
 
     #[command(flatten)]
     output: OutputArgs,
