@@ -103,6 +103,10 @@ fn start_with_console<T>(
 }
 
 fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> Result<Exit, Failure> {
+    // One that came while the machine started: it ends, and nobody is told that it runs.
+    if let Some(signal) = signals.next() {
+        return Ok(Exit::Signal(signal));
+    }
     let name = monitor.folder().name.clone();
     let is_terminal = std::io::stdin().is_terminal();
     if is_terminal {

@@ -151,7 +151,9 @@ fn load(
     let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
     match outcome.map_err(|error| monitor.refused(&error))? {
         // The monitor ends with this command, whatever it is doing.
-        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => Ok(Some(Exit::Signal(signal))),
+        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) | Outcome::Overtaken(signal) => {
+            Ok(Some(Exit::Signal(signal)))
+        }
         Outcome::Done => {
             record_size(monitor, &api, record)?;
             Ok(None)

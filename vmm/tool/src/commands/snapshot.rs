@@ -59,7 +59,8 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let outcome = operation::run(&api, "/snapshot/create", body, &mut view, &signals)?;
     drop(view);
     match outcome {
-        Outcome::Done => {}
+        // There is an image, whole; whoever wanted none can remove it.
+        Outcome::Done | Outcome::Overtaken(_) => {}
         Outcome::Cancelled(signal) => {
             let machine = &args.machine;
             tell(format_args!(
