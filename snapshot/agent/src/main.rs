@@ -59,7 +59,12 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let settings = arguments.agent.settings()?;
-    if let Some(folder) = settings.socket.parent() {
+    // Of the default socket: the folder of one that was named is there.
+    if let Some(folder) = settings
+        .socket
+        .parent()
+        .filter(|_| arguments.agent.socket.is_none())
+    {
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -168,6 +168,12 @@ impl Boot {
         self.put_named("--net", "/network-interfaces", &id, body)
     }
 
+    /// The taps of its interfaces.
+    pub(crate) fn taps(&self) -> impl Iterator<Item = &str> {
+        let bodies = self.requests.iter().map(|put| &put.body);
+        bodies.filter_map(|body| body["host_dev_name"].as_str())
+    }
+
     /// Adds an entropy device.
     pub(crate) fn add_entropy(&mut self) {
         self.put("/entropy", json!({}));

@@ -28,6 +28,7 @@ mod signals;
 mod size;
 mod state;
 mod table;
+mod taps;
 mod terminal;
 
 use std::process::ExitCode;

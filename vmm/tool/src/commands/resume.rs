@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use super::agent::{AgentFlags, ensure_running};
-use crate::api::Api;
 use crate::boot::Override;
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
@@ -20,6 +19,7 @@ use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size::parse_duration;
 use crate::state::{MachineName, Record, StateError, StateFolder};
+use crate::taps::HostInterfaces;
 
 const HELP: &str = "\
 IMAGE is the name of an image of the local store, a directory (with a slash in it), or http(s)://host:port/name, each
@@ -147,6 +147,7 @@ fn load(
     signals: &Signals,
 ) -> Result<Option<Exit>, Failure> {
     let api = monitor.api();
+    let before = HostInterfaces::now();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
     let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
     match outcome.map_err(|error| monitor.refused(&error))? {
@@ -155,17 +156,23 @@ fn load(
             Ok(Some(Exit::Signal(signal)))
         }
         Outcome::Done => {
-            record_size(monitor, &api, record)?;
+            // A machine that has ended already has nothing to tell.
+            if let Ok(config) = api.configuration() {
+                record_size(monitor, &config, record)?;
+                before.warn_of_new(taps_of(&config));
+            }
             Ok(None)
         }
     }
 }
 
-/// Notes what the image turned out to be. A machine that has ended already has none to tell.
-fn record_size(monitor: &Monitor<'_>, api: &Api, record: Record) -> Result<(), StateError> {
-    let Ok(config) = api.configuration() else {
-        return Ok(());
-    };
+fn taps_of(config: &Value) -> impl Iterator<Item = &str> {
+    let interfaces = config["network-interfaces"].as_array().into_iter().flatten();
+    interfaces.filter_map(|interface| interface["host_dev_name"].as_str())
+}
+
+/// Notes what the image turned out to be.
+fn record_size(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
     let number = |field: &str| config["machine-config"][field].as_u64().unwrap_or(0);
     monitor.folder().record(&Record {
         vcpus: number("vcpu_count"),

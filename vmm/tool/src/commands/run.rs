@@ -13,6 +13,7 @@ use crate::monitor::{Monitor, MonitorError};
 use crate::signals::Signals;
 use crate::size::parse_mebibytes;
 use crate::state::{MachineName, Record, StateFolder};
+use crate::taps::HostInterfaces;
 
 /// What Linux needs to be told to speak on the serial console, and to end the monitor when it panics.
 const CMDLINE: &str = "console=ttyS0 panic=-1";
@@ -123,11 +124,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         let put = monitor.api().put(path, body);
         put.map_err(|error| monitor.refused(&error))
     };
+    let before = HostInterfaces::now();
     for request in &boot.requests {
         put(&monitor, &request.path, &request.body)?;
     }
     let start = |monitor: &Monitor<'_>| {
         put(monitor, "/actions", &json!({ "action_type": "InstanceStart" }))?;
+        before.warn_of_new(boot.taps());
         Ok::<_, MonitorError>(None)
     };
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
