@@ -20,7 +20,9 @@ pub enum RepositoryError {
     NotADirectory(PathBuf),
     /// Its name, or the given one, is none of a repository.
     #[error(
-        "{name:?} cannot be the name of a repository (lower-case letters, digits, '.', '_', '-', and '/' between components): serve it as NAME={path}"
+        "{name:?} cannot be the name of a repository (lower-case letters, digits, '.', '_', '-', and '/' between components): serve it under another, as {}={}",
+        usable(name),
+        path.display()
     )]
     BadName {
         /// The name.
@@ -71,7 +73,9 @@ impl Repositories {
             .filter(|path| path.is_dir())
             .ok_or_else(|| RepositoryError::NotADirectory(path.to_owned()))?;
         if !is_layout(&path) {
-            self.folders.push(path);
+            if !self.folders.contains(&path) {
+                self.folders.push(path);
+            }
             return Ok(());
         }
         self.insert(name_of(&path), path)
@@ -90,6 +94,9 @@ impl Repositories {
             return Err(RepositoryError::BadName { name, path });
         }
         if let Some(first) = self.named.get(&name) {
+            if is_same(first, &path) {
+                return Ok(()); // once more the same
+            }
             return Err(RepositoryError::Twice {
                 name,
                 first: first.clone(),
@@ -167,6 +174,9 @@ impl Inventory {
             }
             .to_string()
         } else if let Some(first) = self.served.get(&name) {
+            if is_same(first, &path) {
+                return;
+            }
             let first = first.clone();
             RepositoryError::Twice {
                 name,
@@ -182,6 +192,22 @@ impl Inventory {
         };
         self.skipped.push((path, reason));
     }
+}
+
+/// A name that a repository can have, and that is as near to `name` as can be.
+fn usable(name: &str) -> String {
+    let letter = |c: char| match c.to_ascii_lowercase() {
+        c if c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c) => c,
+        _ => '-',
+    };
+    let text: String = name.chars().take(40).map(letter).collect();
+    let text = text.trim_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned();
+    if is_name(&text) { text } else { "web".to_owned() }
+}
+
+fn is_same(first: &Path, second: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    first == second || real(first).is_some_and(|path| Some(path) == real(second))
 }
 
 fn name_of(path: &Path) -> String {
@@ -268,7 +294,7 @@ mod tests {
         let skipped: Vec<_> = inventory.skipped.iter().map(|(path, _)| name_of(path)).collect();
         assert_eq!(skipped, ["later", "Upper", "bare", "broken", "empty"]);
         assert!(
-            inventory.skipped[1].1.contains("NAME="),
+            inventory.skipped[1].1.contains("as upper="),
             "{:?}",
             inventory.skipped
         );
@@ -282,12 +308,21 @@ mod tests {
         layout(&folder.path().join("b/web"));
         let mut repositories = Repositories::default();
         let bad = repositories.add(&folder.path().join("Web")).unwrap_err();
-        assert!(bad.to_string().contains("NAME="), "{bad}");
+        assert!(bad.to_string().contains("as web="), "{bad}");
+        let bad = repositories.add_named("A B", Path::new("/web")).unwrap_err();
+        assert!(bad.to_string().contains("as a-b=/web"), "{bad}");
         repositories.add(&folder.path().join("a/web")).unwrap();
         assert!(matches!(
             repositories.add(&folder.path().join("b/web")),
             Err(RepositoryError::Twice { .. })
         ));
+        repositories.add(&folder.path().join("a/web")).unwrap();
+        repositories
+            .add_named("web", &folder.path().join("a/../a/web"))
+            .unwrap();
+        repositories.add(&folder.path().join("a")).unwrap();
+        repositories.add(&folder.path().join("a")).unwrap();
+        assert_eq!(repositories.directories().count(), 2, "each once");
         assert!(matches!(
             repositories.add(&folder.path().join("none")),
             Err(RepositoryError::NotADirectory(_))

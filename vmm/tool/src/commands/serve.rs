@@ -32,6 +32,11 @@ Examples:
     runnel serve web=./web-v1 --listen 10.0.0.1:5000 --token-file token --tls-cert cert.pem --tls-key key.pem
     openssl rand -hex 32 > token        makes a token";
 
+/// A name without an image, or the other way round.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} lacks a side: give NAME=IMAGE, as in web=./web-v1")]
+struct HalfNamed(String);
+
 /// Let other hosts pull images
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
@@ -78,6 +83,9 @@ impl ServeArgs {
         }
         for text in &self.images {
             match text.split_once('=') {
+                Some((name, image)) if name.is_empty() || image.is_empty() => {
+                    return Err(HalfNamed(text.clone()).into());
+                }
                 Some((name, image)) => repositories.add_named(name, &directory(image)?)?,
                 None => repositories.add(&directory(text)?)?,
             }
