@@ -20,7 +20,7 @@ use crate::program::{self, last_words, log_bytes};
 use crate::remote::{RemoteFlags, usual_credentials};
 use crate::signals::Signals;
 use crate::size;
-use crate::state::StateFolder;
+use crate::state::{StateFolder, check_socket};
 use crate::table::{Table, one_line};
 
 /// How long an agent may take until it listens.
@@ -106,16 +106,11 @@ pub(crate) struct AgentFlags {
     remote: RemoteFlags,
 }
 
-/// Where this user's agent listens.
-pub(crate) fn socket_of(state: &StateFolder) -> PathBuf {
-    state.agent().join("agent.sock")
-}
-
 pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
     let arguments = with_defaults(&args.agent, &state);
-    let socket = arguments.socket.clone().unwrap_or_else(|| socket_of(&state));
+    let socket = arguments.socket.clone().unwrap_or_else(|| state.agent_socket());
     if args.status {
         return show_status(&socket, args.output);
     }
@@ -144,7 +139,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
 fn with_defaults(arguments: &AgentArguments, state: &StateFolder) -> AgentArguments {
     let given = arguments.clone();
     AgentArguments {
-        socket: given.socket.or_else(|| Some(socket_of(state))),
+        socket: given.socket.or_else(|| Some(state.agent_socket())),
         credentials: given.credentials.or_else(usual_credentials),
         ..given
     }
@@ -191,6 +186,7 @@ fn stop(socket: &Path) -> Result<Exit, Failure> {
 
 /// The socket of an agent that runs; this user's own is started if it does not.
 pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<PathBuf, Failure> {
+    flags.remote.check()?;
     let warn = || {
         if flags.remote.are_given() {
             tracing::warn!(
@@ -206,7 +202,9 @@ pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<
             false => Err(AgentCommandError::NotThere(socket.clone()).into()),
         };
     }
-    let socket = socket_of(state);
+    let socket = state.agent_socket();
+    // Whoever cannot be connected to is not started in vain.
+    check_socket(&socket)?;
     if !is_answering(&socket) {
         start(state, flags, &socket)?;
     } else {

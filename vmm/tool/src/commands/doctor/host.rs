@@ -9,7 +9,6 @@ use rustix::fs::{Access, access, statvfs};
 use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
-use crate::commands::agent::socket_of;
 use crate::images::ImageStore;
 use crate::program;
 use crate::size;
@@ -92,7 +91,7 @@ pub(super) fn state_folder() -> Finding {
 }
 
 pub(super) fn agent() -> Finding {
-    match StateFolder::open().map(|state| socket_of(&state)) {
+    match StateFolder::open().map(|state| state.agent_socket()) {
         Ok(socket) if is_answering(&socket) => {
             Finding::ok("agent", format!("answers at {}", socket.display()))
         }
