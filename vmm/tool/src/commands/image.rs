@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use crate::exit::Exit;
-use crate::held::is_held;
+use crate::held::{holders, is_held};
 use crate::images::ImageStore;
 use crate::output::{OutputArgs, print, print_json, tell, trace};
 use crate::size::{self, parse_duration};
@@ -23,12 +23,18 @@ use crate::table::{Table, one_line};
 enum InUse {
     /// `runnel serve` has it, or its folder.
     #[error(
-        "{0} is not removed: it is being served, and other hosts may read it (--force removes it nevertheless)"
+        "{image} is being served{}, and other hosts may read it, so nothing was removed (--force removes it nevertheless)",
+        by(holders)
     )]
-    Served(String),
+    Served {
+        /// Its name.
+        image: String,
+        /// By which processes, as far as that is known.
+        holders: Vec<u32>,
+    },
     /// A machine came from it.
     #[error(
-        "{image} is not removed: {machine} was resumed from it, and may still read it (--force removes it nevertheless)"
+        "{machine} was resumed from {image}, and may still read it, so nothing was removed (--force removes it nevertheless)"
     )]
     By {
         /// Its name.
@@ -36,6 +42,17 @@ enum InUse {
         /// Which machine.
         machine: String,
     },
+}
+
+fn by(processes: &[u32]) -> String {
+    match processes {
+        [] => String::new(),
+        [process] => format!(" by process {process}"),
+        [first, rest @ ..] => {
+            let rest: String = rest.iter().map(|process| format!(", {process}")).collect();
+            format!(" by processes {first}{rest}")
+        }
+    }
 }
 
 /// Look after the images of the local store
@@ -109,7 +126,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
 
 /// What is in the store; nothing, if it was never made.
 fn listing(store: &ImageStore) -> Result<Listing, Failure> {
-    if !store.path().exists() {
+    if !store.is_there()? {
         return Ok(Listing::default());
     }
     Ok(folder::list(store.path())?)
@@ -180,7 +197,11 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
             }
         }
         if let Some(path) = paths.iter().find(|path| is_held(path)) {
-            return Err(InUse::Served(name_of(path)).into());
+            return Err(InUse::Served {
+                image: name_of(path),
+                holders: holders(path),
+            }
+            .into());
         }
     }
     for path in &paths {
@@ -191,7 +212,7 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
 
 fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
     let mut removed: BTreeSet<PathBuf> = BTreeSet::new();
-    if store.path().exists() {
+    if store.is_there()? {
         removed.extend(match args.dry_run {
             true => folder::unfinished(store.path())?,
             false => folder::prune(store.path())?,
@@ -213,8 +234,9 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
         {
             if !args.force && is_held(&path) {
                 tell(format_args!(
-                    "{} is kept, since it is served (--force removes it nevertheless)",
-                    path.display()
+                    "{} is kept, since it is served{} (--force removes it nevertheless)",
+                    path.display(),
+                    by(&holders(&path))
                 ));
                 continue;
             }
