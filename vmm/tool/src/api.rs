@@ -1,7 +1,7 @@
 //! The monitor's API, asked over its unix socket: one HTTP/1.1 exchange a connection, by hand, since a request and an
 //! answer of some KiB are all there is.
 
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -37,6 +37,12 @@ pub(crate) enum ApiError {
         /// The system's reason.
         #[source]
         source: io::Error,
+    },
+    /// It is no more.
+    #[error("the monitor has ended, before it answered {request}")]
+    Ended {
+        /// What was asked.
+        request: String,
     },
     /// The answer is none.
     #[error("{request}: the monitor's answer makes no sense: {reason}")]
@@ -169,10 +175,19 @@ impl Api {
             socket: self.socket.clone(),
             source,
         })?;
-        let answer = converse(stream, method, path, body, patience).map_err(|source| ApiError::Exchange {
-            request: request(),
-            source,
-        })?;
+        let answer = converse(stream, method, path, body, patience);
+        let answer = match answer {
+            Ok(answer) if !answer.is_empty() => answer,
+            // It hangs up without a word only when it ends.
+            Ok(_) => return Err(ApiError::Ended { request: request() }),
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+                return Err(ApiError::Ended { request: request() });
+            }
+            Err(source) => {
+                let request = request();
+                return Err(ApiError::Exchange { request, source });
+            }
+        };
         let answer = Answer::parse(&answer).map_err(|reason| ApiError::Malformed {
             request: request(),
             reason,
@@ -306,6 +321,14 @@ mod tests {
                 (status, fault.as_str(), request.as_str()),
                 (400, "so so", "DELETE /snapshot/create")
             );
+        });
+    }
+
+    #[test]
+    fn a_monitor_that_ends_in_the_middle_of_a_request_is_called_ended() {
+        served("", |api| {
+            let error = api.delete("/snapshot/create").unwrap_err();
+            assert!(matches!(error, ApiError::Ended { .. }), "{error}");
         });
     }
 

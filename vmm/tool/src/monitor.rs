@@ -72,6 +72,9 @@ pub(crate) enum MonitorError {
         /// Where its log will be, since it ends.
         log: PathBuf,
     },
+    /// It refused what was typed, and the reason says what of it.
+    #[error("{0}")]
+    Mistyped(String),
     /// It refused to put its console there.
     #[error("the console's socket was refused")]
     Console(#[source] ApiError),
@@ -165,8 +168,19 @@ impl<'s> Monitor<'s> {
 
     /// Why this machine, which was to be started, is not.
     pub(crate) fn refused(&self, error: &ApiError) -> MonitorError {
+        /// What may fail for reasons of the host. All else is what was typed, which the log knows no more of.
+        const ATTEMPTS: [&str; 2] = ["PUT /actions", "PUT /snapshot/load"];
+        let reason = trace(error);
+        let is_attempt = match error {
+            ApiError::Refused { request, .. } => ATTEMPTS.contains(&request.as_str()),
+            _ => true,
+        };
+        // In the same way, a reason that names a flag.
+        if !is_attempt || reason.contains("`--") {
+            return MonitorError::Mistyped(reason);
+        }
         MonitorError::Refused {
-            reason: trace(error),
+            reason,
             name: self.folder.name.clone(),
             log: self.ended_log(),
         }

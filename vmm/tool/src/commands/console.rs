@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use clap::Args;
 
 use super::Failure;
+use crate::api::{Api, InstanceInfo};
 use crate::console::{Console, Left};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
@@ -28,11 +29,27 @@ pub(crate) struct ConsoleArgs {
     machine: MachineName,
 }
 
+/// Why the guest neither hears nor speaks, if it stands.
+fn standstill(name: &MachineName, info: &InstanceInfo) -> Option<String> {
+    if info.stalled.is_some() {
+        return Some(format!(
+            "{name} is stalled, and goes on by itself: `runnel ps` says what it waits for."
+        ));
+    }
+    (info.state == "Paused").then(|| format!("{name} is paused: `runnel unpause {name}` lets it run on."))
+}
+
 pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
     let machine = state.machine(&args.machine)?;
     let console = Console::connect(&machine.folder.console_socket())?;
+    // A monitor that does not answer has its console all the same.
+    if let Ok(info) = Api::new(&machine.folder.api_socket()).instance_info()
+        && let Some(reason) = standstill(&args.machine, &info)
+    {
+        tell(reason);
+    }
     if std::io::stdin().is_terminal() {
         tell(format_args!("{}; Ctrl-] leaves its console.", args.machine));
     }
@@ -55,4 +72,30 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
         }
         Left::Signal(signal) => Exit::Signal(signal),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::Stalled;
+
+    #[test]
+    fn a_guest_that_cannot_answer_is_said_to_stand() {
+        let name: MachineName = "web".parse().unwrap();
+        let info = |state: &str, stalled| InstanceInfo {
+            state: state.into(),
+            stalled,
+        };
+        let stalled = Stalled {
+            volume: "memory".into(),
+            chunk: 1,
+            reason: "away".into(),
+            waiting_ms: 9,
+        };
+        assert_eq!(standstill(&name, &info("Running", None)), None);
+        let told = standstill(&name, &info("Paused", None)).unwrap();
+        assert!(told.contains("runnel unpause web"), "{told}");
+        let told = standstill(&name, &info("Running", Some(stalled))).unwrap();
+        assert!(told.contains("stalled"), "{told}");
+    }
 }
