@@ -420,11 +420,16 @@ impl Drop for AgentOf<'_> {
     fn drop(&mut self) {
         let _ = self.0.run(&["kill", "--all"]);
         let _ = self.0.run(&["agent", "--stop"]);
-        let socket = self.0.folder.path().join("runnel/agent/agent.sock");
-        let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
-        let user = fs::metadata(self.0.folder.path()).unwrap().uid();
-        let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
+        let _ = fs::remove_dir_all(pages_of(self.0));
     }
+}
+
+/// Where the user's agent keeps pages of memory.
+fn pages_of(user: &User) -> PathBuf {
+    let socket = user.folder.path().join("runnel/agent/agent.sock");
+    let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
+    let uid = fs::metadata(user.folder.path()).unwrap().uid();
+    format!("/dev/shm/runnel-{uid}-{}", &own[..8]).into()
 }
 
 #[test]
@@ -453,6 +458,9 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
     assert!(server.wait().unwrap().success());
     user.output(&["agent", "--stop"]);
     assert_eq!(user.run(&["agent", "--status"]).status.code(), Some(1));
+    assert!(!pages_of(&user).exists(), "nothing is left in shared memory");
+    let cache = fs::read_dir(user.folder.path().join("cache/runnel")).unwrap();
+    assert_eq!(cache.count(), 0, "nor of drives");
 }
 
 #[test]
@@ -525,4 +533,104 @@ fn where_standard_error_takes_nothing_a_failure_is_still_one_and_an_agent_still_
     assert_eq!(agent().status().unwrap().code(), Some(1));
     signal(first.id(), "TERM");
     assert_eq!(first.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_what_to_do_before_anything_is_started() {
+    let user = User::new();
+    for (arguments, hint) in [
+        (&["serve", "x="][..], "NAME=IMAGE"),
+        (&["resume", "./nope"], "no such directory"),
+        (&["inspect", "http:/10.0.0.1/web"], "http://"),
+        (&["resume", "http://u:secret@127.0.0.1/web"], "--credentials"),
+        (&["inspect", "http://127.0.0.1:99999/web"], "65535"),
+        (
+            &["resume", "http://127.0.0.1:9/web", "--credentials", "/nope"],
+            "/nope cannot be read",
+        ),
+        (
+            &["resume", "http://127.0.0.1:9/web", "--tls-ca", "/nope"],
+            "--tls-ca",
+        ),
+        (&["resume", "web", "--overlay-directory", "/nope"], "mkdir -p"),
+        (&["agent", "--socket", "/nope/agent.sock"], "--socket"),
+    ] {
+        let told = refusal(&user.run(arguments));
+        assert!(
+            told.contains(hint) && !told.contains("secret"),
+            "{arguments:?}: {told}"
+        );
+    }
+    for (arguments, hint) in [
+        (&["run"][..], "--config"),
+        (&["serve", "--max-connections", "0"], "at least 1"),
+        (&["verify", "web", "--threads", "0"], "at least 1"),
+        (&["run", "--kernel", "k", "--net", "tap=t,mac=zz"], "six pairs"),
+        (&["resume", "web", "--drive", "rootfs"], "ID=PATH"),
+    ] {
+        let output = user.run(arguments);
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
+        assert!(told.contains(hint), "{arguments:?}: {told}");
+    }
+    assert!(!user.folder.path().join("runnel/agent/agent.log").exists());
+}
+
+#[test]
+fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
+    let user = User::new();
+    let told = |folder: &Path, arguments: &[&str]| {
+        let output = user.command(arguments).env("XDG_RUNTIME_DIR", folder).output();
+        refusal(&output.unwrap())
+    };
+    let missing = user.folder.path().join("missing");
+    let refused = told(&missing, &["ps"]);
+    assert!(
+        refused.contains("XDG_RUNTIME_DIR is") && refused.contains("mkdir"),
+        "{refused}"
+    );
+    let long = user.folder.path().join("x".repeat(100));
+    fs::create_dir(&long).unwrap();
+    let refused = told(&long, &["resume", "http://127.0.0.1:9/web"]);
+    assert!(refused.contains("too long for a unix socket"), "{refused}");
+}
+
+#[test]
+fn an_image_that_is_served_names_who_serves_it_and_stays() {
+    let user = saved();
+    let mut server = user
+        .command(&["serve", "web", "web", "--listen", "127.0.0.1:0"])
+        .spawn()
+        .unwrap();
+    read_to(&mut server, "/web");
+    let told = refusal(&user.run(&["image", "rm", "web"]));
+    let by = format!("process {}", server.id());
+    assert!(
+        told.contains(&by) && told.contains("nothing was removed"),
+        "{told}"
+    );
+    signal(server.id(), "TERM");
+    assert!(server.wait().unwrap().success());
+    user.output(&["image", "rm", "web"]);
+}
+
+#[test]
+fn an_image_is_saved_here_and_not_at_a_server_and_a_paused_console_says_so() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    for (target, hint) in [
+        ("http://127.0.0.1:5000/web", "never pushed"),
+        ("./", "as in ./web"),
+    ] {
+        let told = refusal(&user.run(&["snapshot", "web", target]));
+        assert!(told.contains(hint), "{told}");
+    }
+    user.output(&["pause", "web"]);
+    let mut console = user.command(&["console", "web"]).spawn().unwrap();
+    let mut lines = BufReader::new(console.stderr.take().unwrap()).lines();
+    let told = lines.next().unwrap().unwrap();
+    assert!(told.contains("`runnel unpause web`"), "{told}");
+    user.output(&["kill", "web"]);
+    console.wait().unwrap();
 }

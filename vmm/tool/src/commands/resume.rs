@@ -32,6 +32,13 @@ Examples:
     runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
     runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
 
+/// `--overlay-directory` names none.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "there is no directory {0} for what the machine writes: make it (`mkdir -p`), or give another --overlay-directory"
+)]
+struct NoOverlayDirectory(PathBuf);
+
 /// Run a machine from its image, which need not have arrived
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
@@ -44,12 +51,12 @@ pub(crate) struct ResumeArgs {
     name: Option<MachineName>,
 
     /// Put another tap behind an interface, again for each: ID=TAP. `runnel run` calls them eth0, eth1, … unless told
-    #[arg(long = "tap", value_name = "ID=TAP")]
+    #[arg(long = "tap", value_name = "ID=TAP", value_parser = Override::of_tap)]
     taps: Vec<Override>,
 
     /// Put a file behind a drive in place of the image's content, again for each: ID=PATH. `runnel inspect` lists an
     /// image's drives, and says which must be supplied
-    #[arg(long = "drive", value_name = "ID=PATH")]
+    #[arg(long = "drive", value_name = "ID=PATH", value_parser = Override::of_drive)]
     drives: Vec<Override>,
 
     /// Let the guest's clock go on from where it was, in place of setting it forward by the time that has passed
@@ -120,6 +127,9 @@ impl ResumeArgs {
 
 pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
+    if let Some(directory) = args.overlay_directory.as_ref().filter(|path| !path.is_dir()) {
+        return Err(NoOverlayDirectory(directory.clone()).into());
+    }
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
     let state = StateFolder::open()?;
     let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -33,10 +33,10 @@ machines once it has ended (in /run/runnel for root without XDG_RUNTIME_DIR).";
 
 /// Boot a machine
 #[derive(Debug, Args)]
-#[command(after_help = HELP)]
+#[command(after_help = HELP, group(ArgGroup::new("what").required(true).args(["kernel", "config"])))]
 pub(crate) struct RunArgs {
     /// ELF vmlinux or bzImage to boot
-    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
     /// Initial RAM file system
