@@ -366,7 +366,14 @@ fn a_machine_is_saved_while_it_runs_and_goes_on_from_its_image() {
     let inspected = user.output(&["inspect", "web"]);
     assert!(inspected.contains("vcpu v"), "{inspected}");
 
-    succeeded(user.run(&["resume", "web", "--detach", "--name", "again"]));
+    let listed: Value = serde_json::from_str(&user.output(&["image", "ls", "--json"])).unwrap();
+    let modified = listed["images"][0]["modified"].as_str().unwrap();
+    assert!(modified.starts_with("20") && modified.ends_with('Z'), "{listed}");
+
+    let resumed = user.run(&["resume", "web", "--detach", "--name", "again", "--verbose"]);
+    let told = text(&resumed.stderr);
+    succeeded(resumed);
+    assert!(told.contains("the monitor of again is process"), "{told}");
     let machine = user.machines().remove(0);
     assert_eq!(
         (&machine["vcpus"], &machine["memory_mib"]),
@@ -633,4 +640,18 @@ fn an_image_is_saved_here_and_not_at_a_server_and_a_paused_console_says_so() {
     assert!(told.contains("`runnel unpause web`"), "{told}");
     user.output(&["kill", "web"]);
     console.wait().unwrap();
+}
+
+#[test]
+fn every_command_has_a_manual_page() {
+    let user = User::new();
+    let pages = user.folder.path().join("man1");
+    let told = refusal(&user.run(&["man", pages.to_str().unwrap()]));
+    assert!(told.contains("its folder must be there"), "{told}");
+    fs::create_dir(&pages).unwrap();
+    user.output(&["man", pages.to_str().unwrap()]);
+    for name in ["runnel", "runnel-resume", "runnel-image-prune", "runnel-man"] {
+        let page = fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
+        assert!(page.contains(".SH SYNOPSIS"), "{name}");
+    }
 }

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
-use crate::output::trace;
+use crate::output::{is_verbose, trace};
 use crate::process::{Process, ProcessId};
 use crate::program::{self, ProgramError, last_words};
 use crate::signals::Signals;
@@ -107,7 +107,8 @@ impl<'s> Monitor<'s> {
         command.arg("--api-sock").arg(folder.api_socket());
         command.arg("--id").arg(folder.name.to_string());
         command.arg("--log-path").arg(folder.log());
-        command.args(["--level", "Info", "--show-level"]);
+        let level = if is_verbose() { "Debug" } else { "Info" };
+        command.args(["--level", level, "--show-level"]);
         program::detach(&mut command, &folder.log()).map_err(failed)?;
         let mut child = command.spawn().map_err(failed)?;
         // It cannot be another one of the same number before the child is waited for.
@@ -123,6 +124,13 @@ impl<'s> Monitor<'s> {
             is_kept: false,
         };
         claim.enter(id)?;
+        tracing::debug!(
+            "the monitor of {} is process {}, {}; it logs to {}",
+            monitor.folder.name,
+            id.pid(),
+            program.display(),
+            monitor.folder.log().display()
+        );
         monitor.wait_for_api()?;
         let socket = json!({ "serial_socket_path": monitor.folder.console_socket() });
         monitor

@@ -40,6 +40,11 @@ pub(crate) fn tell(text: impl Display) {
     let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
+/// Whether `--verbose` was given: then what is started says more in its log, too.
+pub(crate) fn is_verbose() -> bool {
+    tracing::enabled!(tracing::Level::DEBUG)
+}
+
 /// An error and its causes in one line, none of them said twice.
 pub(crate) fn trace(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();

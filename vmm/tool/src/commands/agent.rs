@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use super::Failure;
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, is_verbose, print, print_json};
 use crate::process::ProcessId;
 use crate::program::{self, last_words, log_bytes};
 use crate::remote::{RemoteFlags, usual_credentials};
@@ -207,17 +207,26 @@ pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<
     check_socket(&socket)?;
     if !is_answering(&socket) {
         start(state, flags, &socket)?;
+        tracing::debug!("an agent was started; it logs to {}", agent_log(state).display());
     } else {
         warn();
+        tracing::debug!("an agent runs already at {}", socket.display());
     }
     Ok(socket)
 }
 
+fn agent_log(state: &StateFolder) -> PathBuf {
+    state.agent().join("agent.log")
+}
+
 fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), Failure> {
-    let log = state.agent().join("agent.log");
+    let log = agent_log(state);
     let before = log_bytes(&log);
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("agent");
+    if is_verbose() {
+        command.arg("--verbose");
+    }
     flags.remote.pass_on(&mut command);
     program::detach(&mut command, &log)?;
     let mut child = command.spawn()?;

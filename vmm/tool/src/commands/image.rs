@@ -59,7 +59,8 @@ fn by(processes: &[u32]) -> String {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The store is $RUNNEL_IMAGES (an absolute path), else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root
-and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it.
+and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it. AGE, and
+\"modified\" in JSON, is since when an image is there; `runnel inspect` says when its machine was saved.
 
 Examples:
     runnel image ls
@@ -173,6 +174,7 @@ fn describe(image: &ListedImage) -> Value {
         "name": name_of(&image.path),
         "path": image.path,
         "tag": image.name,
+        "modified": changed(&image.path).map(size::timestamp),
         "digest": image.manifest.digest.to_string(),
         "volume_bytes": image.volume_bytes(),
         "stored_bytes": image.stored_bytes(),
@@ -275,9 +277,17 @@ fn name_of(path: &Path) -> String {
         .into_owned()
 }
 
-/// How long ago the image appeared.
+/// When the image appeared here, or was last changed: of one that was copied, when it was copied.
+fn changed(path: &Path) -> Option<SystemTime> {
+    path.join("index.json").metadata().ok()?.modified().ok()
+}
+
+/// How long ago that was.
 fn age_of(path: &Path) -> Option<Duration> {
-    let changed = path.join("index.json").metadata().ok()?.modified().ok()?;
     // One from the future is new.
-    Some(SystemTime::now().duration_since(changed).unwrap_or_default())
+    Some(
+        SystemTime::now()
+            .duration_since(changed(path)?)
+            .unwrap_or_default(),
+    )
 }
