@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
 use runnel_snapshot::image::reference::is_name;
 
 use crate::remote::with_causes;
@@ -184,7 +185,7 @@ impl Inventory {
                 second: path.clone(),
             }
             .to_string()
-        } else if let Err(error) = Layout::open(&path).and_then(Layout::with_images) {
+        } else if let Err(error) = read_manifests(&path) {
             with_causes(&error)
         } else {
             self.served.insert(name, path);
@@ -192,6 +193,15 @@ impl Inventory {
         };
         self.skipped.push((path, reason));
     }
+}
+
+/// Whether an image of the layout can be had: its manifest, which is what clients ask for first.
+fn read_manifests(path: &Path) -> Result<(), LayoutError> {
+    let layout = Layout::open(path)?.with_images()?;
+    let read = |blob| layout.read(&blob, MANIFEST_BYTES_MAX).map(drop);
+    let manifests = layout.images().map(|(blob, _)| read(blob));
+    // One that is sound is served; with none, what is wrong with the last says enough.
+    manifests.reduce(Result::or).unwrap_or(Ok(()))
 }
 
 /// A name that a repository can have, and that is as near to `name` as can be.
@@ -260,18 +270,23 @@ mod tests {
             "many/web",
             "many/bare",
             "many/broken",
+            "many/hollow",
             "many/.hidden",
         ] {
             layout(&root.join(image));
         }
+        let digest = runnel_snapshot::digest::BlobDigest::of(b"m");
         let manifest = format!(
             r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":1}}"#,
-            runnel_snapshot::digest::BlobDigest::of(b"m")
+            digest
         );
+        fs::create_dir_all(root.join("many/web/blobs/sha256")).unwrap();
+        fs::write(root.join("many/web/blobs/sha256").join(digest.hex()), "m").unwrap();
         for (image, manifests) in [
             ("many/Upper", &*manifest),
             ("many/web", &*manifest),
             ("many/bare", ""),
+            ("many/hollow", &*manifest),
         ] {
             let write = |file: &str, text: String| fs::write(root.join(image).join(file), text).unwrap();
             write("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#.to_owned());
@@ -292,7 +307,7 @@ mod tests {
             [("web".to_owned(), root.join("many/web"))]
         );
         let skipped: Vec<_> = inventory.skipped.iter().map(|(path, _)| name_of(path)).collect();
-        assert_eq!(skipped, ["later", "Upper", "bare", "broken", "empty"]);
+        assert_eq!(skipped, ["later", "Upper", "bare", "broken", "empty", "hollow"]);
         assert!(
             inventory.skipped[1].1.contains("as upper="),
             "{:?}",
