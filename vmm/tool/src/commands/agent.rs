@@ -17,7 +17,7 @@ use crate::monitor::FAREWELL;
 use crate::output::{OutputArgs, is_verbose, print, print_json};
 use crate::process::ProcessId;
 use crate::program::{self, last_words, log_bytes};
-use crate::remote::{RemoteFlags, usual_credentials};
+use crate::remote::{RemoteFlagError, RemoteFlags, usual_credentials};
 use crate::signals::Signals;
 use crate::size;
 use crate::state::{StateFolder, check_socket};
@@ -106,6 +106,16 @@ pub(crate) struct AgentFlags {
     remote: RemoteFlags,
 }
 
+impl AgentFlags {
+    /// Looks at the files that were given, whether they will be needed or not.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub(crate) fn check(&self) -> Result<(), RemoteFlagError> {
+        self.remote.check()
+    }
+}
+
 pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
@@ -186,7 +196,6 @@ fn stop(socket: &Path) -> Result<Exit, Failure> {
 
 /// The socket of an agent that runs; this user's own is started if it does not.
 pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<PathBuf, Failure> {
-    flags.remote.check()?;
     let warn = || {
         if flags.remote.are_given() {
             tracing::warn!(

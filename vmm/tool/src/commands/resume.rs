@@ -130,6 +130,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     if let Some(directory) = args.overlay_directory.as_ref().filter(|path| !path.is_dir()) {
         return Err(NoOverlayDirectory(directory.clone()).into());
     }
+    args.agent.check()?;
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
     let state = StateFolder::open()?;
     let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });
