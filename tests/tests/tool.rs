@@ -260,6 +260,9 @@ fn a_machine_that_cannot_be_had_leaves_nothing() {
     assert!(!output.stderr.is_empty());
     assert_eq!(user.machines(), Vec::<Value>::new());
     assert!(!user.machine_folder("web").exists());
+    // What was mistyped is said whole, and no log has more of it.
+    let told = refusal(&user.run(&["run", "--kernel", "/nope", "--name", "web"]));
+    assert!(told.contains("/nope") && !told.contains("log"), "{told}");
 }
 
 /// What a command that must fail says, in one line.
@@ -654,4 +657,31 @@ fn every_command_has_a_manual_page() {
         let page = fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
         assert!(page.contains(".SH SYNOPSIS"), "{name}");
     }
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_it_saves_is_said_to_have_ended_and_its_log_is_named() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let monitor = user.machines()[0]["pid"].clone();
+    // It takes connections, and answers none.
+    signal(&monitor, "STOP");
+    let tool = user.command(&["snapshot", "web", "web"]).spawn().unwrap();
+    let sockets = || {
+        let files = fs::read_dir(format!("/proc/{}/fd", tool.id())).unwrap();
+        let targets = files.flatten().filter_map(|file| fs::read_link(file.path()).ok());
+        targets
+            .filter(|target| target.to_string_lossy().starts_with("socket:"))
+            .count()
+    };
+    // The request's, and then that of whoever asks how far it is.
+    while sockets() < 2 {
+        std::thread::yield_now();
+    }
+    signal(&monitor, "KILL");
+    let told = refusal(&tool.wait_with_output().unwrap());
+    assert!(told.contains("web has ended while it was saved"), "{told}");
+    let log = user.folder.path().join("runnel/ended/web.log");
+    assert!(told.contains(log.to_str().unwrap()) && log.is_file(), "{told}");
 }

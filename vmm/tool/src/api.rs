@@ -135,6 +135,12 @@ impl Api {
         self.get("/snapshot/progress")
     }
 
+    /// Whether a snapshot is being made or loaded. Asked beside it; what cannot be asked is not.
+    pub(crate) fn is_saving_or_loading(&self) -> bool {
+        let operation = self.progress().ok().and_then(|progress| progress.operation);
+        operation.is_some_and(|operation| operation.state == "running")
+    }
+
     /// The whole configuration. It is answered in turn, so it may have to wait for a snapshot.
     pub(crate) fn configuration(&self) -> Result<Value, ApiError> {
         self.exchange("GET", "/vm/config", None, Some(AT_ONCE))

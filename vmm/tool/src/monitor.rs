@@ -183,8 +183,8 @@ impl<'s> Monitor<'s> {
             ApiError::Refused { request, .. } => ATTEMPTS.contains(&request.as_str()),
             _ => true,
         };
-        // In the same way, a reason that names a flag.
-        if !is_attempt || reason.contains("`--") {
+        // In the same way, a reason that names the flag to give.
+        if !is_attempt || reason.contains("--") {
             return MonitorError::Mistyped(reason);
         }
         MonitorError::Refused {

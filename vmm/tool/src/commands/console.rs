@@ -30,13 +30,20 @@ pub(crate) struct ConsoleArgs {
 }
 
 /// Why the guest neither hears nor speaks, if it stands.
-fn standstill(name: &MachineName, info: &InstanceInfo) -> Option<String> {
+fn standstill(name: &MachineName, info: &InstanceInfo, is_saving_or_loading: bool) -> Option<String> {
     if info.stalled.is_some() {
         return Some(format!(
             "{name} is stalled, and goes on by itself: `runnel ps` says what it waits for."
         ));
     }
-    (info.state == "Paused").then(|| format!("{name} is paused: `runnel unpause {name}` lets it run on."))
+    match info.state == "Paused" {
+        // It stands by itself for a part of that, and goes on by itself.
+        true if is_saving_or_loading => Some(format!("{name} is being saved or loaded.")),
+        true => Some(format!(
+            "{name} is paused: `runnel unpause {name}` lets it run on."
+        )),
+        false => None,
+    }
 }
 
 pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
@@ -44,9 +51,10 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
     let state = StateFolder::open()?;
     let machine = state.machine(&args.machine)?;
     let console = Console::connect(&machine.folder.console_socket())?;
+    let api = Api::new(&machine.folder.api_socket());
     // A monitor that does not answer has its console all the same.
-    if let Ok(info) = Api::new(&machine.folder.api_socket()).instance_info()
-        && let Some(reason) = standstill(&args.machine, &info)
+    if let Ok(info) = api.instance_info()
+        && let Some(reason) = standstill(&args.machine, &info, api.is_saving_or_loading())
     {
         tell(reason);
     }
@@ -92,10 +100,12 @@ mod tests {
             reason: "away".into(),
             waiting_ms: 9,
         };
-        assert_eq!(standstill(&name, &info("Running", None)), None);
-        let told = standstill(&name, &info("Paused", None)).unwrap();
+        assert_eq!(standstill(&name, &info("Running", None), false), None);
+        let told = standstill(&name, &info("Paused", None), false).unwrap();
         assert!(told.contains("runnel unpause web"), "{told}");
-        let told = standstill(&name, &info("Running", Some(stalled))).unwrap();
+        let told = standstill(&name, &info("Paused", None), true).unwrap();
+        assert!(!told.contains("unpause"), "{told}");
+        let told = standstill(&name, &info("Running", Some(stalled)), false).unwrap();
         assert!(told.contains("stalled"), "{told}");
     }
 }

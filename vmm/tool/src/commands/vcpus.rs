@@ -40,9 +40,7 @@ pub(crate) fn unpause(args: &UnpauseArgs) -> Result<Exit, Failure> {
 fn set(machine: &MachineName, state: &str) -> Result<Exit, Failure> {
     let machine = StateFolder::open()?.machine(machine)?;
     let api = Api::new(&machine.folder.api_socket());
-    // Asked beside what is under way; what cannot be asked is told by the request itself.
-    let operation = api.progress().ok().and_then(|progress| progress.operation);
-    if operation.is_some_and(|operation| operation.state == "running") {
+    if api.is_saving_or_loading() {
         tell(format_args!(
             "{} is being saved or loaded: this comes after it (Ctrl-C gives up waiting)",
             machine.folder.name
