@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -194,11 +194,8 @@ fn a_console_is_joined_later_and_says_what_was_missed() {
     assert!(!user.machine_folder("web").exists());
 }
 
-#[test]
-fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
-    let user = User::new();
-    let tool = user.boot("count:1", &["--name", "web"]);
-    // A terminal of its own, from util-linux.
+/// Starts the tool on a terminal of its own, by util-linux.
+fn on_a_terminal(tool: &Command) -> Child {
     let words: Vec<String> = std::iter::once(tool.get_program())
         .chain(tool.get_args())
         .map(|word| format!("'{}'", word.to_str().unwrap()))
@@ -207,9 +204,39 @@ fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
     script.args(["--quiet", "--return", "--command", &words.join(" "), "/dev/null"]);
     script.envs(tool.get_envs().filter_map(|(name, value)| Some((name, value?))));
     script.stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut terminal = script
+    script
         .spawn()
-        .expect("the script program is needed: apt-get install bsdutils");
+        .expect("the script program is needed: apt-get install bsdutils")
+}
+
+#[test]
+fn ctrl_c_while_a_machine_starts_ends_it_and_nobody_is_told_that_it_runs() {
+    let user = saved();
+    // Pressed as soon as there is a monitor.
+    let monitor = user.folder.path().join("interrupting-vmm");
+    let text = format!(
+        "#!/bin/sh\nkill -INT $PPID\nexec '{}' \"$@\"\n",
+        program("runnel-vmm").display()
+    );
+    fs::write(&monitor, text).unwrap();
+    fs::set_permissions(&monitor, fs::Permissions::from_mode(0o700)).unwrap();
+    for mut tool in [
+        user.boot("count:1", &["--name", "booted"]),
+        user.command(&["resume", "web", "--name", "resumed"]),
+    ] {
+        tool.env("RUNNEL_VMM", &monitor);
+        let output = on_a_terminal(&tool).wait_with_output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(130), "{tool:?}: {shown}");
+        assert!(!shown.contains("leaves its console"), "{tool:?}: {shown}");
+    }
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
+    let user = User::new();
+    let mut terminal = on_a_terminal(&user.boot("count:1", &["--name", "web"]));
     read_to(&mut terminal, "count=1");
     terminal.stdin.as_mut().unwrap().write_all(b"\x1d").unwrap();
     let mut rest = String::new();
