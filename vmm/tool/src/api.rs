@@ -339,6 +339,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_under_way_is_told_from_what_has_ended() {
+        let answer = |state: &str| {
+            format!(
+                "HTTP/1.1 200 OK\r\n\r\n{{\"operation\":{{\"kind\":\"create\",\"state\":\"{state}\",\"phase\":\"\",\
+                 \"bytes_done\":0,\"bytes_total\":0}},\"volumes\":[]}}"
+            )
+        };
+        for (state, expected) in [("running", true), ("done", false)] {
+            served(answer(state).leak(), |api| {
+                assert_eq!(api.is_saving_or_loading(), expected, "{state}")
+            });
+        }
+        // Nobody who does not answer is waited for.
+        served("", |api| assert!(!api.is_saving_or_loading()));
+    }
+
+    #[test]
     fn a_stalled_machine_is_understood() {
         let answer = "HTTP/1.1 200 OK\r\n\r\n{\"id\":\"x\",\"state\":\"Running\",\"stalled\":{\"volume\":\"memory\",\"chunk\":7,\"reason\":\"away\",\"waiting_ms\":9}}";
         served(answer, |api| {
