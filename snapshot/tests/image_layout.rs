@@ -222,10 +222,25 @@ fn a_folder_lists_its_images_removes_them_and_sweeps_what_was_never_finished() {
     };
     assert!(path.ends_with("b"), "{error}");
 
+    // So is one of which nothing can be read, and it can be removed.
+    for (file, name) in [("index.json", "junk"), ("oci-layout", "mark")] {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.join("blobs/sha256")).unwrap();
+        fs::copy(folder.path().join("a/index.json"), path.join("index.json")).unwrap();
+        fs::copy(folder.path().join("a/oci-layout"), path.join("oci-layout")).unwrap();
+        fs::write(path.join(file), "junk").unwrap();
+        let listing = list(folder.path()).unwrap();
+        let broken = listing.broken.iter().find(|(broken, _)| *broken == path);
+        let reason = broken.expect("it is listed").1.to_string();
+        assert!(reason.contains(file), "{reason}");
+        remove(&path).unwrap();
+        assert!(!path.exists());
+    }
+
     remove(&folder.path().join("a")).unwrap();
     assert!(matches!(
         remove(&folder.path().join("no_image")),
-        Err(FolderError::NoImage { .. })
+        Err(FolderError::NoImage(_))
     ));
     assert_eq!(
         prune(folder.path()).unwrap(),

@@ -4,11 +4,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::protocol::is_answering;
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -193,11 +194,8 @@ fn a_console_is_joined_later_and_says_what_was_missed() {
     assert!(!user.machine_folder("web").exists());
 }
 
-#[test]
-fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
-    let user = User::new();
-    let tool = user.boot("count:1", &["--name", "web"]);
-    // A terminal of its own, from util-linux.
+/// Starts the tool on a terminal of its own, by util-linux.
+fn on_a_terminal(tool: &Command) -> Child {
     let words: Vec<String> = std::iter::once(tool.get_program())
         .chain(tool.get_args())
         .map(|word| format!("'{}'", word.to_str().unwrap()))
@@ -206,9 +204,39 @@ fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
     script.args(["--quiet", "--return", "--command", &words.join(" "), "/dev/null"]);
     script.envs(tool.get_envs().filter_map(|(name, value)| Some((name, value?))));
     script.stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut terminal = script
+    script
         .spawn()
-        .expect("the script program is needed: apt-get install bsdutils");
+        .expect("the script program is needed: apt-get install bsdutils")
+}
+
+#[test]
+fn ctrl_c_while_a_machine_starts_ends_it_and_nobody_is_told_that_it_runs() {
+    let user = saved();
+    // Pressed as soon as there is a monitor.
+    let monitor = user.folder.path().join("interrupting-vmm");
+    let text = format!(
+        "#!/bin/sh\nkill -INT $PPID\nexec '{}' \"$@\"\n",
+        program("runnel-vmm").display()
+    );
+    fs::write(&monitor, text).unwrap();
+    fs::set_permissions(&monitor, fs::Permissions::from_mode(0o700)).unwrap();
+    for mut tool in [
+        user.boot("count:1", &["--name", "booted"]),
+        user.command(&["resume", "web", "--name", "resumed"]),
+    ] {
+        tool.env("RUNNEL_VMM", &monitor);
+        let output = on_a_terminal(&tool).wait_with_output().unwrap();
+        let shown = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(130), "{tool:?}: {shown}");
+        assert!(!shown.contains("leaves its console"), "{tool:?}: {shown}");
+    }
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
+    let user = User::new();
+    let mut terminal = on_a_terminal(&user.boot("count:1", &["--name", "web"]));
     read_to(&mut terminal, "count=1");
     terminal.stdin.as_mut().unwrap().write_all(b"\x1d").unwrap();
     let mut rest = String::new();
@@ -259,6 +287,9 @@ fn a_machine_that_cannot_be_had_leaves_nothing() {
     assert!(!output.stderr.is_empty());
     assert_eq!(user.machines(), Vec::<Value>::new());
     assert!(!user.machine_folder("web").exists());
+    // What was mistyped is said whole, and no log has more of it.
+    let told = refusal(&user.run(&["run", "--kernel", "/nope", "--name", "web"]));
+    assert!(told.contains("/nope") && !told.contains("log"), "{told}");
 }
 
 /// What a command that must fail says, in one line.
@@ -365,7 +396,14 @@ fn a_machine_is_saved_while_it_runs_and_goes_on_from_its_image() {
     let inspected = user.output(&["inspect", "web"]);
     assert!(inspected.contains("vcpu v"), "{inspected}");
 
-    succeeded(user.run(&["resume", "web", "--detach", "--name", "again"]));
+    let listed: Value = serde_json::from_str(&user.output(&["image", "ls", "--json"])).unwrap();
+    let modified = listed["images"][0]["modified"].as_str().unwrap();
+    assert!(modified.starts_with("20") && modified.ends_with('Z'), "{listed}");
+
+    let resumed = user.run(&["resume", "web", "--detach", "--name", "again", "--verbose"]);
+    let told = text(&resumed.stderr);
+    succeeded(resumed);
+    assert!(told.contains("the monitor of again is process"), "{told}");
     let machine = user.machines().remove(0);
     assert_eq!(
         (&machine["vcpus"], &machine["memory_mib"]),
@@ -419,11 +457,16 @@ impl Drop for AgentOf<'_> {
     fn drop(&mut self) {
         let _ = self.0.run(&["kill", "--all"]);
         let _ = self.0.run(&["agent", "--stop"]);
-        let socket = self.0.folder.path().join("runnel/agent/agent.sock");
-        let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
-        let user = fs::metadata(self.0.folder.path()).unwrap().uid();
-        let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
+        let _ = fs::remove_dir_all(pages_of(self.0));
     }
+}
+
+/// Where the user's agent keeps pages of memory.
+fn pages_of(user: &User) -> PathBuf {
+    let socket = user.folder.path().join("runnel/agent/agent.sock");
+    let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
+    let uid = fs::metadata(user.folder.path()).unwrap().uid();
+    format!("/dev/shm/runnel-{uid}-{}", &own[..8]).into()
 }
 
 #[test]
@@ -452,4 +495,220 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
     assert!(server.wait().unwrap().success());
     user.output(&["agent", "--stop"]);
     assert_eq!(user.run(&["agent", "--status"]).status.code(), Some(1));
+    assert!(!pages_of(&user).exists(), "nothing is left in shared memory");
+    let cache = fs::read_dir(user.folder.path().join("cache/runnel")).unwrap();
+    assert_eq!(cache.count(), 0, "nor of drives");
+}
+
+#[test]
+fn what_a_snapshot_that_was_cut_short_left_is_named_before_it_goes() {
+    let user = User::new();
+    let left = user.folder.path().join("images/.web.partial-1-1");
+    fs::create_dir_all(&left).unwrap();
+    let named = user.output(&["image", "prune", "--dry-run"]);
+    assert_eq!(named, format!("would remove {}\n", left.display()));
+    assert!(left.is_dir());
+    let removed = user.output(&["image", "prune"]);
+    assert_eq!(removed, format!("removed {}\n", left.display()));
+    assert!(!left.exists());
+}
+
+#[test]
+fn an_image_of_which_nothing_can_be_read_is_listed_and_can_be_removed() {
+    let user = User::new();
+    let images = user.folder.path().join("images");
+    for name in ["no-list", "no-mark"] {
+        fs::create_dir_all(images.join(name).join("blobs/sha256")).unwrap();
+        fs::write(images.join(name).join("index.json"), "junk").unwrap();
+    }
+    fs::write(
+        images.join("no-list/oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
+    fs::create_dir(images.join("notes")).unwrap();
+    let listed: Value = serde_json::from_str(&user.output(&["image", "ls", "--json"])).unwrap();
+    let broken = listed["broken"].as_array().unwrap();
+    let names: Vec<_> = broken
+        .iter()
+        .map(|broken| broken["path"].as_str().unwrap().rsplit('/').next().unwrap())
+        .collect();
+    assert_eq!(names, ["no-list", "no-mark"], "{listed}");
+    let told = text(&user.run(&["image", "ls"]).stderr);
+    assert!(told.contains("`runnel image rm no-list` removes it"), "{told}");
+
+    user.output(&["image", "rm", "no-list", "no-mark"]);
+    let told = refusal(&user.run(&["image", "rm", "notes"]));
+    assert!(told.contains("no image named notes"), "{told}");
+    assert!(images.join("notes").is_dir() && !images.join("no-list").exists());
+}
+
+#[test]
+fn where_standard_error_takes_nothing_a_failure_is_still_one_and_an_agent_still_serves() {
+    let user = User::new();
+    let nowhere = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for arguments in [&["pause", "nobody"][..], &["--verbose", "inspect", "nothing"]] {
+        let status = user.command(arguments).stderr(nowhere()).status().unwrap();
+        assert_eq!(status.code(), Some(1), "{arguments:?}");
+    }
+
+    let socket = user.folder.path().join("agent.sock");
+    let agent = || {
+        let mut command = Command::new(program("runnel-agent"));
+        for (flag, name) in [("--memory-pages", "memory"), ("--drive-pages", "drives")] {
+            command.arg(flag).arg(user.folder.path().join(name));
+        }
+        command.arg("--socket").arg(&socket).stderr(nowhere());
+        command
+    };
+    let mut first = agent().spawn().unwrap();
+    while !is_answering(&socket) {
+        assert_eq!(first.try_wait().unwrap(), None);
+        std::thread::yield_now();
+    }
+    // Its directories are the first one's.
+    assert_eq!(agent().status().unwrap().code(), Some(1));
+    signal(first.id(), "TERM");
+    assert_eq!(first.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_what_to_do_before_anything_is_started() {
+    let user = User::new();
+    for (arguments, hint) in [
+        (&["serve", "x="][..], "NAME=IMAGE"),
+        (&["resume", "./nope"], "no such directory"),
+        (&["inspect", "http:/10.0.0.1/web"], "http://"),
+        (&["resume", "http://u:secret@127.0.0.1/web"], "--credentials"),
+        (&["inspect", "http://127.0.0.1:99999/web"], "65535"),
+        (
+            &["resume", "http://127.0.0.1:9/web", "--credentials", "/nope"],
+            "/nope cannot be read",
+        ),
+        (
+            &["resume", "http://127.0.0.1:9/web", "--tls-ca", "/nope"],
+            "--tls-ca",
+        ),
+        (&["resume", "web", "--overlay-directory", "/nope"], "mkdir -p"),
+        (&["agent", "--socket", "/nope/agent.sock"], "--socket"),
+    ] {
+        let told = refusal(&user.run(arguments));
+        assert!(
+            told.contains(hint) && !told.contains("secret"),
+            "{arguments:?}: {told}"
+        );
+    }
+    for (arguments, hint) in [
+        (&["run"][..], "--config"),
+        (&["serve", "--max-connections", "0"], "at least 1"),
+        (&["verify", "web", "--threads", "0"], "at least 1"),
+        (&["run", "--kernel", "k", "--net", "tap=t,mac=zz"], "six pairs"),
+        (&["resume", "web", "--drive", "rootfs"], "ID=PATH"),
+    ] {
+        let output = user.run(arguments);
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
+        assert!(told.contains(hint), "{arguments:?}: {told}");
+    }
+    assert!(!user.folder.path().join("runnel/agent/agent.log").exists());
+}
+
+#[test]
+fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
+    let user = User::new();
+    let told = |folder: &Path, arguments: &[&str]| {
+        let output = user.command(arguments).env("XDG_RUNTIME_DIR", folder).output();
+        refusal(&output.unwrap())
+    };
+    let missing = user.folder.path().join("missing");
+    let refused = told(&missing, &["ps"]);
+    assert!(
+        refused.contains("XDG_RUNTIME_DIR is") && refused.contains("mkdir"),
+        "{refused}"
+    );
+    let long = user.folder.path().join("x".repeat(100));
+    fs::create_dir(&long).unwrap();
+    let refused = told(&long, &["resume", "http://127.0.0.1:9/web"]);
+    assert!(refused.contains("too long for a unix socket"), "{refused}");
+}
+
+#[test]
+fn an_image_that_is_served_names_who_serves_it_and_stays() {
+    let user = saved();
+    let mut server = user
+        .command(&["serve", "web", "web", "--listen", "127.0.0.1:0"])
+        .spawn()
+        .unwrap();
+    read_to(&mut server, "/web");
+    let told = refusal(&user.run(&["image", "rm", "web"]));
+    let by = format!("process {}", server.id());
+    assert!(
+        told.contains(&by) && told.contains("nothing was removed"),
+        "{told}"
+    );
+    signal(server.id(), "TERM");
+    assert!(server.wait().unwrap().success());
+    user.output(&["image", "rm", "web"]);
+}
+
+#[test]
+fn an_image_is_saved_here_and_not_at_a_server_and_a_paused_console_says_so() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    for (target, hint) in [
+        ("http://127.0.0.1:5000/web", "never pushed"),
+        ("./", "as in ./web"),
+    ] {
+        let told = refusal(&user.run(&["snapshot", "web", target]));
+        assert!(told.contains(hint), "{told}");
+    }
+    user.output(&["pause", "web"]);
+    let mut console = user.command(&["console", "web"]).spawn().unwrap();
+    let mut lines = BufReader::new(console.stderr.take().unwrap()).lines();
+    let told = lines.next().unwrap().unwrap();
+    assert!(told.contains("`runnel unpause web`"), "{told}");
+    user.output(&["kill", "web"]);
+    console.wait().unwrap();
+}
+
+#[test]
+fn every_command_has_a_manual_page() {
+    let user = User::new();
+    let pages = user.folder.path().join("man1");
+    let told = refusal(&user.run(&["man", pages.to_str().unwrap()]));
+    assert!(told.contains("its folder must be there"), "{told}");
+    fs::create_dir(&pages).unwrap();
+    user.output(&["man", pages.to_str().unwrap()]);
+    for name in ["runnel", "runnel-resume", "runnel-image-prune", "runnel-man"] {
+        let page = fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
+        assert!(page.contains(".SH SYNOPSIS"), "{name}");
+    }
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_it_saves_is_said_to_have_ended_and_its_log_is_named() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let monitor = user.machines()[0]["pid"].clone();
+    // It takes connections, and answers none.
+    signal(&monitor, "STOP");
+    let tool = user.command(&["snapshot", "web", "web"]).spawn().unwrap();
+    let sockets = || {
+        let files = fs::read_dir(format!("/proc/{}/fd", tool.id())).unwrap();
+        let targets = files.flatten().filter_map(|file| fs::read_link(file.path()).ok());
+        targets
+            .filter(|target| target.to_string_lossy().starts_with("socket:"))
+            .count()
+    };
+    // The request's, and then that of whoever asks how far it is.
+    while sockets() < 2 {
+        std::thread::yield_now();
+    }
+    signal(&monitor, "KILL");
+    let told = refusal(&tool.wait_with_output().unwrap());
+    assert!(told.contains("web has ended while it was saved"), "{told}");
+    let log = user.folder.path().join("runnel/ended/web.log");
+    assert!(told.contains(log.to_str().unwrap()) && log.is_file(), "{told}");
 }

@@ -17,6 +17,11 @@ pub enum ArgumentsError {
     /// There is no place for the socket.
     #[error("XDG_RUNTIME_DIR is not set, and /run/runnel is root's: name a socket with --socket")]
     NoSocket,
+    /// The socket's folder is not there.
+    #[error(
+        "there is no directory {0} for the socket: make it (`mkdir -m 700`), or name another with --socket"
+    )]
+    NoSocketFolder(PathBuf),
     /// There is no place for drives.
     #[error("neither XDG_CACHE_HOME nor HOME is set: name a directory with --drive-pages")]
     NoCache,
@@ -74,7 +79,7 @@ impl AgentArguments {
     /// When there is no place for something, or the credentials cannot be read.
     pub fn settings(&self) -> Result<AgentSettings, ArgumentsError> {
         let socket = match &self.socket {
-            Some(path) => path.clone(),
+            Some(path) => in_a_folder(path)?,
             None => default_socket().ok_or(ArgumentsError::NoSocket)?,
         };
         let own = own_id(&socket);
@@ -119,6 +124,16 @@ fn default_socket() -> Option<PathBuf> {
     Some(runtime.join("runnel/agent/agent.sock"))
 }
 
+/// A socket that was named, whose folder must be there: one that was mistyped is not made.
+fn in_a_folder(socket: &Path) -> Result<PathBuf, ArgumentsError> {
+    match socket.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() && !folder.is_dir() => {
+            Err(ArgumentsError::NoSocketFolder(folder.to_owned()))
+        }
+        _ => Ok(socket.to_owned()),
+    }
+}
+
 /// What tells the folders of the agent at that socket from those of others: two would refuse to share.
 fn own_id(socket: &Path) -> String {
     let path = std::path::absolute(socket).unwrap_or_else(|_| socket.to_owned());
@@ -144,6 +159,25 @@ fn default_drive_pages(own: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_in_a_folder_that_is_not_there_is_refused_and_the_folder_is_not_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = folder.path().join("agent.sock");
+        assert_eq!(in_a_folder(&there).unwrap(), there);
+        assert_eq!(
+            in_a_folder(Path::new("agent.sock")).unwrap(),
+            Path::new("agent.sock")
+        );
+        let refused = in_a_folder(&folder.path().join("nope/agent.sock"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            refused.contains("nope") && refused.contains("--socket"),
+            "{refused}"
+        );
+        assert!(!folder.path().join("nope").exists());
+    }
 
     #[test]
     fn agents_at_two_sockets_have_folders_of_their_own_and_one_keeps_its() {

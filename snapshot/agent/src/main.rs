@@ -1,6 +1,9 @@
 //! `runnel-agent`: the network side of a host's machines, as a process of its own. See [`runnel_agent::agent`].
 
+#![warn(clippy::print_stderr)]
+
 use std::fs::DirBuilder;
+use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -33,18 +36,22 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_max_level(arguments.log_level)
         .with_writer(std::io::stderr)
+        // Told with `eprintln!`, which panics where standard error takes nothing.
+        .log_internal_errors(false)
         .with_target(false)
         .init();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let mut text = format!("runnel-agent: {error}");
             let mut cause = error.source();
-            eprint!("runnel-agent: {error}");
             while let Some(error) = cause {
-                eprint!(": {error}");
+                text.push_str(&format!(": {error}"));
                 cause = error.source();
             }
-            eprintln!();
+            text.push('\n');
+            // Where standard error takes nothing, the exit code is all that is left to tell.
+            let _ = std::io::stderr().write_all(text.as_bytes());
             ExitCode::FAILURE
         }
     }
@@ -52,7 +59,12 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let settings = arguments.agent.settings()?;
-    if let Some(folder) = settings.socket.parent() {
+    // Of the default socket: the folder of one that was named is there.
+    if let Some(folder) = settings
+        .socket
+        .parent()
+        .filter(|_| arguments.agent.socket.is_none())
+    {
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -4,9 +4,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::layout::Layout;
+use super::layout::{BLOBS, INDEX_JSON, Layout, MARKER};
 use super::manifest::{ImageManifest, MANIFEST_BYTES_MAX};
-use super::partial::{path_beside, sweep};
+use super::partial::{abandoned, path_beside, sweep};
 use super::reference::Wanted;
 use super::{Image, ImageError};
 use crate::digest::BlobDigest;
@@ -58,14 +58,8 @@ pub enum FolderError {
         source: io::Error,
     },
     /// It is no image, and only images are removed.
-    #[error("{path} is not removed, since it is no image")]
-    NoImage {
-        /// The directory.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: Box<ImageError>,
-    },
+    #[error("{0} is not removed, since it is no image: it has neither oci-layout nor index.json and blobs")]
+    NoImage(PathBuf),
 }
 
 fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> FolderError + 'a {
@@ -92,19 +86,37 @@ pub struct Listing {
 pub fn list(folder: &Path) -> Result<Listing, FolderError> {
     let mut listing = Listing::default();
     for path in visible(folder)? {
-        let Ok(layout) = Layout::open(&path) else { continue };
+        if looks_like_image(&path) {
+            listing.look_at(path);
+        }
+    }
+    Ok(listing)
+}
+
+/// Whether a directory was meant to be an image, whatever became of it: it has a layout's marker, or its list and blobs.
+#[must_use]
+pub fn looks_like_image(path: &Path) -> bool {
+    let has = |name: &str| path.join(name).symlink_metadata().is_ok();
+    path.is_dir() && (has(MARKER.0) || has(INDEX_JSON) && has(BLOBS))
+}
+
+impl Listing {
+    fn look_at(&mut self, path: PathBuf) {
+        let layout = match Layout::open(&path).and_then(Layout::with_images) {
+            Ok(layout) => layout,
+            Err(error) => return self.broken.push((path, error.into())),
+        };
         for (blob, name) in layout.images() {
             let read = layout.read(&blob, MANIFEST_BYTES_MAX).map_err(ImageError::from);
             match read.and_then(|bytes| Ok(ImageManifest::parse(&bytes)?)) {
                 Ok(manifest) => {
                     let (path, name) = (path.clone(), name.map(str::to_owned));
-                    listing.images.push(ListedImage { path, name, manifest });
+                    self.images.push(ListedImage { path, name, manifest });
                 }
-                Err(error) => listing.broken.push((path.clone(), error)),
+                Err(error) => self.broken.push((path.clone(), error)),
             }
         }
     }
-    Ok(listing)
 }
 
 /// Finds an image of the folder by its digest.
@@ -116,20 +128,28 @@ pub fn find(folder: &Path, digest: &BlobDigest) -> Result<Option<Image>, FolderE
     Ok(visible(folder)?.into_iter().find_map(opened))
 }
 
-/// Removes an image's directory. It is gone at once, for everybody who does not have it open; those who have keep it.
+/// Removes an image's directory, also one that is broken. It is gone at once, for everybody who does not have it open;
+/// those who have keep it.
 ///
 /// # Errors
 /// When it is no image, or cannot be removed.
 pub fn remove(path: &Path) -> Result<(), FolderError> {
-    Layout::open(path).map_err(|error| FolderError::NoImage {
-        path: path.to_owned(),
-        source: Box::new(error.into()),
-    })?;
+    if !looks_like_image(path) {
+        return Err(FolderError::NoImage(path.to_owned()));
+    }
     let hidden =
         path_beside(path).ok_or_else(|| io_error("removing", path)(io::ErrorKind::InvalidInput.into()))?;
     // From here on it is an unfinished image like that of a killed writer: if this is cut short, the next sweep ends it.
     fs::rename(path, &hidden).map_err(io_error("removing", path))?;
     fs::remove_dir_all(&hidden).map_err(io_error("removing", &hidden))
+}
+
+/// What [`prune`] would remove, in the order of paths.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn unfinished(folder: &Path) -> Result<Vec<PathBuf>, FolderError> {
+    abandoned(folder).map_err(io_error("reading", folder))
 }
 
 /// Removes what killed writers left in the folder, whatever its name was to be.

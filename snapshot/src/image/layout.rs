@@ -60,6 +60,9 @@ pub enum LayoutError {
         /// What there is.
         present: String,
     },
+    /// It lists nothing of Runnel's.
+    #[error("{0} lists no image of Runnel")]
+    Empty(PathBuf),
     /// A blob of the image cannot be opened.
     #[error("the image in {path} is not complete")]
     Blob {
@@ -186,6 +189,17 @@ impl Layout {
             path: path.to_owned(),
             listing: Listing::of(read_json(&path.join(INDEX_JSON), INDEX_JSON_BYTES_MAX)?),
         })
+    }
+
+    /// The layout, if it lists an image at all.
+    ///
+    /// # Errors
+    /// When it lists none.
+    pub fn with_images(self) -> Result<Self, LayoutError> {
+        if self.listing.manifests.is_empty() {
+            return Err(LayoutError::Empty(self.path.join(INDEX_JSON)));
+        }
+        Ok(self)
     }
 
     /// The images, each with its name if it has one.

@@ -51,8 +51,12 @@ impl Partial {
             let path = parent.join(hidden_name(name));
             match make(&path) {
                 Ok(made) if lock(&made) && is_still(&made, &path) => return Ok(Self { path, locked: made }),
-                // Somebody swept it before it was locked.
-                Ok(_) => {}
+                // Somebody swept it before it was locked, or is looking whether to. What is left of it is nobody else's.
+                Ok(made) => {
+                    if is_still(&made, &path) {
+                        let _ = remove(&path, &made);
+                    }
+                }
                 // A killed process of the same number left one, or somebody swept it as soon as it was made.
                 Err(error)
                     if matches!(
@@ -96,7 +100,35 @@ pub(crate) fn path_beside(target: &Path) -> Option<PathBuf> {
 /// # Errors
 /// When the folder cannot be read. What cannot be removed is logged.
 pub(crate) fn sweep(parent: &Path, name: Option<&str>) -> io::Result<Vec<PathBuf>> {
-    let mut swept = Vec::new();
+    visit_abandoned(parent, name, |path, locked| match remove(path, locked) {
+        Ok(()) => {
+            tracing::info!(path = %path.display(), "removed an image that was never finished");
+            true
+        }
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "an unfinished image cannot be removed");
+            false
+        }
+    })
+}
+
+/// What [`sweep`] would remove, in the order of paths.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub(super) fn abandoned(parent: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = visit_abandoned(parent, None, |_, _| true)?;
+    found.sort();
+    Ok(found)
+}
+
+/// Those unfinished images, of one target or of all, whose writers are gone and of which `visit` says so.
+fn visit_abandoned(
+    parent: &Path,
+    name: Option<&str>,
+    mut visit: impl FnMut(&Path, &File) -> bool,
+) -> io::Result<Vec<PathBuf>> {
+    let mut visited = Vec::new();
     for entry in fs::read_dir(parent)? {
         let entry = entry?;
         let target = entry.file_name().to_str().and_then(target_of).map(str::to_owned);
@@ -104,21 +136,15 @@ pub(crate) fn sweep(parent: &Path, name: Option<&str>) -> io::Result<Vec<PathBuf
             continue;
         }
         let path = entry.path();
-        // Held until it is removed: two sweepers do not meet.
+        // Held meanwhile: two sweepers do not meet.
         let Some(locked) = open(&path).ok().filter(lock) else {
             continue;
         };
-        match remove(&path, &locked) {
-            Ok(()) => {
-                tracing::info!(path = %path.display(), "removed an image that was never finished");
-                swept.push(path);
-            }
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "an unfinished image cannot be removed")
-            }
+        if visit(&path, &locked) {
+            visited.push(path);
         }
     }
-    Ok(swept)
+    Ok(visited)
 }
 
 fn hidden_name(name: &str) -> String {
@@ -193,6 +219,10 @@ mod tests {
             fs::create_dir(folder.path().join(orphan)).unwrap();
         }
         assert_eq!(
+            abandoned(folder.path()).unwrap(),
+            [".other.partial-1-1", ".web.partial-1-1"].map(|name| folder.path().join(name))
+        );
+        assert_eq!(
             sweep(folder.path(), Some("web")).unwrap(),
             [folder.path().join(".web.partial-1-1")]
         );
@@ -211,6 +241,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| (0..200).for_each(|_| _ = sweep(folder.path(), None)));
+                scope.spawn(|| (0..200).for_each(|_| _ = abandoned(folder.path())));
                 scope.spawn(|| {
                     for _ in 0..200 {
                         let partial = Partial::create_directory(folder.path(), "web").unwrap();

@@ -52,7 +52,7 @@ impl FromStr for ImageReference {
 
     fn from_str(text: &str) -> Result<Self, BadReference> {
         let refuse = |reason| BadReference {
-            text: text.chars().take(200).collect(),
+            text: without_secret(text).chars().take(200).collect(),
             reason,
         };
         let (rest, pin) = match text.split_once("@sha256:") {
@@ -85,10 +85,13 @@ impl FromStr for ImageReference {
         let slash = rest[authority_start..].find('/').map(|at| authority_start + at);
         let slash = slash.ok_or_else(|| refuse("the image's name is missing: http(s)://host:port/name"))?;
         let (base, path) = (&rest[..slash], &rest[slash + 1..]);
-        if base.len() == authority_start || base.contains('@') {
+        if base.contains('@') {
             return Err(refuse(
-                "between // and / stand a host and perhaps a port; tokens are given otherwise",
+                "a user and a password or token are not given in a URL, but in a file, with --credentials",
             ));
+        }
+        if base.len() == authority_start {
+            return Err(refuse("between // and / stand a host and perhaps a port"));
         }
         let (name, tag) = match path.split_once(':') {
             Some((name, tag)) => (name, Some(tag)),
@@ -111,6 +114,20 @@ impl FromStr for ImageReference {
             name: name.to_owned(),
             wanted,
         })
+    }
+}
+
+/// A URL without the user and password in it, which nobody else should read.
+fn without_secret(text: &str) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return text.to_owned();
+    };
+    let authority = rest.split('/').next().unwrap_or_default();
+    match authority.rsplit_once('@') {
+        Some((user, host)) if !authority.contains("@sha256:") => {
+            format!("{scheme}://…@{host}{}", &rest[user.len() + 1 + host.len()..])
+        }
+        _ => text.to_owned(),
     }
 }
 
@@ -188,7 +205,10 @@ mod tests {
             ("http://host", "name"),
             ("http://host/", "lower-case"),
             ("http:///web", "host"),
-            ("http://user:secret@host/web", "token"),
+            (
+                "http://user:secret@host/web",
+                "\"http://…@host/web\" names no image: a user and a password or token",
+            ),
             ("http://host/../web", "lower-case"),
             ("http://host/Web", "lower-case"),
             ("http://host/web:", "tag"),

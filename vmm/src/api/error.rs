@@ -57,9 +57,9 @@ pub enum RequestError {
     /// The body is not what the path takes.
     #[error("An error occurred when deserializing the json body of a request: {0}.")]
     Json(#[from] serde_json::Error),
-    /// The body is what the path takes, and contradicts itself.
-    #[error("An error occurred when deserializing the json body of a request: {0}.")]
-    Snapshot(#[from] SnapshotError),
+    /// The body is what the path takes, and asks for what cannot be.
+    #[error("{0}.")]
+    Snapshot(SnapshotError),
     /// A method that is not of this API.
     #[error("Invalid HTTP Method: Unsupported HTTP method.")]
     Method,
@@ -77,4 +77,16 @@ pub enum RequestError {
     /// There is nothing to cancel.
     #[error("There is no such operation under way.")]
     NothingToCancel,
+}
+
+impl From<SnapshotError> for RequestError {
+    fn from(error: SnapshotError) -> Self {
+        match error {
+            // Of fields that are missing or too many Firecracker makes errors of its parser.
+            SnapshotError::Missing(_) | SnapshotError::NoMemory | SnapshotError::TwoMemories => {
+                Self::Json(serde::de::Error::custom(error))
+            }
+            other => Self::Snapshot(other),
+        }
+    }
 }

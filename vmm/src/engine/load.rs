@@ -112,7 +112,7 @@ pub enum LoadError {
     #[error("guest memory is not mapped as it should be")]
     Mapping(#[source] io::Error),
     /// An override for something that is not there.
-    #[error("`{field}` names {id}, and the machine has none of that name; it has {has}")]
+    #[error("`{field}` names {id}, and {has}")]
     Stranger {
         /// The field.
         field: &'static str,
@@ -346,7 +346,10 @@ fn with_overrides(
     let mut described = description.config.clone();
     for (id, tap) in &load.taps {
         if !described.override_tap(id, tap) {
-            let has = names(described.interfaces().iter().map(|interface| &interface.id));
+            let has = present(
+                "interface",
+                described.interfaces().iter().map(|interface| &interface.id),
+            );
             return Err(LoadError::Stranger {
                 field: "network_overrides",
                 id: id.clone(),
@@ -356,7 +359,7 @@ fn with_overrides(
     }
     for (id, path) in &load.drives {
         if !described.override_drive(id, path) {
-            let has = names(described.drives().iter().map(|drive| &drive.id));
+            let has = present("drive", described.drives().iter().map(|drive| &drive.id));
             return Err(LoadError::Stranger {
                 field: "drive_overrides",
                 id: id.clone(),
@@ -370,12 +373,13 @@ fn with_overrides(
     Ok(described)
 }
 
-fn names<'i>(ids: impl Iterator<Item = &'i ResourceId>) -> String {
+/// What the machine has of a kind, for whoever named something else.
+fn present<'i>(kind: &str, ids: impl Iterator<Item = &'i ResourceId>) -> String {
     let all: Vec<_> = ids.map(ResourceId::as_str).collect();
-    if all.is_empty() {
-        "none".to_owned()
-    } else {
-        all.join(", ")
+    match all[..] {
+        [] => format!("the machine has no {kind}"),
+        [only] => format!("the machine has the {kind} {only} alone"),
+        _ => format!("the machine has the {kind}s {}", all.join(", ")),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The monitor's API, asked over its unix socket: one HTTP/1.1 exchange a connection, by hand, since a request and an
 //! answer of some KiB are all there is.
 
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -37,6 +37,12 @@ pub(crate) enum ApiError {
         /// The system's reason.
         #[source]
         source: io::Error,
+    },
+    /// It is no more.
+    #[error("the monitor has ended, before it answered {request}")]
+    Ended {
+        /// What was asked.
+        request: String,
     },
     /// The answer is none.
     #[error("{request}: the monitor's answer makes no sense: {reason}")]
@@ -129,6 +135,12 @@ impl Api {
         self.get("/snapshot/progress")
     }
 
+    /// Whether a snapshot is being made or loaded. Asked beside it; what cannot be asked is not.
+    pub(crate) fn is_saving_or_loading(&self) -> bool {
+        let operation = self.progress().ok().and_then(|progress| progress.operation);
+        operation.is_some_and(|operation| operation.state == "running")
+    }
+
     /// The whole configuration. It is answered in turn, so it may have to wait for a snapshot.
     pub(crate) fn configuration(&self) -> Result<Value, ApiError> {
         self.exchange("GET", "/vm/config", None, Some(AT_ONCE))
@@ -169,10 +181,19 @@ impl Api {
             socket: self.socket.clone(),
             source,
         })?;
-        let answer = converse(stream, method, path, body, patience).map_err(|source| ApiError::Exchange {
-            request: request(),
-            source,
-        })?;
+        let answer = converse(stream, method, path, body, patience);
+        let answer = match answer {
+            Ok(answer) if !answer.is_empty() => answer,
+            // It hangs up without a word only when it ends.
+            Ok(_) => return Err(ApiError::Ended { request: request() }),
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+                return Err(ApiError::Ended { request: request() });
+            }
+            Err(source) => {
+                let request = request();
+                return Err(ApiError::Exchange { request, source });
+            }
+        };
         let answer = Answer::parse(&answer).map_err(|reason| ApiError::Malformed {
             request: request(),
             reason,
@@ -307,6 +328,31 @@ mod tests {
                 (400, "so so", "DELETE /snapshot/create")
             );
         });
+    }
+
+    #[test]
+    fn a_monitor_that_ends_in_the_middle_of_a_request_is_called_ended() {
+        served("", |api| {
+            let error = api.delete("/snapshot/create").unwrap_err();
+            assert!(matches!(error, ApiError::Ended { .. }), "{error}");
+        });
+    }
+
+    #[test]
+    fn what_is_under_way_is_told_from_what_has_ended() {
+        let answer = |state: &str| {
+            format!(
+                "HTTP/1.1 200 OK\r\n\r\n{{\"operation\":{{\"kind\":\"create\",\"state\":\"{state}\",\"phase\":\"\",\
+                 \"bytes_done\":0,\"bytes_total\":0}},\"volumes\":[]}}"
+            )
+        };
+        for (state, expected) in [("running", true), ("done", false)] {
+            served(answer(state).leak(), |api| {
+                assert_eq!(api.is_saving_or_loading(), expected, "{state}")
+            });
+        }
+        // Nobody who does not answer is waited for.
+        served("", |api| assert!(!api.is_saving_or_loading()));
     }
 
     #[test]

@@ -168,6 +168,12 @@ impl Boot {
         self.put_named("--net", "/network-interfaces", &id, body)
     }
 
+    /// The taps of its interfaces.
+    pub(crate) fn taps(&self) -> impl Iterator<Item = &str> {
+        let bodies = self.requests.iter().map(|put| &put.body);
+        bodies.filter_map(|body| body["host_dev_name"].as_str())
+    }
+
     /// Adds an entropy device.
     pub(crate) fn add_entropy(&mut self) {
         self.put("/entropy", json!({}));
@@ -354,7 +360,12 @@ impl FromStr for NetFlag {
             match part.split_once('=') {
                 Some(("id", id)) => interface.id = Some(checked_id(id)?),
                 Some(("tap", tap)) => interface.tap = tap.to_owned(),
-                Some(("mac", mac)) => interface.mac = Some(mac.to_owned()),
+                Some(("mac", mac)) if is_mac(mac) => interface.mac = Some(mac.to_owned()),
+                Some(("mac", _)) => {
+                    return Err(BadFlag::Value(
+                        "a mac is six pairs of hex digits, as in 06:00:00:00:00:01",
+                    ));
+                }
                 Some(("mtu", mtu)) => {
                     let bad = |_| BadFlag::Value("an mtu is a number from 68 to 65535");
                     interface.mtu = Some(mtu.parse().map_err(bad)?);
@@ -377,6 +388,12 @@ impl FromStr for NetFlag {
     }
 }
 
+/// Whether the monitor takes it as an address.
+fn is_mac(text: &str) -> bool {
+    let is_pair = |pair: &str| pair.len() == 2 && pair.bytes().all(|digit| digit.is_ascii_hexdigit());
+    text.split(':').count() == 6 && text.split(':').all(is_pair)
+}
+
 /// `ID=VALUE`: what takes the place of what the image names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Override {
@@ -386,14 +403,28 @@ pub(crate) struct Override {
     pub(crate) value: String,
 }
 
-impl FromStr for Override {
-    type Err = BadFlag;
+impl Override {
+    /// Of an interface.
+    ///
+    /// # Errors
+    /// When a side is missing.
+    pub(crate) fn of_tap(text: &str) -> Result<Self, BadFlag> {
+        Self::parse(text, "give ID=TAP, as in eth0=tap1")
+    }
 
-    fn from_str(text: &str) -> Result<Self, BadFlag> {
+    /// Of a drive.
+    ///
+    /// # Errors
+    /// When a side is missing.
+    pub(crate) fn of_drive(text: &str) -> Result<Self, BadFlag> {
+        Self::parse(text, "give ID=PATH, as in rootfs=/srv/disk.img")
+    }
+
+    fn parse(text: &str, expected: &'static str) -> Result<Self, BadFlag> {
         let found = text
             .split_once('=')
             .filter(|(id, value)| !id.is_empty() && !value.is_empty());
-        let (id, value) = found.ok_or(BadFlag::Value("give ID=VALUE, as in eth0=tap1"))?;
+        let (id, value) = found.ok_or(BadFlag::Value(expected))?;
         Ok(Self {
             id: id.to_owned(),
             value: value.to_owned(),
@@ -480,12 +511,22 @@ mod tests {
         ] {
             assert!(text.parse::<DriveFlag>().is_err(), "{text}");
         }
-        for text in ["", "mac=1", "tap=", "tap=a,mtu=x", "tap=a,queues=2"] {
+        for text in [
+            "",
+            "mac=1",
+            "tap=",
+            "tap=a,mtu=x",
+            "tap=a,queues=2",
+            "tap=a,mac=zz",
+            "tap=a,mac=06:00:00:00:00:1",
+        ] {
             assert!(text.parse::<NetFlag>().is_err(), "{text}");
         }
         for text in ["", "eth0", "=tap", "eth0="] {
-            assert!(text.parse::<Override>().is_err(), "{text}");
+            assert!(Override::of_tap(text).is_err(), "{text}");
         }
+        let error = Override::of_drive("rootfs").unwrap_err().to_string();
+        assert!(error.contains("ID=PATH"), "{error}");
         let error = "path=a,rw".parse::<DriveFlag>().unwrap_err().to_string();
         assert!(error.contains("\"rw\"") && error.contains("path=PATH"), "{error}");
     }

@@ -34,7 +34,7 @@ Environment:
     disable_help_subcommand = true
 )]
 pub(crate) struct Cli {
-    /// Say more about what is done, on standard error.
+    /// Say more about what is done, on standard error; monitors and agents that are started say more in their logs.
     #[arg(long, short, global = true)]
     pub(crate) verbose: bool,
 

@@ -45,7 +45,7 @@ mod tests {
                 "the machine is stalled: chunk 7 of memory is missing (away); try again when `runnel ps` no longer says so",
             ),
             (
-                "An error occurred when deserializing the json body of a request: `network_overrides` names eth0 twice.",
+                "`network_overrides` names eth0 twice.",
                 "`--tap` names eth0 twice",
             ),
         ] {

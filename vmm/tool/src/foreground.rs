@@ -11,7 +11,7 @@ use crate::commands::Failure;
 use crate::console::{Console, Left};
 use crate::exit::Exit;
 use crate::monitor::Monitor;
-use crate::output::{print, print_json};
+use crate::output::{print, print_json, tell};
 use crate::signals::Signals;
 
 /// How often the console's socket is tried while the machine is built.
@@ -103,16 +103,22 @@ fn start_with_console<T>(
 }
 
 fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> Result<Exit, Failure> {
+    // One that came while the machine started: it ends, and nobody is told that it runs.
+    if let Some(signal) = signals.next() {
+        return Ok(Exit::Signal(signal));
+    }
     let name = monitor.folder().name.clone();
     let is_terminal = std::io::stdin().is_terminal();
     if is_terminal {
-        eprintln!("{name} runs; Ctrl-] leaves its console.\r");
+        tell(format_args!("{name} runs; Ctrl-] leaves its console.\r"));
     }
     // None, if the machine has ended already.
     let left = console.map_or(Ok(Left::Ended), |console| console.join(signals))?;
     match left {
         Left::Key => {
-            eprintln!("{name} runs on: `runnel console {name}` returns to it, `runnel stop {name}` ends it.");
+            tell(format_args!(
+                "{name} runs on: `runnel console {name}` returns to it, `runnel stop {name}` ends it."
+            ));
             monitor.keep();
             Ok(Exit::Done)
         }
@@ -125,10 +131,10 @@ fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> 
             let log = monitor.ended_log();
             let exit = monitor.wait(signals)?;
             if let Exit::Monitor(code @ 1..) = exit {
-                eprintln!(
+                tell(format_args!(
                     "runnel: {name} ended with code {code}; its log is {}",
                     log.display()
-                );
+                ));
             }
             Ok(exit)
         }

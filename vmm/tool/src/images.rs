@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use runnel_snapshot::image::folder::looks_like_image;
 use runnel_snapshot::image::reference::{BadReference, ImageReference, is_name};
 
 /// Why an image cannot be found.
@@ -31,6 +32,31 @@ pub(crate) enum StoreError {
         path: String,
         /// The folder.
         store: PathBuf,
+    },
+    /// Where nothing is written to.
+    #[error(
+        "{0} is another host's, and images are pulled, never pushed: save it here under a name, and let others pull it with `runnel serve`, or copy its directory into a registry with skopeo"
+    )]
+    Pushed(String),
+    /// A directory where an image's name should be.
+    #[error("{0} is a directory, and the image needs a name of its own in it, as in {example}", example = in_folder(.0))]
+    NoNameIn(String),
+    /// Something that only begins like a URL.
+    #[error("{0:?} is neither a directory nor a URL: an image of a server begins with http:// or https://")]
+    HalfUrl(String),
+    /// There is nothing of that path.
+    #[error("there is no image {0}: no such directory")]
+    NotThere(PathBuf),
+    /// There is something else.
+    #[error("{0} is no image: it has neither oci-layout nor index.json and blobs")]
+    NoImage(PathBuf),
+    /// The images are one folder further down.
+    #[error("{folder} is a folder of images: give one of them, as in {example}", folder = .folder.display(), example = .example.display())]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// The first image in it.
+        example: PathBuf,
     },
     /// A server's image without what says so.
     #[error("there is no directory {0}: an image of a server begins with its scheme, as in http://{0}")]
@@ -120,20 +146,34 @@ impl ImageStore {
     /// # Errors
     /// When there is none.
     pub(crate) fn image(&self, name: &str) -> Result<PathBuf, StoreError> {
-        let path = self.path.join(name);
-        if is_single_name(name) && is_image(&path) {
-            return Ok(path);
-        }
-        if bare_name(Path::new(name)).is_none() {
+        // Whatever was copied there counts, also under a name that no snapshot is given; hidden ones are unfinished.
+        if bare_name(Path::new(name)).is_none_or(|name| name.starts_with('.')) {
             return Err(StoreError::NotOfStore {
                 path: name.to_owned(),
                 store: self.path.clone(),
             });
         }
-        Err(StoreError::Unknown {
-            name: name.to_owned(),
-            store: self.path.clone(),
-        })
+        let path = self.path.join(name);
+        if looks_like_image(&path) {
+            return Ok(path);
+        }
+        match path.symlink_metadata() {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("looking into the store for", &path)(source))
+            }
+            _ => Err(StoreError::Unknown {
+                name: name.to_owned(),
+                store: self.path.clone(),
+            }),
+        }
+    }
+
+    /// Whether the store was made.
+    ///
+    /// # Errors
+    /// When that cannot be seen.
+    pub(crate) fn is_there(&self) -> Result<bool, StoreError> {
+        self.path.try_exists().map_err(io_error("finding", &self.path))
     }
 
     /// What `text` refers to: a URL, a path, or an image of the store, with a tag or a digest if it has one.
@@ -149,11 +189,11 @@ impl ImageStore {
             None if lacks_scheme(text) && !path.exists() => {
                 return Err(StoreError::NoScheme(text.to_owned()));
             }
-            None => path,
+            None => image_at(path, text)?,
             Some(name) => match self.image(name) {
                 Ok(path) => path,
                 // Whoever types the name of a directory beside him means it.
-                Err(_) if is_image(&path) => path,
+                Err(_) if looks_like_image(&path) => path,
                 Err(unknown) => return Err(unknown),
             },
         };
@@ -170,6 +210,12 @@ impl ImageStore {
             return Err(StoreError::NoName);
         }
         let path = Path::new(text);
+        if text.contains("://") || begins_like_url(text) || lacks_scheme(text) && !path.exists() {
+            return Err(StoreError::Pushed(text.to_owned()));
+        }
+        if path.file_name().is_none() || text.ends_with('/') && path.is_dir() {
+            return Err(StoreError::NoNameIn(text.to_owned()));
+        }
         let Some(name) = bare_name(path) else {
             return std::path::absolute(path).map_err(io_error("resolving", path));
         };
@@ -190,6 +236,41 @@ impl ImageStore {
     }
 }
 
+/// The image at a path that was given as `text`.
+fn image_at(path: PathBuf, text: &str) -> Result<PathBuf, StoreError> {
+    if looks_like_image(&path) {
+        return Ok(path);
+    }
+    match path.metadata() {
+        Ok(found) if found.is_dir() => {}
+        Ok(_) => return Err(StoreError::NoImage(path)),
+        Err(_) if begins_like_url(text) => return Err(StoreError::HalfUrl(text.to_owned())),
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(io_error("reading", &path)(source));
+        }
+        Err(_) => return Err(StoreError::NotThere(path)),
+    }
+    let entries = path.read_dir().map_err(io_error("reading", &path))?;
+    let images = entries.flatten().map(|entry| entry.path());
+    match images.filter(|path| looks_like_image(path)).min() {
+        Some(example) => Err(StoreError::Folder {
+            folder: path,
+            example,
+        }),
+        None => Err(StoreError::NoImage(path)),
+    }
+}
+
+/// Whether somebody who wrote that meant a URL.
+fn begins_like_url(text: &str) -> bool {
+    text.starts_with("http:/") || text.starts_with("https:/")
+}
+
+/// An image's path in a directory, for an example.
+fn in_folder(folder: &str) -> String {
+    format!("{}/web", folder.trim_end_matches('/'))
+}
+
 /// Whether `text` begins with a host and a port, as in `10.0.0.1:5000/web`.
 fn lacks_scheme(text: &str) -> bool {
     let port = text
@@ -202,10 +283,6 @@ fn lacks_scheme(text: &str) -> bool {
 fn bare_name(path: &Path) -> Option<&str> {
     path.to_str()
         .filter(|text| !text.contains('/') && !matches!(*text, "" | "." | ".."))
-}
-
-fn is_image(path: &Path) -> bool {
-    path.join("oci-layout").is_file()
 }
 
 fn is_single_name(name: &str) -> bool {
@@ -243,8 +320,9 @@ mod tests {
             directory(store.resolve("web").unwrap()).0,
             folder.path().join("web")
         );
-        let here = std::env::current_dir().unwrap();
-        assert_eq!(directory(store.resolve("./web").unwrap()).0, here.join("web"));
+        let path = folder.path().join("web");
+        let by_path = store.resolve(path.to_str().unwrap()).unwrap();
+        assert_eq!(directory(by_path).0, path);
         let unknown = store.resolve("db").unwrap_err().to_string();
         assert!(unknown.contains("runnel image ls"), "{unknown}");
         let remote = store.resolve("http://127.0.0.1:5000/web:v1").unwrap();
@@ -285,10 +363,62 @@ mod tests {
         }
         for text in ["./a:5000/web", "/srv/a:5000/web", "a:b/web", ":5000/web"] {
             let reference = store.resolve(text);
+            assert!(matches!(reference, Err(StoreError::NotThere(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_path_without_an_image_says_what_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store_with(&folder, "web");
+        fs::create_dir(folder.path().join("empty")).unwrap();
+        fs::write(folder.path().join("file"), "").unwrap();
+        let told = |path: &Path| store.resolve(path.to_str().unwrap()).unwrap_err().to_string();
+        for (name, reason) in [
+            ("none", "no such directory"),
+            ("empty", "is no image"),
+            ("file", "is no image"),
+        ] {
+            let told = told(&folder.path().join(name));
+            assert!(told.contains(reason), "{told}");
+        }
+        let told = told(folder.path());
+        let example = folder.path().join("web");
+        assert!(
+            told.contains("a folder of images") && told.ends_with(example.to_str().unwrap()),
+            "{told}"
+        );
+        for text in ["http:/10.0.0.1:5000/web", "https:/host/web"] {
+            let refused = store.resolve(text);
+            assert!(matches!(refused, Err(StoreError::HalfUrl(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_new_image_is_neither_pushed_nor_a_directory_that_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = ImageStore::at(folder.path().to_owned());
+        for text in ["http://10.0.0.1:5000/web", "https:/host/web", "10.0.0.1:5000/web"] {
+            let told = store.destination(text).unwrap_err().to_string();
             assert!(
-                matches!(reference, Ok(ImageReference::Directory { .. })),
-                "{text}"
+                told.contains("never pushed") && told.contains("runnel serve"),
+                "{told}"
             );
         }
+        for text in ["./", ".", "..", "/", &format!("{}/", folder.path().display())] {
+            let refused = store.destination(text);
+            assert!(matches!(refused, Err(StoreError::NoNameIn(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_store_that_cannot_be_read_is_not_called_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        // Whoever is root may read any folder; nobody looks into a file.
+        let store = ImageStore::at(file);
+        let refused = store.image("web");
+        assert!(matches!(refused, Err(StoreError::Io { .. })), "{refused:?}");
     }
 }

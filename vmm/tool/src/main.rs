@@ -4,6 +4,9 @@
 //! image format's libraries, and keeps what runs in a folder of its own. It holds no state between commands but that
 //! folder, needs no daemon, and never touches guest memory.
 
+// It panics where standard error takes nothing, and `output::tell` does not.
+#![warn(clippy::print_stderr)]
+
 mod api;
 mod boot;
 mod cli;
@@ -25,6 +28,7 @@ mod signals;
 mod size;
 mod state;
 mod table;
+mod taps;
 mod terminal;
 
 use std::process::ExitCode;
@@ -42,6 +46,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
+        // Told with `eprintln!`, too.
+        .log_internal_errors(false)
         .without_time()
         .with_target(false)
         .init();
@@ -50,7 +56,7 @@ fn main() -> ExitCode {
         // Whoever reads the output has seen enough, as with `runnel ps | head -1`.
         Err(error) if output::is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("runnel: {}", output::trace(error.as_ref()));
+            output::tell(format_args!("runnel: {}", output::trace(error.as_ref())));
             ExitCode::from(exit::FAILED)
         }
     }

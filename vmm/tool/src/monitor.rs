@@ -15,9 +15,9 @@ use serde_json::json;
 
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
-use crate::output::trace;
+use crate::output::{is_verbose, trace};
 use crate::process::{Process, ProcessId};
-use crate::program::{self, ProgramError, last_lines};
+use crate::program::{self, ProgramError, last_words};
 use crate::signals::Signals;
 use crate::state::{MachineFolder, MachineName, StateError, StateFolder};
 
@@ -72,6 +72,9 @@ pub(crate) enum MonitorError {
         /// Where its log will be, since it ends.
         log: PathBuf,
     },
+    /// It refused what was typed, and the reason says what of it.
+    #[error("{0}")]
+    Mistyped(String),
     /// It refused to put its console there.
     #[error("the console's socket was refused")]
     Console(#[source] ApiError),
@@ -104,7 +107,8 @@ impl<'s> Monitor<'s> {
         command.arg("--api-sock").arg(folder.api_socket());
         command.arg("--id").arg(folder.name.to_string());
         command.arg("--log-path").arg(folder.log());
-        command.args(["--level", "Info", "--show-level"]);
+        let level = if is_verbose() { "Debug" } else { "Info" };
+        command.args(["--level", level, "--show-level"]);
         program::detach(&mut command, &folder.log()).map_err(failed)?;
         let mut child = command.spawn().map_err(failed)?;
         // It cannot be another one of the same number before the child is waited for.
@@ -120,6 +124,13 @@ impl<'s> Monitor<'s> {
             is_kept: false,
         };
         claim.enter(id)?;
+        tracing::debug!(
+            "the monitor of {} is process {}, {}; it logs to {}",
+            monitor.folder.name,
+            id.pid(),
+            program.display(),
+            monitor.folder.log().display()
+        );
         monitor.wait_for_api()?;
         let socket = json!({ "serial_socket_path": monitor.folder.console_socket() });
         monitor
@@ -165,8 +176,19 @@ impl<'s> Monitor<'s> {
 
     /// Why this machine, which was to be started, is not.
     pub(crate) fn refused(&self, error: &ApiError) -> MonitorError {
+        /// What may fail for reasons of the host. All else is what was typed, which the log knows no more of.
+        const ATTEMPTS: [&str; 2] = ["PUT /actions", "PUT /snapshot/load"];
+        let reason = trace(error);
+        let is_attempt = match error {
+            ApiError::Refused { request, .. } => ATTEMPTS.contains(&request.as_str()),
+            _ => true,
+        };
+        // In the same way, a reason that names the flag to give.
+        if !is_attempt || reason.contains("--") {
+            return MonitorError::Mistyped(reason);
+        }
         MonitorError::Refused {
-            reason: trace(error),
+            reason,
             name: self.folder.name.clone(),
             log: self.ended_log(),
         }
@@ -216,7 +238,8 @@ fn ended(child: &mut Child, folder: &MachineFolder) -> MonitorError {
     match child.wait() {
         Ok(status) => MonitorError::Ended {
             status,
-            log: last_lines(&folder.log(), LINES),
+            // The folder is new, and so is its log.
+            log: last_words(&folder.log(), 0, LINES),
         },
         Err(_) => MonitorError::Silent(folder.log()),
     }

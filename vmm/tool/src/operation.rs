@@ -19,6 +19,8 @@ const LOOK: Duration = Duration::from_millis(100);
 pub(crate) enum Outcome {
     /// It is done.
     Done,
+    /// It is done, since a signal came too late to call it off.
+    Overtaken(i32),
     /// A signal called it off; all is as it was before.
     Cancelled(i32),
     /// A second signal came before the monitor had called it off. How it ends is not known.
@@ -61,7 +63,8 @@ pub(crate) fn run(
     // It has sent its answer and does nothing more.
     let _ = worker.join();
     match (answered, cancelled) {
-        (Ok(()), _) => Ok(Outcome::Done),
+        (Ok(()), None) => Ok(Outcome::Done),
+        (Ok(()), Some(signal)) => Ok(Outcome::Overtaken(signal)),
         (Err(ApiError::Refused { .. }), Some(signal)) => Ok(Outcome::Cancelled(signal)),
         (Err(error), _) => Err(error),
     }
@@ -150,6 +153,6 @@ mod tests {
 
     #[test]
     fn an_operation_that_was_done_all_the_same_is_done() {
-        assert_eq!(interrupted(DONE), Outcome::Done);
+        assert_eq!(interrupted(DONE), Outcome::Overtaken(libc::SIGINT));
     }
 }

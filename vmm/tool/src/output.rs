@@ -1,6 +1,7 @@
 //! What commands print: text for people, JSON for scripts.
 
 use std::error::Error;
+use std::fmt::Display;
 use std::io::{self, Write};
 
 use clap::Args;
@@ -32,6 +33,16 @@ pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;
     text.push('\n');
     print(&text)
+}
+
+/// Tells people a line, on standard error. Where that takes nothing, nobody wants to know.
+pub(crate) fn tell(text: impl Display) {
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
+/// Whether `--verbose` was given: then what is started says more in its log, too.
+pub(crate) fn is_verbose() -> bool {
+    tracing::enabled!(tracing::Level::DEBUG)
 }
 
 /// An error and its causes in one line, none of them said twice.

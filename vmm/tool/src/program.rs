@@ -79,14 +79,37 @@ pub(crate) fn detach(command: &mut Command, log: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The last lines of a log, for an error's message.
-pub(crate) fn last_lines(log: &Path, lines: usize) -> String {
+/// How long a log is before a program is started that adds to it.
+pub(crate) fn log_bytes(log: &Path) -> u64 {
+    log.metadata().map_or(0, |log| log.len())
+}
+
+/// What a program that ended at once has added to its log, its last lines, for an error's message; or why that is
+/// nothing. `before` is how long the log was when the program was started.
+pub(crate) fn last_words(log: &Path, before: u64, lines: usize) -> String {
+    /// Less than this a file cannot grow by.
+    const ROOM_BYTES_MIN: u64 = 4 << 10;
+    let said = last_lines(log, before, lines);
+    if !said.is_empty() {
+        return said;
+    }
+    let room = log.parent().and_then(|folder| rustix::fs::statvfs(folder).ok());
+    match room {
+        Some(room) if room.f_bavail.saturating_mul(room.f_frsize) < ROOM_BYTES_MIN => format!(
+            "it could say nothing in its log, {}: that file system is full, so make room there",
+            log.display()
+        ),
+        _ => format!("it said nothing in its log, {}", log.display()),
+    }
+}
+
+fn last_lines(log: &Path, before: u64, lines: usize) -> String {
     const TAIL_BYTES: u64 = 4 << 10;
     let tail = || -> io::Result<String> {
         use std::io::{Read, Seek, SeekFrom};
         let mut file = File::open(log)?;
         let len = file.metadata()?.len();
-        file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES)))?;
+        file.seek(SeekFrom::Start(len.saturating_sub(TAIL_BYTES).max(before)))?;
         let mut bytes = Vec::new();
         file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -98,6 +121,8 @@ pub(crate) fn last_lines(log: &Path, lines: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -105,8 +130,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("log");
         std::fs::write(&log, format!("{}\nlast but one\n\nlast\n", "x".repeat(10_000))).unwrap();
-        assert_eq!(last_lines(&log, 2), "last but one\nlast");
-        assert_eq!(last_lines(&folder.path().join("none"), 2), "");
+        assert_eq!(last_words(&log, 0, 2), "last but one\nlast");
+        let before = log_bytes(&log);
+        assert!(last_words(&log, before, 2).starts_with("it said nothing in its log"));
+        fs::write(&log, format!("{}new\n", fs::read_to_string(&log).unwrap())).unwrap();
+        assert_eq!(last_words(&log, before, 2), "new");
+        assert!(last_words(&folder.path().join("none"), 0, 2).starts_with("it said nothing"));
     }
 
     #[test]

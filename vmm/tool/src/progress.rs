@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::output::tell;
 use crate::size;
 
 /// How often a line is written where there is no terminal.
@@ -51,7 +52,7 @@ impl ProgressView {
             }
             Shown::Lines { last } if last.elapsed() >= LINES_APART => {
                 *last = Instant::now();
-                eprintln!("{}", line(&self.what, phase, done, total));
+                tell(line(&self.what, phase, done, total));
             }
             Shown::Lines { .. } => {}
         }

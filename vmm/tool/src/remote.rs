@@ -1,10 +1,29 @@
 //! How servers of other hosts are met: who to be at registries, and whose certificates to trust.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::Args;
 use runnel_agent::remote::{Credentials, CredentialsError, RemoteSettings};
+
+/// Why a file that was given is of no use.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RemoteFlagError {
+    /// `--credentials`.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    /// `--tls-ca`.
+    #[error("the certificates in {path}, which --tls-ca names, cannot be read", path = path.display())]
+    Authorities {
+        /// Which file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
 
 /// What a command is told of that.
 #[derive(Clone, Debug, Args)]
@@ -31,6 +50,23 @@ impl RemoteFlags {
             authorities: self.tls_ca.clone(),
             ..RemoteSettings::default()
         })
+    }
+
+    /// Looks at the files that were given: an agent that runs already would never.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub(crate) fn check(&self) -> Result<(), RemoteFlagError> {
+        if let Some(path) = &self.credentials {
+            Credentials::read(path)?;
+        }
+        if let Some(path) = &self.tls_ca {
+            File::open(path).map_err(|source| RemoteFlagError::Authorities {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(())
     }
 
     /// Whether there is anything to pass on.

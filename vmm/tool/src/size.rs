@@ -1,6 +1,7 @@
 //! Sizes and durations as people write and read them.
 
-use std::time::Duration;
+use std::num::NonZero;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Text that is no size or duration.
 #[derive(Debug, thiserror::Error)]
@@ -132,6 +133,13 @@ pub(crate) fn instant(unix_ms: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
 }
 
+/// `2026-11-23T14:05:09Z` (RFC 3339), for scripts.
+pub(crate) fn timestamp(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let text = instant(u64::try_from(since.as_millis()).unwrap_or(u64::MAX));
+    text.replacen(' ', "T", 1).replace(" UTC", "Z")
+}
+
 /// The Gregorian date of a day counted from 1970, by eras of 400 years that begin in March.
 fn civil_date(days: u64) -> (u64, u64, u64) {
     const DAYS_TO_1970: u64 = 719_468;
@@ -148,6 +156,14 @@ fn civil_date(days: u64) -> (u64, u64, u64) {
         month_from_march - 9
     };
     (era * 400 + year + u64::from(month <= 2), month, day_of_month)
+}
+
+/// A number of things of which there must be one.
+///
+/// # Errors
+/// When it is 0 or no number.
+pub(crate) fn parse_count(text: &str) -> Result<NonZero<usize>, &'static str> {
+    text.parse().map_err(|_| "a whole number is needed, at least 1")
 }
 
 #[cfg(test)]
@@ -227,6 +243,10 @@ mod tests {
         assert_eq!(instant(0), "1970-01-01 00:00:00 UTC");
         assert_eq!(instant(951_782_400_000), "2000-02-29 00:00:00 UTC");
         assert_eq!(instant(1_700_000_000_999), "2023-11-14 22:13:20 UTC");
+        assert_eq!(
+            timestamp(UNIX_EPOCH + Duration::from_secs(951_782_400)),
+            "2000-02-29T00:00:00Z"
+        );
         assert_eq!(instant(4_107_542_399_000), "2100-02-28 23:59:59 UTC");
     }
 }

@@ -37,9 +37,20 @@ const ENDED_LOGS_MAX: usize = 32;
 pub(crate) enum StateError {
     /// There is no place for it.
     #[error(
-        "XDG_RUNTIME_DIR is not set, and /run/runnel is root's: set it to a directory of your own, as a login session does"
+        "XDG_RUNTIME_DIR is not set to an absolute path, and /run/runnel is root's: set it to a directory of your own, as a login session does"
     )]
     NoPlace,
+    /// What the variable names is not there, or somebody else's.
+    #[error(
+        "XDG_RUNTIME_DIR is {path}, and nothing can be kept there: set it to a directory that is there and yours alone (`mkdir -m 700`), as a login session does"
+    )]
+    Runtime {
+        /// What it names.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
     /// Others could come in.
     #[error(
         "{path} must be yours and nobody else's, and is of user {owner} with mode {mode:o}: `chown` and `chmod 700` it, or remove it"
@@ -254,7 +265,13 @@ impl StateFolder {
     pub(crate) fn open() -> Result<Self, StateError> {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
         match runtime.filter(|path| path.is_absolute()) {
-            Some(runtime) => Self::at(runtime.join("runnel")),
+            Some(runtime) => Self::at(runtime.join("runnel")).map_err(|error| match error {
+                StateError::Io { source, .. } => StateError::Runtime {
+                    path: runtime,
+                    source,
+                },
+                other => other,
+            }),
             None if rustix::process::geteuid().is_root() => Self::at("/run/runnel".into()),
             None => Err(StateError::NoPlace),
         }
@@ -287,6 +304,11 @@ impl StateFolder {
         self.root.join("agent")
     }
 
+    /// Where this user's agent listens.
+    pub(crate) fn agent_socket(&self) -> PathBuf {
+        self.agent().join("agent.sock")
+    }
+
     /// Takes a name for a new machine: the given one, or the first free of `m1`, `m2`, …
     ///
     /// # Errors
@@ -313,9 +335,7 @@ impl StateFolder {
     /// Takes a name, or says who has it; nothing of one that is being started. The lock is held.
     fn try_claim(&self, name: &MachineName) -> Result<Result<Claim, Option<ProcessId>>, StateError> {
         let folder = self.folder(name);
-        if folder.console_socket().as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-            return Err(StateError::TooLong(folder.console_socket()));
-        }
+        check_socket(&folder.console_socket())?;
         if folder.path.exists() {
             match self.look(&folder)? {
                 Found::Running(id, _) => return Ok(Err(Some(id))),
@@ -466,6 +486,17 @@ impl StateFolder {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Refuses a path that no socket can have.
+///
+/// # Errors
+/// When it is too long.
+pub(crate) fn check_socket(path: &Path) -> Result<(), StateError> {
+    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        return Err(StateError::TooLong(path.to_owned()));
+    }
+    Ok(())
 }
 
 enum Found {

@@ -59,7 +59,15 @@ pub(super) struct PageFolders {
 struct Folder {
     path: PathBuf,
     _lock: File,
+    /// Whether it was not there before.
+    is_new: bool,
 }
+
+/// The lock's file in a folder.
+const LOCK: &str = "lock";
+
+/// How often a folder is taken anew that an ending agent just takes away.
+const ATTEMPTS_MAX: u32 = 100;
 
 impl PageFolders {
     /// Takes the directories, and makes them where they are missing. Both may be one.
@@ -130,10 +138,22 @@ impl PageFolders {
 
 impl Folder {
     fn take(path: &Path) -> Result<Self, PagesError> {
+        for _ in 1..ATTEMPTS_MAX {
+            match Self::try_take(path) {
+                Err(PagesError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                taken => return taken,
+            }
+        }
+        Self::try_take(path)
+    }
+
+    /// Fails with `NotFound` where an ending agent takes it away meanwhile.
+    fn try_take(path: &Path) -> Result<Self, PagesError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| PagesError::Io { what, path, source }
         };
+        let is_new = !path.exists();
         make_private(path).map_err(failed("creating", path))?;
         let path = &fs::canonicalize(path).map_err(failed("finding", path))?;
         let metadata = fs::metadata(path).map_err(failed("reading", path))?;
@@ -143,7 +163,7 @@ impl Folder {
             let path = path.clone();
             return Err(PagesError::Exposed { path, owner, mode });
         }
-        let file = path.join("lock");
+        let file = path.join(LOCK);
         let lock = OpenOptions::new()
             .write(true)
             .create(true)
@@ -156,10 +176,33 @@ impl Folder {
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(PagesError::InUse(path.clone())),
             Err(error) => return Err(failed("locking", &file)(error.into())),
         }
+        let inode = |found: io::Result<fs::Metadata>| found.map(|found| (found.dev(), found.ino()));
+        let locked = inode(lock.metadata()).map_err(failed("reading", &file))?;
+        if locked != inode(fs::metadata(&file)).map_err(failed("reading", &file))? {
+            return Err(failed("locking", &file)(io::ErrorKind::NotFound.into()));
+        }
         Ok(Self {
             path: path.clone(),
             _lock: lock,
+            is_new,
         })
+    }
+}
+
+impl Drop for Folder {
+    /// Leaves nothing where no page files stay for the next agent. Still locked: who waits to take it finds it gone, or
+    /// with another lock.
+    fn drop(&mut self) {
+        let Ok(mut entries) = fs::read_dir(&self.path) else {
+            return;
+        };
+        if entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == LOCK)) {
+            // What cannot be removed is taken again by the next one.
+            let _ = fs::remove_file(self.path.join(LOCK));
+            if self.is_new {
+                let _ = fs::remove_dir(&self.path);
+            }
+        }
     }
 }
 
@@ -208,13 +251,39 @@ mod tests {
         assert_eq!(second.images(), [image]);
         second.remove(&image);
         assert_eq!(second.images(), []);
+        drop(second);
+        assert!(!memory.join("lock").exists() && !drives.join("lock").exists());
+        drop(PageFolders::take(&folder.path().join("n"), &folder.path().join("n")).unwrap());
+        assert!(!folder.path().join("n").exists());
+    }
+
+    #[test]
+    fn agents_that_come_and_go_at_once_never_have_one_folder_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pages");
+        let holders = std::sync::atomic::AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let Ok(taken) = PageFolders::take(&path, &path) else {
+                            continue;
+                        };
+                        assert_eq!(holders.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                        holders.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                        drop(taken);
+                    }
+                });
+            }
+        });
     }
 
     #[test]
     fn one_directory_serves_for_both_and_an_open_one_for_neither() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("both");
-        PageFolders::take(&path, &path).unwrap();
+        // Held, or it would go again.
+        let _taken = PageFolders::take(&path, &path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         assert!(matches!(
             PageFolders::take(&path, &path),

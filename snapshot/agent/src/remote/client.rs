@@ -29,6 +29,12 @@ const BUSY_SECONDS: u64 = 1;
 /// The longest that a busy server's word is taken for.
 const BUSY_SECONDS_MAX: u64 = 60;
 
+/// What to do where a server wants to know who asks. An agent that runs keeps the credentials that it was started with.
+const NEEDS_CREDENTIALS: &str = "it wants credentials: name a file that has them, as `skopeo login` writes it, with \
+    --credentials; an agent that runs already takes none, so end it first with `runnel agent --stop`";
+const OTHER_CREDENTIALS: &str = "it does not take these credentials: log in again, or name others with --credentials; an \
+    agent that runs already keeps its own, so end it first with `runnel agent --stop`";
+
 /// How long a request waits for a busy server itself; beyond, whoever asked is told.
 const BUSY_WAIT: Duration = Duration::from_secs(2);
 
@@ -301,11 +307,9 @@ impl Client {
                 break;
             }
         }
-        let found = found.ok_or_else(|| {
-            denied("it wants credentials: name a file that has them, as `skopeo login` writes it")
-        })?;
+        let found = found.ok_or_else(|| denied(NEEDS_CREDENTIALS))?;
         if Some(&found) == sent.as_ref() {
-            return Err(denied("it does not take these credentials: log in again"));
+            return Err(denied(OTHER_CREDENTIALS));
         }
         *authorization = Some(found);
         Ok(())
@@ -381,12 +385,12 @@ impl Client {
             401 => RemoteError::Denied {
                 url: text,
                 status,
-                advice: "it does not take these credentials: log in again",
+                advice: OTHER_CREDENTIALS,
             },
             403 => RemoteError::Denied {
                 url: text,
                 status,
-                advice: "these credentials may not pull it, or it needs some: ask its owner",
+                advice: "these credentials may not pull it, or it needs some (--credentials): ask its owner",
             },
             429 | 503 => {
                 let seconds = retry_after.unwrap_or(BUSY_SECONDS).min(BUSY_SECONDS_MAX);

@@ -26,8 +26,13 @@ pub(super) struct Url {
 
 /// Text that is no URL this client speaks.
 #[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no URL: expected http(s)://host:port and a path")]
-pub struct BadUrl(String);
+#[error("{text:?} is no URL: {reason}")]
+pub struct BadUrl {
+    text: String,
+    reason: &'static str,
+}
+
+const EXPECTED: &str = "expected http(s)://host:port and a path";
 
 impl Origin {
     /// The `Host` of requests (RFC 9112 §3.2): the port only where it is not the scheme's own.
@@ -59,7 +64,11 @@ impl fmt::Display for Origin {
 impl Url {
     /// Reads an absolute URL.
     pub(super) fn parse(text: &str) -> Result<Self, BadUrl> {
-        let bad = || BadUrl(text.chars().take(200).collect());
+        let refuse = |reason| BadUrl {
+            text: text.chars().take(200).collect(),
+            reason,
+        };
+        let bad = || refuse(EXPECTED);
         // What goes into a request's first line must not end it.
         let clean = text.len() <= URL_BYTES_MAX && text.bytes().all(|c| c.is_ascii_graphic());
         let (scheme, rest) = text.split_once("://").filter(|_| clean).ok_or_else(bad)?;
@@ -71,7 +80,7 @@ impl Url {
         let rest = rest.split('#').next().unwrap_or_default();
         let end = rest.find(['/', '?']).unwrap_or(rest.len());
         let (authority, target) = rest.split_at(end);
-        let (host, port) = split_authority(authority, tls).ok_or_else(bad)?;
+        let (host, port) = split_authority(authority, tls).map_err(refuse)?;
         let target = match target.as_bytes().first() {
             Some(b'/') => target.to_owned(),
             _ => format!("/{target}"),
@@ -112,18 +121,18 @@ fn default_port(tls: bool) -> u16 {
     if tls { 443 } else { 80 }
 }
 
-fn split_authority(authority: &str, tls: bool) -> Option<(String, u16)> {
+fn split_authority(authority: &str, tls: bool) -> Result<(String, u16), &'static str> {
     // User and password in a URL are never right here.
     if authority.contains('@') {
-        return None;
+        return Err(EXPECTED);
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(rest) => {
-            let (host, rest) = rest.split_once(']')?;
-            host.parse::<std::net::Ipv6Addr>().ok()?;
+            let (host, rest) = rest.split_once(']').ok_or(EXPECTED)?;
+            host.parse::<std::net::Ipv6Addr>().map_err(|_| EXPECTED)?;
             match rest {
                 "" => (host, None),
-                rest => (host, Some(rest.strip_prefix(':')?)),
+                rest => (host, Some(rest.strip_prefix(':').ok_or(EXPECTED)?)),
             }
         }
         None => match authority.split_once(':') {
@@ -133,9 +142,12 @@ fn split_authority(authority: &str, tls: bool) -> Option<(String, u16)> {
     };
     let port = match port {
         None | Some("") => default_port(tls),
-        Some(port) => port.parse().ok()?,
+        Some(port) => port.parse().map_err(|_| "a port is a number from 0 to 65535")?,
     };
-    (!host.is_empty() && !host.contains(['/', '\\'])).then(|| (host.to_ascii_lowercase(), port))
+    if host.is_empty() || host.contains(['/', '\\']) {
+        return Err(EXPECTED);
+    }
+    Ok((host.to_ascii_lowercase(), port))
 }
 
 #[cfg(test)]
@@ -190,6 +202,8 @@ mod tests {
         ] {
             assert!(Url::parse(text).is_err(), "{text}");
         }
+        let told = Url::parse("http://a:99999/").unwrap_err().to_string();
+        assert!(told.contains("65535"), "{told}");
         assert!(Url::parse(&format!("http://a/{}", "x".repeat(URL_BYTES_MAX))).is_err());
     }
 }

@@ -19,6 +19,7 @@ pub use repositories::{Inventory, Repositories, RepositoryError};
 use std::convert::Infallible;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
+use std::num::NonZero;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -38,7 +39,7 @@ use answer::Registry;
 use patience::Patient;
 
 /// Connections at a time unless told otherwise. More wait to be accepted.
-pub const CONNECTIONS_MAX: usize = 512;
+pub const CONNECTIONS_MAX: NonZero<usize> = NonZero::new(512).unwrap();
 
 /// Bytes of a request's head, which hyper also takes as its buffer.
 const HEAD_BYTES_MAX: usize = 16 << 10;
@@ -72,7 +73,7 @@ pub struct ServeSettings {
     /// Whether to listen beyond loopback without the two.
     pub insecure: bool,
     /// Connections at a time: [`CONNECTIONS_MAX`], usually.
-    pub connections_max: usize,
+    pub connections_max: NonZero<usize>,
 }
 
 /// Why images cannot be served.
@@ -143,7 +144,7 @@ impl ImageServer {
             traffic: Arc::clone(&traffic),
         };
         let (must_stop, stopping) = watch::channel(false);
-        let connections_max = settings.connections_max.max(1);
+        let connections_max = settings.connections_max.get();
         let thread = thread::Builder::new()
             .name("serve".to_owned())
             .spawn(move || {

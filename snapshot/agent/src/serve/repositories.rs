@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
 use runnel_snapshot::image::reference::is_name;
 
 use crate::remote::with_causes;
@@ -20,7 +21,9 @@ pub enum RepositoryError {
     NotADirectory(PathBuf),
     /// Its name, or the given one, is none of a repository.
     #[error(
-        "{name:?} cannot be the name of a repository (lower-case letters, digits, '.', '_', '-', and '/' between components): serve it as NAME={path}"
+        "{name:?} cannot be the name of a repository (lower-case letters, digits, '.', '_', '-', and '/' between components): serve it under another, as {}={}",
+        usable(name),
+        path.display()
     )]
     BadName {
         /// The name.
@@ -71,7 +74,9 @@ impl Repositories {
             .filter(|path| path.is_dir())
             .ok_or_else(|| RepositoryError::NotADirectory(path.to_owned()))?;
         if !is_layout(&path) {
-            self.folders.push(path);
+            if !self.folders.contains(&path) {
+                self.folders.push(path);
+            }
             return Ok(());
         }
         self.insert(name_of(&path), path)
@@ -90,6 +95,9 @@ impl Repositories {
             return Err(RepositoryError::BadName { name, path });
         }
         if let Some(first) = self.named.get(&name) {
+            if is_same(first, &path) {
+                return Ok(()); // once more the same
+            }
             return Err(RepositoryError::Twice {
                 name,
                 first: first.clone(),
@@ -167,6 +175,9 @@ impl Inventory {
             }
             .to_string()
         } else if let Some(first) = self.served.get(&name) {
+            if is_same(first, &path) {
+                return;
+            }
             let first = first.clone();
             RepositoryError::Twice {
                 name,
@@ -174,7 +185,7 @@ impl Inventory {
                 second: path.clone(),
             }
             .to_string()
-        } else if let Err(error) = Layout::open(&path) {
+        } else if let Err(error) = read_manifests(&path) {
             with_causes(&error)
         } else {
             self.served.insert(name, path);
@@ -182,6 +193,31 @@ impl Inventory {
         };
         self.skipped.push((path, reason));
     }
+}
+
+/// Whether an image of the layout can be had: its manifest, which is what clients ask for first.
+fn read_manifests(path: &Path) -> Result<(), LayoutError> {
+    let layout = Layout::open(path)?.with_images()?;
+    let read = |blob| layout.read(&blob, MANIFEST_BYTES_MAX).map(drop);
+    let manifests = layout.images().map(|(blob, _)| read(blob));
+    // One that is sound is served; with none, what is wrong with the last says enough.
+    manifests.reduce(Result::or).unwrap_or(Ok(()))
+}
+
+/// A name that a repository can have, and that is as near to `name` as can be.
+fn usable(name: &str) -> String {
+    let letter = |c: char| match c.to_ascii_lowercase() {
+        c if c.is_ascii_lowercase() || c.is_ascii_digit() || "._-/".contains(c) => c,
+        _ => '-',
+    };
+    let text: String = name.chars().take(40).map(letter).collect();
+    let text = text.trim_matches(|c: char| !c.is_ascii_alphanumeric()).to_owned();
+    if is_name(&text) { text } else { "web".to_owned() }
+}
+
+fn is_same(first: &Path, second: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    first == second || real(first).is_some_and(|path| Some(path) == real(second))
 }
 
 fn name_of(path: &Path) -> String {
@@ -229,20 +265,35 @@ mod tests {
     fn an_inventory_says_what_is_served_and_why_the_rest_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().canonicalize().unwrap();
-        for image in ["many/Upper", "many/web", "many/broken", "many/.hidden"] {
+        for image in [
+            "many/Upper",
+            "many/web",
+            "many/bare",
+            "many/broken",
+            "many/hollow",
+            "many/.hidden",
+        ] {
             layout(&root.join(image));
         }
-        for image in ["many/Upper", "many/web"] {
-            fs::write(
-                root.join(image).join("oci-layout"),
-                r#"{"imageLayoutVersion":"1.0.0"}"#,
-            )
-            .unwrap();
-            fs::write(
-                root.join(image).join("index.json"),
-                r#"{"schemaVersion":2,"manifests":[]}"#,
-            )
-            .unwrap();
+        let digest = runnel_snapshot::digest::BlobDigest::of(b"m");
+        let manifest = format!(
+            r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":1}}"#,
+            digest
+        );
+        fs::create_dir_all(root.join("many/web/blobs/sha256")).unwrap();
+        fs::write(root.join("many/web/blobs/sha256").join(digest.hex()), "m").unwrap();
+        for (image, manifests) in [
+            ("many/Upper", &*manifest),
+            ("many/web", &*manifest),
+            ("many/bare", ""),
+            ("many/hollow", &*manifest),
+        ] {
+            let write = |file: &str, text: String| fs::write(root.join(image).join(file), text).unwrap();
+            write("oci-layout", r#"{"imageLayoutVersion":"1.0.0"}"#.to_owned());
+            write(
+                "index.json",
+                format!(r#"{{"schemaVersion":2,"manifests":[{manifests}]}}"#),
+            );
         }
         fs::create_dir(root.join("many/empty")).unwrap();
         fs::write(root.join("many/file"), "").unwrap();
@@ -256,9 +307,9 @@ mod tests {
             [("web".to_owned(), root.join("many/web"))]
         );
         let skipped: Vec<_> = inventory.skipped.iter().map(|(path, _)| name_of(path)).collect();
-        assert_eq!(skipped, ["later", "Upper", "broken", "empty"]);
+        assert_eq!(skipped, ["later", "Upper", "bare", "broken", "empty", "hollow"]);
         assert!(
-            inventory.skipped[1].1.contains("NAME="),
+            inventory.skipped[1].1.contains("as upper="),
             "{:?}",
             inventory.skipped
         );
@@ -272,12 +323,21 @@ mod tests {
         layout(&folder.path().join("b/web"));
         let mut repositories = Repositories::default();
         let bad = repositories.add(&folder.path().join("Web")).unwrap_err();
-        assert!(bad.to_string().contains("NAME="), "{bad}");
+        assert!(bad.to_string().contains("as web="), "{bad}");
+        let bad = repositories.add_named("A B", Path::new("/web")).unwrap_err();
+        assert!(bad.to_string().contains("as a-b=/web"), "{bad}");
         repositories.add(&folder.path().join("a/web")).unwrap();
         assert!(matches!(
             repositories.add(&folder.path().join("b/web")),
             Err(RepositoryError::Twice { .. })
         ));
+        repositories.add(&folder.path().join("a/web")).unwrap();
+        repositories
+            .add_named("web", &folder.path().join("a/../a/web"))
+            .unwrap();
+        repositories.add(&folder.path().join("a")).unwrap();
+        repositories.add(&folder.path().join("a")).unwrap();
+        assert_eq!(repositories.directories().count(), 2, "each once");
         assert!(matches!(
             repositories.add(&folder.path().join("none")),
             Err(RepositoryError::NotADirectory(_))

@@ -14,13 +14,13 @@ use rustix::process::Signal;
 use super::Failure;
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, is_verbose, print, print_json};
 use crate::process::ProcessId;
-use crate::program::{self, last_lines};
-use crate::remote::{RemoteFlags, usual_credentials};
+use crate::program::{self, last_words, log_bytes};
+use crate::remote::{RemoteFlagError, RemoteFlags, usual_credentials};
 use crate::signals::Signals;
 use crate::size;
-use crate::state::StateFolder;
+use crate::state::{StateFolder, check_socket};
 use crate::table::{Table, one_line};
 
 /// How long an agent may take until it listens.
@@ -106,16 +106,21 @@ pub(crate) struct AgentFlags {
     remote: RemoteFlags,
 }
 
-/// Where this user's agent listens.
-pub(crate) fn socket_of(state: &StateFolder) -> PathBuf {
-    state.agent().join("agent.sock")
+impl AgentFlags {
+    /// Looks at the files that were given, whether they will be needed or not.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub(crate) fn check(&self) -> Result<(), RemoteFlagError> {
+        self.remote.check()
+    }
 }
 
 pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
     let arguments = with_defaults(&args.agent, &state);
-    let socket = arguments.socket.clone().unwrap_or_else(|| socket_of(&state));
+    let socket = arguments.socket.clone().unwrap_or_else(|| state.agent_socket());
     if args.status {
         return show_status(&socket, args.output);
     }
@@ -144,7 +149,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
 fn with_defaults(arguments: &AgentArguments, state: &StateFolder) -> AgentArguments {
     let given = arguments.clone();
     AgentArguments {
-        socket: given.socket.or_else(|| Some(socket_of(state))),
+        socket: given.socket.or_else(|| Some(state.agent_socket())),
         credentials: given.credentials.or_else(usual_credentials),
         ..given
     }
@@ -206,19 +211,31 @@ pub(crate) fn ensure_running(state: &StateFolder, flags: &AgentFlags) -> Result<
             false => Err(AgentCommandError::NotThere(socket.clone()).into()),
         };
     }
-    let socket = socket_of(state);
+    let socket = state.agent_socket();
+    // Whoever cannot be connected to is not started in vain.
+    check_socket(&socket)?;
     if !is_answering(&socket) {
         start(state, flags, &socket)?;
+        tracing::debug!("an agent was started; it logs to {}", agent_log(state).display());
     } else {
         warn();
+        tracing::debug!("an agent runs already at {}", socket.display());
     }
     Ok(socket)
 }
 
+fn agent_log(state: &StateFolder) -> PathBuf {
+    state.agent().join("agent.log")
+}
+
 fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), Failure> {
-    let log = state.agent().join("agent.log");
+    let log = agent_log(state);
+    let before = log_bytes(&log);
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("agent");
+    if is_verbose() {
+        command.arg("--verbose");
+    }
     flags.remote.pass_on(&mut command);
     program::detach(&mut command, &log)?;
     let mut child = command.spawn()?;
@@ -228,7 +245,7 @@ fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), F
         if let Some(status) = child.try_wait()?
             && !is_answering(socket)
         {
-            let log = last_lines(&log, 8);
+            let log = last_words(&log, before, 8);
             return Err(AgentCommandError::Ended { status, log }.into());
         }
         if Instant::now() > deadline {

@@ -5,9 +5,11 @@ use std::io::IsTerminal;
 use clap::Args;
 
 use super::Failure;
+use crate::api::{Api, InstanceInfo};
 use crate::console::{Console, Left};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
+use crate::output::tell;
 use crate::signals::Signals;
 use crate::state::{MachineName, StateFolder};
 
@@ -27,17 +29,41 @@ pub(crate) struct ConsoleArgs {
     machine: MachineName,
 }
 
+/// Why the guest neither hears nor speaks, if it stands.
+fn standstill(name: &MachineName, info: &InstanceInfo, is_saving_or_loading: bool) -> Option<String> {
+    if info.stalled.is_some() {
+        return Some(format!(
+            "{name} is stalled, and goes on by itself: `runnel ps` says what it waits for."
+        ));
+    }
+    match info.state == "Paused" {
+        // It stands by itself for a part of that, and goes on by itself.
+        true if is_saving_or_loading => Some(format!("{name} is being saved or loaded.")),
+        true => Some(format!(
+            "{name} is paused: `runnel unpause {name}` lets it run on."
+        )),
+        false => None,
+    }
+}
+
 pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     let state = StateFolder::open()?;
     let machine = state.machine(&args.machine)?;
     let console = Console::connect(&machine.folder.console_socket())?;
+    let api = Api::new(&machine.folder.api_socket());
+    // A monitor that does not answer has its console all the same.
+    if let Ok(info) = api.instance_info()
+        && let Some(reason) = standstill(&args.machine, &info, api.is_saving_or_loading())
+    {
+        tell(reason);
+    }
     if std::io::stdin().is_terminal() {
-        eprintln!("{}; Ctrl-] leaves its console.", args.machine);
+        tell(format_args!("{}; Ctrl-] leaves its console.", args.machine));
     }
     Ok(match console.join(&signals)? {
         Left::Key => {
-            eprintln!("\n{} runs on.", args.machine);
+            tell(format_args!("\n{} runs on.", args.machine));
             Exit::Done
         }
         Left::Ended => {
@@ -45,13 +71,41 @@ pub(crate) fn run(args: &ConsoleArgs) -> Result<Exit, Failure> {
             if machine.process.wait(FAREWELL)? {
                 state.forget(&machine.folder)?;
             }
-            eprintln!(
+            tell(format_args!(
                 "{} has ended; its log is {}",
                 args.machine,
                 state.ended_log(&args.machine).display()
-            );
+            ));
             Exit::Done
         }
         Left::Signal(signal) => Exit::Signal(signal),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::Stalled;
+
+    #[test]
+    fn a_guest_that_cannot_answer_is_said_to_stand() {
+        let name: MachineName = "web".parse().unwrap();
+        let info = |state: &str, stalled| InstanceInfo {
+            state: state.into(),
+            stalled,
+        };
+        let stalled = Stalled {
+            volume: "memory".into(),
+            chunk: 1,
+            reason: "away".into(),
+            waiting_ms: 9,
+        };
+        assert_eq!(standstill(&name, &info("Running", None), false), None);
+        let told = standstill(&name, &info("Paused", None), false).unwrap();
+        assert!(told.contains("runnel unpause web"), "{told}");
+        let told = standstill(&name, &info("Paused", None), true).unwrap();
+        assert!(!told.contains("unpause"), "{told}");
+        let told = standstill(&name, &info("Running", Some(stalled)), false).unwrap();
+        assert!(told.contains("stalled"), "{told}");
+    }
 }

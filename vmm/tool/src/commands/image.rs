@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use crate::exit::Exit;
-use crate::held::is_held;
+use crate::held::{holders, is_held};
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json, trace};
+use crate::output::{OutputArgs, print, print_json, tell, trace};
 use crate::size::{self, parse_duration};
 use crate::state::StateFolder;
 use crate::table::{Table, one_line};
@@ -23,12 +23,18 @@ use crate::table::{Table, one_line};
 enum InUse {
     /// `runnel serve` has it, or its folder.
     #[error(
-        "{0} is not removed: it is being served, and other hosts may read it (--force removes it nevertheless)"
+        "{image} is being served{}, and other hosts may read it, so nothing was removed (--force removes it nevertheless)",
+        by(holders)
     )]
-    Served(String),
+    Served {
+        /// Its name.
+        image: String,
+        /// By which processes, as far as that is known.
+        holders: Vec<u32>,
+    },
     /// A machine came from it.
     #[error(
-        "{image} is not removed: {machine} was resumed from it, and may still read it (--force removes it nevertheless)"
+        "{machine} was resumed from {image}, and may still read it, so nothing was removed (--force removes it nevertheless)"
     )]
     By {
         /// Its name.
@@ -38,11 +44,23 @@ enum InUse {
     },
 }
 
+fn by(processes: &[u32]) -> String {
+    match processes {
+        [] => String::new(),
+        [process] => format!(" by process {process}"),
+        [first, rest @ ..] => {
+            let rest: String = rest.iter().map(|process| format!(", {process}")).collect();
+            format!(" by processes {first}{rest}")
+        }
+    }
+}
+
 /// Look after the images of the local store
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The store is $RUNNEL_IMAGES (an absolute path), else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root
-and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it.
+and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it. AGE, and
+\"modified\" in JSON, is since when an image is there; `runnel inspect` says when its machine was saved.
 
 Examples:
     runnel image ls
@@ -57,7 +75,7 @@ pub(crate) struct ImageArgs {
 enum ImageCommand {
     /// List images
     Ls(LsArgs),
-    /// Remove images
+    /// Remove images, also broken ones
     Rm(RmArgs),
     /// Remove what snapshots that were cut short left, and old images that no machine came from
     Prune(PruneArgs),
@@ -82,7 +100,8 @@ struct RmArgs {
 
 #[derive(Debug, Args)]
 struct PruneArgs {
-    /// Images too that are older than this, unless a running machine came from them or they are served: 12h, 30d
+    /// Images too that are older than this, unless a running machine came from them or they are served: 12h, 30d. What
+    /// `image ls` calls no usable image stays until `image rm`
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     older_than: Option<Duration>,
 
@@ -90,7 +109,7 @@ struct PruneArgs {
     #[arg(long, requires = "older_than")]
     force: bool,
 
-    /// Say which images would go, and do nothing
+    /// Say what would go, and do nothing
     #[arg(long)]
     dry_run: bool,
 
@@ -109,7 +128,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
 
 /// What is in the store; nothing, if it was never made.
 fn listing(store: &ImageStore) -> Result<Listing, Failure> {
-    if !store.path().exists() {
+    if !store.is_there()? {
         return Ok(Listing::default());
     }
     Ok(folder::list(store.path())?)
@@ -140,7 +159,12 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
     }
     print(&table.to_string())?;
     for (path, error) in &listing.broken {
-        eprintln!("{} is no usable image: {}", path.display(), trace(error));
+        tell(format_args!(
+            "{} is no usable image (`runnel image rm {}` removes it): {}",
+            path.display(),
+            name_of(path),
+            trace(error)
+        ));
     }
     Ok(Exit::Done)
 }
@@ -151,6 +175,7 @@ fn describe(image: &ListedImage) -> Value {
         "name": name_of(&image.path),
         "path": image.path,
         "tag": image.name,
+        "modified": changed(&image.path).map(size::timestamp),
         "digest": image.manifest.digest.to_string(),
         "volume_bytes": image.volume_bytes(),
         "stored_bytes": image.stored_bytes(),
@@ -175,7 +200,11 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
             }
         }
         if let Some(path) = paths.iter().find(|path| is_held(path)) {
-            return Err(InUse::Served(name_of(path)).into());
+            return Err(InUse::Served {
+                image: name_of(path),
+                holders: holders(path),
+            }
+            .into());
         }
     }
     for path in &paths {
@@ -186,8 +215,11 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
 
 fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
     let mut removed: BTreeSet<PathBuf> = BTreeSet::new();
-    if store.path().exists() && !args.dry_run {
-        removed.extend(folder::prune(store.path())?);
+    if store.is_there()? {
+        removed.extend(match args.dry_run {
+            true => folder::unfinished(store.path())?,
+            false => folder::prune(store.path())?,
+        });
     }
     if let Some(limit) = args.older_than {
         let machines = StateFolder::open()?.machines()?;
@@ -204,10 +236,11 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
             .filter(|path| is_old(path) && !in_use.contains(path))
         {
             if !args.force && is_held(&path) {
-                eprintln!(
-                    "{} is kept, since it is served (--force removes it nevertheless)",
-                    path.display()
-                );
+                tell(format_args!(
+                    "{} is kept, since it is served{} (--force removes it nevertheless)",
+                    path.display(),
+                    by(&holders(&path))
+                ));
                 continue;
             }
             if !args.dry_run {
@@ -245,9 +278,17 @@ fn name_of(path: &Path) -> String {
         .into_owned()
 }
 
-/// How long ago the image appeared.
+/// When the image appeared here, or was last changed: of one that was copied, when it was copied.
+fn changed(path: &Path) -> Option<SystemTime> {
+    path.join("index.json").metadata().ok()?.modified().ok()
+}
+
+/// How long ago that was.
 fn age_of(path: &Path) -> Option<Duration> {
-    let changed = path.join("index.json").metadata().ok()?.modified().ok()?;
     // One from the future is new.
-    Some(SystemTime::now().duration_since(changed).unwrap_or_default())
+    Some(
+        SystemTime::now()
+            .duration_since(changed(path)?)
+            .unwrap_or_default(),
+    )
 }

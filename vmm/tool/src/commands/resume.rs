@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use super::agent::{AgentFlags, ensure_running};
-use crate::api::Api;
 use crate::boot::Override;
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
@@ -20,6 +19,7 @@ use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size::parse_duration;
 use crate::state::{MachineName, Record, StateError, StateFolder};
+use crate::taps::HostInterfaces;
 
 const HELP: &str = "\
 IMAGE is the name of an image of the local store, a directory (with a slash in it), or http(s)://host:port/name, each
@@ -31,6 +31,13 @@ Examples:
     runnel resume web-v1
     runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
     runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
+
+/// `--overlay-directory` names none.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "there is no directory {0} for what the machine writes: make it (`mkdir -p`), or give another --overlay-directory"
+)]
+struct NoOverlayDirectory(PathBuf);
 
 /// Run a machine from its image, which need not have arrived
 #[derive(Debug, Args)]
@@ -44,12 +51,12 @@ pub(crate) struct ResumeArgs {
     name: Option<MachineName>,
 
     /// Put another tap behind an interface, again for each: ID=TAP. `runnel run` calls them eth0, eth1, … unless told
-    #[arg(long = "tap", value_name = "ID=TAP")]
+    #[arg(long = "tap", value_name = "ID=TAP", value_parser = Override::of_tap)]
     taps: Vec<Override>,
 
     /// Put a file behind a drive in place of the image's content, again for each: ID=PATH. `runnel inspect` lists an
     /// image's drives, and says which must be supplied
-    #[arg(long = "drive", value_name = "ID=PATH")]
+    #[arg(long = "drive", value_name = "ID=PATH", value_parser = Override::of_drive)]
     drives: Vec<Override>,
 
     /// Let the guest's clock go on from where it was, in place of setting it forward by the time that has passed
@@ -120,6 +127,10 @@ impl ResumeArgs {
 
 pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
+    if let Some(directory) = args.overlay_directory.as_ref().filter(|path| !path.is_dir()) {
+        return Err(NoOverlayDirectory(directory.clone()).into());
+    }
+    args.agent.check()?;
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
     let state = StateFolder::open()?;
     let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });
@@ -147,23 +158,32 @@ fn load(
     signals: &Signals,
 ) -> Result<Option<Exit>, Failure> {
     let api = monitor.api();
+    let before = HostInterfaces::now();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
     let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
     match outcome.map_err(|error| monitor.refused(&error))? {
         // The monitor ends with this command, whatever it is doing.
-        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => Ok(Some(Exit::Signal(signal))),
+        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) | Outcome::Overtaken(signal) => {
+            Ok(Some(Exit::Signal(signal)))
+        }
         Outcome::Done => {
-            record_size(monitor, &api, record)?;
+            // A machine that has ended already has nothing to tell.
+            if let Ok(config) = api.configuration() {
+                record_size(monitor, &config, record)?;
+                before.warn_of_new(taps_of(&config));
+            }
             Ok(None)
         }
     }
 }
 
-/// Notes what the image turned out to be. A machine that has ended already has none to tell.
-fn record_size(monitor: &Monitor<'_>, api: &Api, record: Record) -> Result<(), StateError> {
-    let Ok(config) = api.configuration() else {
-        return Ok(());
-    };
+fn taps_of(config: &Value) -> impl Iterator<Item = &str> {
+    let interfaces = config["network-interfaces"].as_array().into_iter().flatten();
+    interfaces.filter_map(|interface| interface["host_dev_name"].as_str())
+}
+
+/// Notes what the image turned out to be.
+fn record_size(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
     let number = |field: &str| config["machine-config"][field].as_u64().unwrap_or(0);
     monitor.folder().record(&Record {
         vcpus: number("vcpu_count"),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -13,6 +13,7 @@ use crate::monitor::{Monitor, MonitorError};
 use crate::signals::Signals;
 use crate::size::parse_mebibytes;
 use crate::state::{MachineName, Record, StateFolder};
+use crate::taps::HostInterfaces;
 
 /// What Linux needs to be told to speak on the serial console, and to end the monitor when it panics.
 const CMDLINE: &str = "console=ttyS0 panic=-1";
@@ -32,10 +33,10 @@ machines once it has ended (in /run/runnel for root without XDG_RUNTIME_DIR).";
 
 /// Boot a machine
 #[derive(Debug, Args)]
-#[command(after_help = HELP)]
+#[command(after_help = HELP, group(ArgGroup::new("what").required(true).args(["kernel", "config"])))]
 pub(crate) struct RunArgs {
     /// ELF vmlinux or bzImage to boot
-    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
 
     /// Initial RAM file system
@@ -123,11 +124,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
         let put = monitor.api().put(path, body);
         put.map_err(|error| monitor.refused(&error))
     };
+    let before = HostInterfaces::now();
     for request in &boot.requests {
         put(&monitor, &request.path, &request.body)?;
     }
     let start = |monitor: &Monitor<'_>| {
         put(monitor, "/actions", &json!({ "action_type": "InstanceStart" }))?;
+        before.warn_of_new(boot.taps());
         Ok::<_, MonitorError>(None)
     };
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)

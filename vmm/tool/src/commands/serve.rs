@@ -1,6 +1,7 @@
 //! `runnel serve`: images for other hosts.
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -12,8 +13,9 @@ use super::Failure;
 use crate::exit::Exit;
 use crate::held::{Held, hold};
 use crate::images::{ImageStore, StoreError};
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, print, print_json, tell};
 use crate::signals::Signals;
+use crate::size::parse_count;
 
 const HELP: &str = "\
 Serves the pull half of a registry: `runnel resume http://HOST:PORT/NAME` runs an image of it, and skopeo, oras and
@@ -29,6 +31,11 @@ Examples:
     runnel serve web-v1 db-v1
     runnel serve web=./web-v1 --listen 10.0.0.1:5000 --token-file token --tls-cert cert.pem --tls-key key.pem
     openssl rand -hex 32 > token        makes a token";
+
+/// A name without an image, or the other way round.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} lacks a side: give NAME=IMAGE, as in web=./web-v1")]
+struct HalfNamed(String);
 
 /// Let other hosts pull images
 #[derive(Debug, Args)]
@@ -59,8 +66,8 @@ pub(crate) struct ServeArgs {
     insecure: bool,
 
     /// Connections at a time
-    #[arg(long, value_name = "COUNT", default_value_t = CONNECTIONS_MAX)]
-    max_connections: usize,
+    #[arg(long, value_name = "COUNT", default_value_t = CONNECTIONS_MAX, value_parser = parse_count)]
+    max_connections: NonZero<usize>,
 
     #[command(flatten)]
     output: OutputArgs,
@@ -76,6 +83,9 @@ impl ServeArgs {
         }
         for text in &self.images {
             match text.split_once('=') {
+                Some((name, image)) if name.is_empty() || image.is_empty() => {
+                    return Err(HalfNamed(text.clone()).into());
+                }
                 Some((name, image)) => repositories.add_named(name, &directory(image)?)?,
                 None => repositories.add(&directory(text)?)?,
             }
@@ -149,7 +159,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     let url = format!("{scheme}://{}", server.address());
     if !args.output.json {
         for (path, reason) in &inventory.skipped {
-            eprintln!("{} is not served: {reason}", path.display());
+            tell(format_args!("{} is not served: {reason}", path.display()));
         }
     }
     match args.output.json {

@@ -26,18 +26,18 @@ pub(crate) struct CompletionsArgs {
 
 /// Write manual pages
 #[derive(Debug, Args)]
-#[command(
-    hide = true,
-    after_help = "Examples:\n    runnel man /usr/local/share/man/man1"
-)]
+#[command(after_help = "\
+Examples:
+    mkdir -p ~/.local/share/man/man1 && runnel man ~/.local/share/man/man1
+    man runnel-resume")]
 pub(crate) struct ManArgs {
-    /// The folder that gets a page for each command
+    /// The folder that gets a page for each command, runnel.1, runnel-run.1 and so on; it must be there
     folder: PathBuf,
 }
 
 /// A page could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("writing {path} failed")]
+#[error("writing {path} failed: its folder must be there, and be yours to write", path = path.display())]
 struct WriteError {
     path: PathBuf,
     source: io::Error,

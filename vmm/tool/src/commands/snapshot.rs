@@ -1,5 +1,6 @@
 //! `runnel snapshot`: saves a machine as an image, while it runs.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
@@ -8,11 +9,12 @@ use runnel_snapshot::image::reference::Wanted;
 use serde_json::json;
 
 use super::Failure;
-use crate::api::Api;
+use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::images::ImageStore;
+use crate::monitor::FAREWELL;
 use crate::operation::{self, Outcome};
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, print, print_json, tell};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size;
@@ -26,6 +28,17 @@ of one moment; the machine goes on as it was. Ctrl-C calls it off, and leaves no
 Examples:
     runnel snapshot web web-v1
     runnel snapshot web /srv/images/web-v1 --exclude scratch";
+
+/// The machine is no more.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{machine} has ended while it was saved; its log is {log}; what there is of the image goes with `runnel image prune`, or with the next snapshot of that name",
+    log = log.display()
+)]
+struct Ended {
+    machine: MachineName,
+    log: PathBuf,
+}
 
 /// Save a machine as an image, while it runs
 #[derive(Debug, Args)]
@@ -47,7 +60,8 @@ pub(crate) struct SnapshotArgs {
 
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
-    let machine = StateFolder::open()?.machine(&args.machine)?;
+    let state = StateFolder::open()?;
+    let machine = state.machine(&args.machine)?;
     let target = ImageStore::of_this_user()?.destination(&args.image)?;
     let mut body = json!({ "image_path": target });
     if !args.excluded.is_empty() {
@@ -56,17 +70,32 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let api = Api::new(&machine.folder.api_socket());
     let started = Instant::now();
     let mut view = ProgressView::new(format!("snapshot {}", args.machine));
-    let outcome = operation::run(&api, "/snapshot/create", body, &mut view, &signals)?;
+    let outcome = operation::run(&api, "/snapshot/create", body, &mut view, &signals);
     drop(view);
-    match outcome {
-        Outcome::Done => {}
+    if let Err(ApiError::Ended { .. }) = outcome {
+        // Its log is kept once it is forgotten, and its process may take a moment.
+        if machine.process.wait(FAREWELL)? {
+            state.forget(&machine.folder)?;
+        }
+        let log = state.ended_log(&args.machine);
+        let machine = args.machine.clone();
+        return Err(Ended { machine, log }.into());
+    }
+    match outcome? {
+        // There is an image, whole; whoever wanted none can remove it.
+        Outcome::Done | Outcome::Overtaken(_) => {}
         Outcome::Cancelled(signal) => {
             let machine = &args.machine;
-            eprintln!("called off: nothing is left of the image, and {machine} goes on as it was.");
+            tell(format_args!(
+                "called off: nothing is left of the image, and {machine} goes on as it was."
+            ));
             return Ok(Exit::Signal(signal));
         }
         Outcome::Abandoned(signal) => {
-            eprintln!("not waited for: {} still calls it off.", args.machine);
+            tell(format_args!(
+                "not waited for: {} still calls it off.",
+                args.machine
+            ));
             return Ok(Exit::Signal(signal));
         }
     }

@@ -11,7 +11,7 @@ use super::Failure;
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
-use crate::output::trace;
+use crate::output::{tell, trace};
 use crate::signals::Signals;
 use crate::size::{duration, parse_duration};
 use crate::state::{Machine, MachineName, StateError, StateFolder};
@@ -127,7 +127,7 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     };
     for failure in failures {
-        eprintln!("runnel: {}", trace(&failure));
+        tell(format_args!("runnel: {}", trace(&failure)));
     }
     Err(last.into())
 }

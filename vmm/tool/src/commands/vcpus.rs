@@ -6,6 +6,7 @@ use serde_json::json;
 use super::Failure;
 use crate::api::Api;
 use crate::exit::Exit;
+use crate::output::tell;
 use crate::state::{MachineName, StateFolder};
 
 /// Let a machine stand still
@@ -38,6 +39,13 @@ pub(crate) fn unpause(args: &UnpauseArgs) -> Result<Exit, Failure> {
 
 fn set(machine: &MachineName, state: &str) -> Result<Exit, Failure> {
     let machine = StateFolder::open()?.machine(machine)?;
-    Api::new(&machine.folder.api_socket()).patch("/vm", &json!({ "state": state }))?;
+    let api = Api::new(&machine.folder.api_socket());
+    if api.is_saving_or_loading() {
+        tell(format_args!(
+            "{} is being saved or loaded: this comes after it (Ctrl-C gives up waiting)",
+            machine.folder.name
+        ));
+    }
+    api.patch("/vm", &json!({ "state": state }))?;
     Ok(Exit::Done)
 }

@@ -17,7 +17,7 @@ use crate::images::ImageStore;
 use crate::output::{OutputArgs, print, print_json};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
-use crate::size;
+use crate::size::{self, parse_count};
 
 /// How often progress is shown and signals are looked for.
 const LOOK: Duration = Duration::from_millis(100);
@@ -43,7 +43,7 @@ pub(crate) struct VerifyArgs {
     image: String,
 
     /// Threads that read and check; as many as there are processors unless given
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
     threads: Option<NonZero<usize>>,
 
     #[command(flatten)]

@@ -153,6 +153,7 @@ fn a_path_too_long_for_sockets_is_refused_before_anything_is_made() {
     let state = StateFolder::at(deep.join("runnel")).unwrap();
     assert!(matches!(state.claim(None), Err(StateError::TooLong(_))));
     assert!(fs::read_dir(state.machines_path()).unwrap().next().is_none());
+    assert!(check_socket(&folder.path().join("x".repeat(108))).is_err());
 }
 
 #[test]

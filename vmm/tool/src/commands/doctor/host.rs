@@ -2,13 +2,14 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::path::Path;
 
 use runnel_snapshot::protocol::is_answering;
-use rustix::fs::statvfs;
+use rustix::fs::{Access, access, statvfs};
 use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
-use crate::commands::agent::socket_of;
+use crate::images::ImageStore;
 use crate::program;
 use crate::size;
 use crate::state::StateFolder;
@@ -21,6 +22,9 @@ const OPEN_FILES_MIN: u64 = 4096;
 
 /// What a tmpfs should hold at least: the memory of one modest machine.
 const TMPFS_BYTES_MIN: u64 = 512 << 20;
+
+/// What a disk should have left: one modest machine.
+const DISK_BYTES_MIN: u64 = 1 << 30;
 
 /// What should be left for a guest.
 const MEMORY_BYTES_MIN: u64 = 512 << 20;
@@ -87,7 +91,7 @@ pub(super) fn state_folder() -> Finding {
 }
 
 pub(super) fn agent() -> Finding {
-    match StateFolder::open().map(|state| socket_of(&state)) {
+    match StateFolder::open().map(|state| state.agent_socket()) {
         Ok(socket) if is_answering(&socket) => {
             Finding::ok("agent", format!("answers at {}", socket.display()))
         }
@@ -141,6 +145,42 @@ pub(super) fn tmpfs() -> Finding {
     )
 }
 
+pub(super) fn image_store() -> Finding {
+    const CHECK: &str = "images";
+    const ADVICE: &str = "set RUNNEL_IMAGES to a directory of yours on a disk with room";
+    match ImageStore::of_this_user() {
+        Ok(store) => room(CHECK, store.path(), "the images of snapshots", ADVICE),
+        Err(error) => Finding::warning(CHECK, error.to_string(), ADVICE),
+    }
+}
+
+pub(super) fn overlays() -> Finding {
+    room(
+        "overlays",
+        &std::env::temp_dir(),
+        "what resumed machines write to their drives",
+        "set TMPDIR to a directory of yours on a disk with room, or give `runnel resume` an --overlay-directory",
+    )
+}
+
+/// Whether something can be kept in a folder, which need not be there: then in the one that it would be made in.
+fn room(check: &'static str, folder: &Path, what: &str, advice: &str) -> Finding {
+    let Some(there) = folder.ancestors().find(|path| path.exists()) else {
+        return Finding::warning(check, format!("there is no {}", folder.display()), advice);
+    };
+    let folder = folder.display();
+    if let Err(error) = access(there, Access::WRITE_OK | Access::EXEC_OK) {
+        let found = format!("{folder} cannot be written ({error}): {what} have no place");
+        return Finding::warning(check, found, advice);
+    }
+    let free = statvfs(there).map_or(0, |found| found.f_bavail.saturating_mul(found.f_frsize));
+    let found = format!("{folder} has {} free for {what}", size::bytes(free));
+    if free >= DISK_BYTES_MIN {
+        return Finding::ok(check, found);
+    }
+    Finding::warning(check, found, advice)
+}
+
 pub(super) fn huge_pages() -> Finding {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
     let chosen = text.split(['[', ']']).nth(1).unwrap_or("unknown");
@@ -180,6 +220,22 @@ mod tests {
         assert_eq!(version_of("10.0-rc1"), Some((10, 0)));
         assert_eq!(version_of("unknown"), None);
         assert!(version_of("5.19.7") < Some(KERNEL_MIN));
+    }
+
+    #[test]
+    fn a_folder_that_is_still_to_be_made_has_the_room_of_the_one_around_it() {
+        use crate::commands::doctor::Verdict;
+        let folder = tempfile::tempdir().unwrap();
+        let found = room("images", &folder.path().join("a/b"), "images", "make room");
+        assert!(
+            found.found.contains("a/b has") && found.found.contains("free for images"),
+            "{found:?}"
+        );
+        // Nobody makes a folder in a file, not even root.
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let found = room("images", &file.join("b"), "images", "make room");
+        assert_eq!(found.verdict, Verdict::Warning, "{found:?}");
     }
 
     #[test]

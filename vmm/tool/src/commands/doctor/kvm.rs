@@ -1,8 +1,9 @@
 //! KVM: whether it may be used, can do what the monitor asks of it, and runs Linux. The monitor says it of itself
 //! (`runnel-vmm --describe-host`).
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use serde::Deserialize;
@@ -29,7 +30,7 @@ pub(super) fn examine() -> Vec<Finding> {
     const CHECK: &str = "kvm";
     // Here rather than by the monitor: what to do depends on why.
     if let Err(error) = OpenOptions::new().read(true).write(true).open(DEVICE) {
-        return vec![unusable(CHECK, &error)];
+        return vec![unusable(CHECK, &error, group().as_deref())];
     }
     let host = match ask_monitor() {
         Ok(host) => host,
@@ -71,16 +72,37 @@ fn ask_monitor() -> Result<Description, String> {
     serde_json::from_slice(&output.stdout).map_err(|error| format!("it is of another version: {error}"))
 }
 
-fn unusable(check: &'static str, error: &io::Error) -> Finding {
-    let advice = match error.kind() {
-        io::ErrorKind::NotFound => {
+/// The group whose members may open the device, if there is one.
+fn group() -> Option<String> {
+    let device = fs::metadata(DEVICE).ok()?;
+    let opens = device.mode() & 0o060 == 0o060 && device.gid() != 0;
+    let groups = fs::read_to_string("/etc/group").ok()?;
+    group_named(&groups, device.gid()).filter(|_| opens)
+}
+
+/// The name of a group, of the lines of `/etc/group` (group(5)).
+fn group_named(groups: &str, number: u32) -> Option<String> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let (name, found) = (fields.next()?, fields.nth(1)?);
+        (found.parse() == Ok(number)).then(|| name.to_owned())
+    })
+}
+
+fn unusable(check: &'static str, error: &io::Error, group: Option<&str>) -> Finding {
+    let advice = match (error.kind(), group) {
+        (io::ErrorKind::NotFound, _) => {
             "load the module (`modprobe kvm_intel` or `modprobe kvm_amd`), and switch virtualization on in the \
              firmware, or nested virtualization on if this is a virtual machine"
+                .to_owned()
         }
-        io::ErrorKind::PermissionDenied => {
-            "join the group kvm (`usermod -aG kvm $USER`, then log in again), or run as root"
+        (io::ErrorKind::PermissionDenied, Some(group)) => {
+            format!("join the group {group} (`usermod -aG {group} $USER`, then log in again), or run as root")
         }
-        _ => "look at what the kernel says: `dmesg | grep -i kvm`",
+        (io::ErrorKind::PermissionDenied, None) => {
+            format!("have root let you (`setfacl -m u:$USER:rw {DEVICE}`), or run as root")
+        }
+        _ => "look at what the kernel says: `dmesg | grep -i kvm`".to_owned(),
     };
     Finding::missing(check, format!("{DEVICE} cannot be opened: {error}"), advice)
 }
@@ -141,8 +163,12 @@ mod tests {
 
     #[test]
     fn a_device_that_may_not_be_opened_says_how_to_get_access() {
-        let advice = |kind: io::ErrorKind| unusable("kvm", &kind.into()).advice.unwrap();
-        assert!(advice(io::ErrorKind::NotFound).contains("modprobe"));
-        assert!(advice(io::ErrorKind::PermissionDenied).contains("usermod"));
+        let advice = |kind: io::ErrorKind, group| unusable("kvm", &kind.into(), group).advice.unwrap();
+        assert!(advice(io::ErrorKind::NotFound, None).contains("modprobe"));
+        assert!(advice(io::ErrorKind::PermissionDenied, Some("virt")).contains("usermod -aG virt"));
+        assert!(advice(io::ErrorKind::PermissionDenied, None).contains("setfacl"));
+        let groups = "root:x:0:\nkvm:x:104:me,you\n";
+        assert_eq!(group_named(groups, 104).as_deref(), Some("kvm"));
+        assert_eq!(group_named(groups, 7), None);
     }
 }

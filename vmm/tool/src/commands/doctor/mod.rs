@@ -114,6 +114,8 @@ fn examine() -> Vec<Finding> {
     findings.push(host::agent());
     findings.push(host::memory());
     findings.push(host::tmpfs());
+    findings.push(host::image_store());
+    findings.push(host::overlays());
     findings.push(host::huge_pages());
     findings.push(host::open_files());
     findings
@@ -126,7 +128,7 @@ mod tests {
     #[test]
     fn every_finding_that_is_not_well_says_what_to_do() {
         let findings = examine();
-        assert!(findings.len() >= 11);
+        assert!(findings.len() >= 13);
         for finding in findings {
             assert!(!finding.found.is_empty(), "{finding:?}");
             assert_eq!(
