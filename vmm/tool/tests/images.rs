@@ -318,7 +318,11 @@ fn an_image_that_is_served_says_so_and_is_removed_only_by_force() {
     assert!(lines.next().unwrap().unwrap().ends_with("/web"));
     let refused = user.run(&["image", "rm", "db", "web"]);
     let told = text(&refused.stderr);
-    assert!(told.contains("web is not removed: it is being served"), "{told}");
+    let who = format!("web is being served by process {}", server.id());
+    assert!(
+        told.contains(&who) && told.contains("nothing was removed"),
+        "{told}"
+    );
     user.output(&["image", "rm", "db"]);
     end(server);
 
