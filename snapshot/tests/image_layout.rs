@@ -237,6 +237,29 @@ fn a_folder_lists_its_images_removes_them_and_sweeps_what_was_never_finished() {
         assert!(!path.exists());
     }
 
+    // What is not Runnel's stays, whatever it looks like.
+    let foreign = folder.path().join("foreign");
+    fs::create_dir_all(foreign.join("blobs/sha256")).unwrap();
+    fs::copy(folder.path().join("a/oci-layout"), foreign.join("oci-layout")).unwrap();
+    let index = fs::read_to_string(folder.path().join("a/index.json")).unwrap();
+    let of_others = index.replace("image.manifest.v1", "image.index.v1");
+    assert_ne!(index, of_others);
+    fs::write(foreign.join("index.json"), of_others).unwrap();
+    assert!(matches!(remove(&foreign), Err(FolderError::Foreign(_))));
+    let listing = list(folder.path()).unwrap();
+    assert!(!listing.broken.iter().any(|(path, _)| *path == foreign));
+    fs::remove_dir_all(&foreign).unwrap();
+    for file in ["notes", "blobs/notes", "blobs/sha256/notes"] {
+        let stranger = folder.path().join("a").join(file);
+        fs::write(&stranger, "mine").unwrap();
+        let refusal = remove(&folder.path().join("a")).unwrap_err();
+        assert!(
+            refusal.to_string().contains(&stranger.display().to_string()),
+            "{refusal}"
+        );
+        fs::remove_file(&stranger).unwrap();
+    }
+
     remove(&folder.path().join("a")).unwrap();
     assert!(matches!(
         remove(&folder.path().join("no_image")),

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::layout::{BLOBS, INDEX_JSON, Layout, MARKER};
+use super::layout::{BLOBS, BLOBS_OF_ALL, INDEX_JSON, Layout, MARKER};
 use super::manifest::{ImageManifest, MANIFEST_BYTES_MAX};
 use super::partial::{abandoned, path_beside, sweep};
 use super::reference::Wanted;
@@ -60,6 +60,19 @@ pub enum FolderError {
     /// It is no image, and only images are removed.
     #[error("{0} is not removed, since it is no image: it has neither oci-layout nor index.json and blobs")]
     NoImage(PathBuf),
+    /// It is a layout of something else.
+    #[error("{0} is not removed, since it holds images of another kind: remove the directory yourself")]
+    Foreign(PathBuf),
+    /// It has something that does not belong to an image, and would be lost.
+    #[error(
+        "{path} is not removed, since {stranger} is no part of an image: move it elsewhere, or remove the directory yourself"
+    )]
+    Stranger {
+        /// The directory.
+        path: PathBuf,
+        /// What is in it, a path.
+        stranger: PathBuf,
+    },
 }
 
 fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> FolderError + 'a {
@@ -102,7 +115,12 @@ pub fn looks_like_image(path: &Path) -> bool {
 
 impl Listing {
     fn look_at(&mut self, path: PathBuf) {
-        let layout = match Layout::open(&path).and_then(Layout::with_images) {
+        let opened = Layout::open(&path);
+        if opened.as_ref().is_ok_and(Layout::is_foreign) {
+            // Nothing is wrong with it.
+            return;
+        }
+        let layout = match opened.and_then(Layout::with_images) {
             Ok(layout) => layout,
             Err(error) => return self.broken.push((path, error.into())),
         };
@@ -137,11 +155,47 @@ pub fn remove(path: &Path) -> Result<(), FolderError> {
     if !looks_like_image(path) {
         return Err(FolderError::NoImage(path.to_owned()));
     }
+    if Layout::open(path).is_ok_and(|layout| layout.is_foreign()) {
+        return Err(FolderError::Foreign(path.to_owned()));
+    }
+    if let Some(stranger) = stranger_in(path)? {
+        return Err(FolderError::Stranger {
+            path: path.to_owned(),
+            stranger,
+        });
+    }
     let hidden =
         path_beside(path).ok_or_else(|| io_error("removing", path)(io::ErrorKind::InvalidInput.into()))?;
     // From here on it is an unfinished image like that of a killed writer: if this is cut short, the next sweep ends it.
     fs::rename(path, &hidden).map_err(io_error("removing", path))?;
     fs::remove_dir_all(&hidden).map_err(io_error("removing", &hidden))
+}
+
+/// Something in an image's directory that no image has there: besides the layout's two files there are blobs alone,
+/// called by their digests.
+fn stranger_in(path: &Path) -> Result<Option<PathBuf>, FolderError> {
+    let in_layout = |name: &str| [MARKER.0, INDEX_JSON, BLOBS_OF_ALL].contains(&name);
+    let in_blobs = |name: &str| Path::new(BLOBS).ends_with(name);
+    let is_digest = |name: &str| name.len() == 64 && name.bytes().all(|digit| digit.is_ascii_hexdigit());
+    Ok(first_but(path, in_layout)?
+        .or(first_but(&path.join(BLOBS_OF_ALL), in_blobs)?)
+        .or(first_but(&path.join(BLOBS), is_digest)?))
+}
+
+/// The first entry of `folder` whose name does not belong there. A broken image may lack the folder.
+fn first_but(folder: &Path, belongs: impl Fn(&str) -> bool) -> Result<Option<PathBuf>, FolderError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("reading", folder)(error)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(io_error("reading", folder))?;
+        if !entry.file_name().to_str().is_some_and(&belongs) {
+            return Ok(Some(entry.path()));
+        }
+    }
+    Ok(None)
 }
 
 /// What [`prune`] would remove, in the order of paths.

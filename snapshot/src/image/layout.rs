@@ -22,6 +22,8 @@ pub(super) const MARKER: (&str, &str) = ("oci-layout", r#"{"imageLayoutVersion":
 pub(super) const INDEX_JSON: &str = "index.json";
 /// The folder of the blobs.
 pub(super) const BLOBS: &str = "blobs/sha256";
+/// The folder of that, and of those that other algorithms name.
+pub(super) const BLOBS_OF_ALL: &str = "blobs";
 /// Annotation of a manifest's descriptor: the image's name.
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
@@ -94,6 +96,8 @@ struct Marker {
 #[derive(Debug)]
 pub struct Listing {
     manifests: Vec<Descriptor>,
+    /// Manifests that are none of Runnel's.
+    others: usize,
 }
 
 impl Listing {
@@ -111,8 +115,10 @@ impl Listing {
             descriptor.media_type == MANIFEST
                 && descriptor.artifact_type.as_ref().is_none_or(|kind| kind == IMAGE)
         };
-        let manifests = index.manifests.into_iter().filter(is_image).collect();
-        Self { manifests }
+        let all = index.manifests.len();
+        let manifests: Vec<_> = index.manifests.into_iter().filter(is_image).collect();
+        let others = all - manifests.len();
+        Self { manifests, others }
     }
 
     /// The images, each with its name if it has one.
@@ -200,6 +206,12 @@ impl Layout {
             return Err(LayoutError::Empty(self.path.join(INDEX_JSON)));
         }
         Ok(self)
+    }
+
+    /// Whether it holds images of another kind alone: somebody else's.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.listing.manifests.is_empty() && self.listing.others > 0
     }
 
     /// The images, each with its name if it has one.

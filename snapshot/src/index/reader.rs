@@ -10,6 +10,9 @@ use crate::units::ChunkIndex;
 /// Segments kept parsed: 4 GiB of volume, some 100 KiB each at the default chunk size.
 const SEGMENTS_KEPT: usize = 32;
 
+/// Segments that are read ahead: as many again stay for those that were asked for.
+const SEGMENTS_AHEAD_MAX: usize = SEGMENTS_KEPT / 2;
+
 /// Why a chunk could not be looked up.
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
@@ -132,8 +135,8 @@ impl IndexReader {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads the segment of `chunk` and those around it, the nearest first, as many as are kept, one after another, for
-    /// as long as `goes_on` says so.
+    /// Reads the segment of `chunk` and those around it, the nearest first, half as many as are kept, one after
+    /// another, for as long as `goes_on` says so.
     ///
     /// # Errors
     /// When one cannot be had or trusted.
@@ -141,7 +144,10 @@ impl IndexReader {
         let start = self.root.locate(chunk).map_or(0, |(number, _)| number.0);
         let mut numbers: Vec<u32> = (0..self.root.segments()).collect();
         numbers.sort_by_key(|number| number.abs_diff(start));
-        let mut nearest = numbers.into_iter().take(SEGMENTS_KEPT).take_while(|_| goes_on());
+        let mut nearest = numbers
+            .into_iter()
+            .take(SEGMENTS_AHEAD_MAX)
+            .take_while(|_| goes_on());
         nearest.try_for_each(|number| self.segment(SegmentIndex(number)).map(drop))
     }
 

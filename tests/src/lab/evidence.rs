@@ -116,12 +116,36 @@ fn timer_interrupts() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     #[test]
-    fn a_process_that_is_there_has_threads_and_timers_fire() {
-        let text = of_monitor(std::process::id());
-        assert!(text.contains("thread "), "{text}");
-        assert!(of_host().contains("clock source "));
+    fn a_thread_that_spins_has_run_and_one_that_sleeps_has_not() {
+        let ended = AtomicBool::new(false);
+        let text = thread::scope(|scope| {
+            let spin = || {
+                while !ended.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            };
+            thread::Builder::new()
+                .name("spins".to_owned())
+                .spawn_scoped(scope, spin)
+                .unwrap();
+            let text = of_monitor(std::process::id());
+            ended.store(true, Ordering::Relaxed);
+            text
+        });
+        let spins = text.lines().find(|line| line.contains("thread spins "));
+        let spins = spins.unwrap_or_else(|| panic!("{text}"));
+        assert!(!spins.ends_with(", ran 0 ms"), "{text}");
+    }
+
+    #[test]
+    fn a_host_has_a_clock_and_a_timer_that_fires() {
+        let text = of_host();
+        assert!(!text.contains("No such file"), "{text}");
+        assert!(!text.contains(", 0 timer interrupts"), "{text}");
     }
 }

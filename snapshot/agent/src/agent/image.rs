@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use runnel_snapshot::blobs::BlobError;
@@ -112,8 +113,8 @@ pub(super) struct OpenImage {
     asking: Mutex<()>,
     /// What a resumed machine touches first: asked for when the image is opened.
     first: HashSet<ChunkId>,
-    /// The index is read ahead once.
-    index_ahead: Once,
+    /// The index is being read ahead, or was.
+    index_ahead: AtomicBool,
     state: File,
     manifest: File,
     traffic: Option<Arc<Traffic>>,
@@ -161,7 +162,7 @@ impl OpenImage {
             waiting,
             asking: Mutex::new(()),
             first: first.iter().copied().collect(),
-            index_ahead: Once::new(),
+            index_ahead: AtomicBool::new(false),
             state: document("state", &state).map_err(OpenError::Document)?,
             manifest: document("manifest", &manifest).map_err(OpenError::Document)?,
             traffic,
@@ -181,20 +182,26 @@ impl OpenImage {
         read_ahead(move || {
             // Not at once: a machine starts with the chunks alone, and the link is theirs until then.
             image.waiting.wait_until_answered(NOBODY, &first);
-            let mut chunks = first.into_iter();
-            chunks.try_for_each(|chunk| image.source.read_index_at(chunk.volume, chunk.chunk))
+            let read = |chunk: ChunkId| image.source.read_index_at(chunk.volume, chunk.chunk);
+            first.into_iter().map(read).fold(Ok(()), Result::and)
         });
     }
 
     /// Reads the index, which is small beside what it tells of, once a machine goes where it has not been: what it
     /// touches from here on then takes one round trip, not the several of a first touch in a part of its own.
     fn read_index_ahead(self: &Arc<Self>, chunk: ChunkId) {
-        self.index_ahead.call_once(|| {
-            let image = Arc::clone(self);
-            read_ahead(move || {
-                let goes_on = || image.waiting.machines() > 0;
-                image.source.read_index_ahead(chunk, &goes_on)
-            });
+        if self.index_ahead.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let image = Arc::clone(self);
+        read_ahead(move || {
+            let is_wanted = || image.waiting.machines() > 0;
+            let read = image.source.read_index_ahead(chunk, &is_wanted);
+            if read.is_err() || !is_wanted() {
+                // The next machine that goes somewhere new has it tried again.
+                image.index_ahead.store(false, Ordering::Relaxed);
+            }
+            read
         });
     }
 

@@ -96,22 +96,21 @@ impl Shared {
             give_way();
         }
         let mut hands = Hands::default();
-        while let Some(run) = self.queue.take(hand, || self.rest(hand, &mut hands)) {
+        while let Some(run) = self.queue.take(hand, || self.rest(&mut hands)) {
+            hands.used = true;
             let stored_bytes = self.deliver(&run, &mut hands);
             self.queue.finished(run.urgency, stored_bytes);
         }
     }
 
-    /// Puts away what the last chunks needed; a filler also the index of a volume all of which is known.
-    fn rest(&self, hand: Hand, hands: &mut Hands) {
-        if hands.decoder.is_none() {
+    /// Puts away what the last chunks needed, and the index of a volume all of which is known.
+    fn rest(&self, hands: &mut Hands) {
+        if !hands.used {
             return;
         }
         *hands = Hands::default();
-        if hand != Hand::Worker {
-            let known = self.volumes.iter().filter(|volume| volume.is_known());
-            known.for_each(|volume| volume.index.forget());
-        }
+        let known = self.volumes.iter().filter(|volume| volume.is_known());
+        known.for_each(|volume| volume.index.forget());
         give_back_memory();
     }
 
@@ -282,6 +281,8 @@ impl Volume {
 /// What a worker keeps between chunks.
 #[derive(Default)]
 struct Hands {
+    /// Since the last rest.
+    used: bool,
     decoder: Option<ChunkDecoder>,
     frames: Vec<u8>,
     plain: Vec<u8>,

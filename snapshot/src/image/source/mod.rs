@@ -195,14 +195,15 @@ impl ImageSource {
         }
     }
 
-    /// Reads the index of every volume, as much as is kept at hand, for as long as `goes_on` says so: that of
-    /// `chunk.volume` first, from `chunk` on.
+    /// Reads the index of every volume around `chunk` or from its start, for as long as `goes_on` says so: that of
+    /// `chunk.volume` first.
     ///
     /// # Errors
-    /// When a part of it cannot be had.
+    /// When a part of it cannot be had: the first such error. The other volumes are read all the same.
     pub fn read_index_ahead(&self, chunk: ChunkId, goes_on: &dyn Fn() -> bool) -> Result<(), IndexError> {
         let first = usize::from(chunk.volume.0);
         let others = (0..self.shared.volumes.len()).filter(|number| *number != first);
+        let mut result = Ok(());
         for number in std::iter::once(first).chain(others) {
             let start = if number == first {
                 chunk.chunk
@@ -210,10 +211,10 @@ impl ImageSource {
                 ChunkIndex(0)
             };
             if let Some(volume) = self.shared.volumes.get(number) {
-                volume.index.read_ahead(start, goes_on)?;
+                result = result.and(volume.index.read_ahead(start, goes_on));
             }
         }
-        Ok(())
+        result
     }
 }
 
