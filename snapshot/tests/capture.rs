@@ -458,6 +458,19 @@ fn state_and_memory_are_replaced_together_or_stay() {
     assert!(precious.exists());
     fs::remove_dir_all(&memory).unwrap();
 
+    // Nor is the drive of a machine, which has it locked.
+    let drive = folder.path().join("drive");
+    fs::write(&drive, "a file system").unwrap();
+    let locked = fs::File::open(&drive).unwrap();
+    rustix::fs::flock(&locked, rustix::fs::FlockOperation::LockShared).unwrap();
+    let error = write_raw(&vec![1_u8; 8], &drive, &CaptureSettings::default(), &progress).unwrap_err();
+    assert!(
+        matches!(&error, RawError::InUse(path) if *path == drive),
+        "{error}"
+    );
+    assert_eq!(fs::read_to_string(&drive).unwrap(), "a file system");
+    fs::remove_file(&drive).unwrap();
+
     write().unwrap();
     assert_eq!(fs::read_to_string(&state).unwrap(), "the new state");
     assert_eq!(fs::read(&memory).unwrap(), b"bytes");

@@ -80,6 +80,11 @@ fn an_existing_target_is_refused_and_stays_as_it_is() {
     let target = folder.path().join("image");
     let first = publish(&target).unwrap();
     assert!(matches!(publish(&target), Err(PublishError::Exists(_))));
+    // It would go with that one.
+    assert!(matches!(
+        publish(&target.join("inner")),
+        Err(PublishError::InImage { .. })
+    ));
     assert_eq!(
         Image::open_directory(&target, &Wanted::Only).unwrap().digest(),
         first.digest

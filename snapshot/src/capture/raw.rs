@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use rustix::fs::FlockOperation;
+
 use super::CaptureSettings;
 use super::content::{Content, Found};
 use super::progress::{Progress, Stage};
@@ -39,6 +41,9 @@ pub enum RawError {
     /// What is there is none of ours.
     #[error("{} is no regular file, and is not replaced: name another path", .0.display())]
     NoFile(PathBuf),
+    /// A machine has it as its drive.
+    #[error("{} is in use, by a running machine for instance, and is not replaced: name another path", .0.display())]
+    InUse(PathBuf),
     /// The file cannot be written.
     #[error("{what} {path} failed")]
     Write {
@@ -120,9 +125,18 @@ pub fn publish(state: RawFile, memory: RawFile, progress: &Progress) -> Result<(
 fn check_target(target: &Path) -> Result<(), RawError> {
     match fs::symlink_metadata(target) {
         Ok(about) if !about.is_file() => Err(RawError::NoFile(target.to_owned())),
+        // This machine's drive or another's: it would run on, its bytes to be lost when it ends.
+        Ok(_) if is_locked(target) => Err(RawError::InUse(target.to_owned())),
         // Whatever keeps it from being looked at keeps it from being written, and is told then.
         _ => Ok(()),
     }
+}
+
+/// Whether somebody holds a lock on the file, as machines do on their drives.
+fn is_locked(path: &Path) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+    locked == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
 /// The state that was at the target, under a name that the next writer sweeps; none if there was none.

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::RenameFlags;
 use sha2::Digest as _;
 
+use super::folder::looks_like_image;
 use super::layout::{BLOBS, INDEX_JSON, IndexJson, Layout, MARKER, REF_NAME};
 use super::manifest::{Descriptor, IMAGE, MANIFEST, ManifestDraft, ManifestError};
 use super::partial::{Partial, sweep};
@@ -29,6 +30,14 @@ pub enum PublishError {
     /// The target is taken.
     #[error("{0} exists already: choose another path, or remove it first")]
     Exists(PathBuf),
+    /// The target is in an image, and would go with it.
+    #[error("{target} would lie in the image {image}: give a path outside of it")]
+    InImage {
+        /// The path that was asked for.
+        target: PathBuf,
+        /// The directory that it is in.
+        image: PathBuf,
+    },
     /// The target has no parent or no name.
     #[error("{0} cannot be an image's path: give a directory's name in an existing directory")]
     BadTarget(PathBuf),
@@ -83,6 +92,12 @@ impl Publication {
         };
         if fs::symlink_metadata(target).is_ok() {
             return Err(PublishError::Exists(target.to_owned()));
+        }
+        if looks_like_image(&parent) {
+            return Err(PublishError::InImage {
+                target: target.to_owned(),
+                image: parent,
+            });
         }
         sweep(&parent, Some(name)).map_err(io_error("reading", &parent))?;
         let partial =

@@ -4,6 +4,7 @@ use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
@@ -149,18 +150,24 @@ pub struct PacketListener {
 }
 
 impl PacketListener {
-    /// Listens at `path`. What a dead predecessor left there is replaced; where somebody still listens, it fails.
+    /// Listens at `path`. The socket that a dead predecessor left there is replaced; where somebody still listens, or
+    /// something else lies, it fails.
     ///
     /// # Errors
-    /// When somebody listens there already, or the socket cannot be made.
+    /// When somebody listens there already, something else is there, or the socket cannot be made.
     pub fn bind(path: &Path) -> io::Result<Self> {
         if PacketSocket::connect(path).is_ok() {
             let message = format!("somebody already listens at {}", path.display());
             return Err(io::Error::new(io::ErrorKind::AddrInUse, message));
         }
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        match std::fs::symlink_metadata(path) {
+            Ok(about) if about.file_type().is_socket() => std::fs::remove_file(path)?,
+            Ok(_) => {
+                let message = format!("{} is there, and is no socket: name another path", path.display());
+                return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
         let socket = new_socket()?;
         // Before it has a name: Linux gives the name the mode of the socket, so nobody else ever could connect.
@@ -213,6 +220,7 @@ fn new_socket() -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::net::UnixListener;
 
     use super::*;
 
@@ -220,7 +228,15 @@ mod tests {
     fn a_listening_socket_is_its_owners_alone_replaces_a_dead_one_and_yields_to_a_living_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent.sock");
-        std::fs::write(&path, "left behind").unwrap();
+        std::fs::write(&path, "somebody's").unwrap();
+        assert_eq!(
+            PacketListener::bind(&path).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
+        std::fs::remove_file(&path).unwrap();
+        // Its name outlives it.
+        drop(UnixListener::bind(&path).unwrap());
         let listener = PacketListener::bind(&path).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(
