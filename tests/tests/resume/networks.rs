@@ -63,7 +63,7 @@ fn a_machine_is_loaded_onto_another_tap_and_its_guest_keeps_what_it_was_told() {
     let mut second = in_a_namespace(&socket("second.sock")).unwrap();
     let reason = refusal(&second, "PUT", "/snapshot/load", &request("eth7"));
     assert!(
-        reason.contains("eth7") && reason.contains("it has eth0"),
+        reason.contains("eth7") && reason.contains("has the interface eth0"),
         "{reason}"
     );
     assert!(!has_interface(&second, "other1"), "a refusal leaves nothing");
