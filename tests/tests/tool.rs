@@ -10,6 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::is_answering;
+use runnel_tests::bare::wait_until;
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -562,10 +563,10 @@ fn where_standard_error_takes_nothing_a_failure_is_still_one_and_an_agent_still_
         command
     };
     let mut first = agent().spawn().unwrap();
-    while !is_answering(&socket) {
+    wait_until("the agent answers", || {
         assert_eq!(first.try_wait().unwrap(), None);
-        std::thread::yield_now();
-    }
+        is_answering(&socket)
+    });
     // Its directories are the first one's.
     assert_eq!(agent().status().unwrap().code(), Some(1));
     signal(first.id(), "TERM");
@@ -703,9 +704,7 @@ fn a_monitor_that_is_killed_while_it_saves_is_said_to_have_ended_and_its_log_is_
             .count()
     };
     // The request's, and then that of whoever asks how far it is.
-    while sockets() < 2 {
-        std::thread::yield_now();
-    }
+    wait_until("the tool asks twice", || sockets() == 2);
     signal(&monitor, "KILL");
     let told = refusal(&tool.wait_with_output().unwrap());
     assert!(told.contains("web has ended while it was saved"), "{told}");

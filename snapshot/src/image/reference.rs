@@ -117,17 +117,19 @@ impl FromStr for ImageReference {
     }
 }
 
-/// A URL without the user and password in it, which nobody else should read.
-fn without_secret(text: &str) -> String {
+/// A URL without what may be a user and a password in it, for messages, which others may read: without all before its
+/// last `@`, but for that of a digest.
+#[must_use]
+pub fn without_secret(text: &str) -> String {
     let Some((scheme, rest)) = text.split_once("://") else {
         return text.to_owned();
     };
-    let authority = rest.split('/').next().unwrap_or_default();
-    match authority.rsplit_once('@') {
-        Some((user, host)) if !authority.contains("@sha256:") => {
-            format!("{scheme}://…@{host}{}", &rest[user.len() + 1 + host.len()..])
-        }
-        _ => text.to_owned(),
+    // A digest stands behind an image's name.
+    let pin = rest.rfind("@sha256:").filter(|at| rest[..*at].contains('/'));
+    let (located, pin) = rest.split_at(pin.unwrap_or(rest.len()));
+    match located.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}://…@{host}{pin}"),
+        None => text.to_owned(),
     }
 }
 
@@ -180,6 +182,25 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn no_message_repeats_a_password() {
+        for text in [
+            "http://user:secret@host/web",
+            "http://user:sec/ret@host/web@sha256:00",
+            "http://user:secret@sha256:00",
+        ] {
+            let told = without_secret(text);
+            assert!(!told.contains("user") && !told.contains("ret"), "{told}");
+        }
+        for text in [
+            "http://host:5000/web:v1",
+            "http://host/web@sha256:00",
+            "./web@home",
+        ] {
+            assert_eq!(without_secret(text), text);
+        }
+    }
 
     #[test]
     fn references_survive_their_text() {

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use runnel_snapshot::image::reference::without_secret;
+
 /// The longest URL that is taken from a redirect or a challenge.
 const URL_BYTES_MAX: usize = 8 << 10;
 
@@ -65,7 +67,7 @@ impl Url {
     /// Reads an absolute URL.
     pub(super) fn parse(text: &str) -> Result<Self, BadUrl> {
         let refuse = |reason| BadUrl {
-            text: text.chars().take(200).collect(),
+            text: without_secret(text).chars().take(200).collect(),
             reason,
         };
         let bad = || refuse(EXPECTED);

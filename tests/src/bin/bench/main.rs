@@ -327,7 +327,7 @@ fn report_in(out: &Path) -> PathBuf {
 
 /// `target/bench`, wherever `target` is.
 fn output_folder() -> Result<PathBuf, Box<dyn Error>> {
-    // target/release/deps/report-<hash>
+    // target/debug/bench
     let own = std::env::current_exe()?;
     let target = own
         .ancestors()

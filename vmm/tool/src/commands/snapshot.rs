@@ -32,7 +32,7 @@ Examples:
 /// The machine is no more.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{machine} has ended while it was saved; its log is {log}; what there is of the image goes with `runnel image prune`, or with the next snapshot of that name",
+    "{machine} has ended while it was saved; its log is {log}; what there is of the image goes with the next snapshot to that place, or from the store with `runnel image prune`",
     log = log.display()
 )]
 struct Ended {
