@@ -126,6 +126,23 @@ pub trait BlobStore: Send + Sync {
     /// # Errors
     /// When the store has no such blob, it ends before, or it cannot be read.
     fn read_range(&self, blob: &Blob, offset: u64, into: &mut [u8]) -> Result<(), BlobError>;
+
+    /// Reads as [`read_range`](Self::read_range) does, and tells whether `are_right` says so of the bytes. A store
+    /// that has the blob in several places goes on to the next where those of one are not; whoever can tell right
+    /// bytes from wrong ones reads this way.
+    ///
+    /// # Errors
+    /// When right bytes were not found and some place could not be read: it may have had them.
+    fn read_right(
+        &self,
+        blob: &Blob,
+        offset: u64,
+        into: &mut [u8],
+        are_right: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> Result<bool, BlobError> {
+        self.read_range(blob, offset, into)?;
+        Ok(are_right(into))
+    }
 }
 
 /// Reads the whole of `blob` and holds it against its digest.
@@ -142,13 +159,16 @@ pub fn read_verified(store: &dyn BlobStore, blob: &Blob, bytes_max: u64) -> Resu
         return Err(too_large());
     }
     let mut bytes = vec![0; usize::try_from(blob.bytes).map_err(|_| too_large())?];
-    store.read_range(blob, 0, &mut bytes)?;
-    let found = BlobDigest::of(&bytes);
-    if found != blob.digest {
-        return Err(BlobError::Corrupt {
-            digest: blob.digest,
-            found,
-        });
+    let mut found = blob.digest;
+    let are_right = store.read_right(blob, 0, &mut bytes, &mut |bytes| {
+        found = BlobDigest::of(bytes);
+        found == blob.digest
+    })?;
+    if are_right {
+        return Ok(bytes);
     }
-    Ok(bytes)
+    Err(BlobError::Corrupt {
+        digest: blob.digest,
+        found,
+    })
 }

@@ -125,6 +125,32 @@ impl Machine {
     }
 }
 
+/// A registry of one image, all of whose volumes come with wrong bytes: layers and indexes.
+fn damaged_registry(stored: &Stored) -> Scripted {
+    let image = stored.open();
+    let blobs = image.manifest.blobs();
+    let files: Vec<_> = blobs
+        .iter()
+        .map(|blob| {
+            let mut bytes = stored.bytes_of(blob);
+            if blob.digest != image.manifest.state.digest {
+                bytes.iter_mut().for_each(|byte| *byte ^= 0x10);
+            }
+            (format!("/v2/web/blobs/{}", blob.digest), bytes)
+        })
+        .collect();
+    let manifest = stored.bytes_of(&stored.manifest);
+    Scripted::start(move |request| {
+        if request.target.starts_with("/v2/web/manifests/") {
+            return Reply::ok(&manifest);
+        }
+        match files.iter().find(|(path, _)| *path == request.target) {
+            Some((_, bytes)) => Reply::part(request, bytes),
+            None => Reply::status("404 Not Found", &[]),
+        }
+    })
+}
+
 /// A registry of one image, whose layer is answered as the script says.
 fn registry(stored: &Stored, layer: impl Fn(&Request, &[u8]) -> Reply + Send + Sync + 'static) -> Scripted {
     let image = stored.open();
@@ -483,6 +509,98 @@ fn a_server_that_goes_away_is_a_transient_failure_and_the_chunk_comes_when_it_is
     away.store(false, Ordering::SeqCst);
     machine.ask(&[3]);
     assert_eq!(machine.answer(), (3, Ok(Arrived::Data)));
+}
+
+#[test]
+fn an_image_is_read_where_it_was_named_last_and_elsewhere_when_that_fails() {
+    let stored = Stored::new();
+    let gone = Arc::new(AtomicBool::new(false));
+    let is_gone = Arc::clone(&gone);
+    let old = registry(&stored, |_, _| Reply::Close(Vec::new()));
+    let new = registry(&stored, move |request, bytes| {
+        match is_gone.load(Ordering::SeqCst) {
+            true => Reply::Close(Vec::new()),
+            false => Reply::part(request, bytes),
+        }
+    });
+    let home = Home::new();
+    let agent = home.start();
+    let first = home.machine(&format!("{}/web", old.base())).unwrap();
+    first.ask(&[3]);
+    assert!(first.answer().1.unwrap_err().transient);
+    assert!(agent.status().images[0].trouble.is_some());
+
+    // Another machine, and the same image in a place that delivers.
+    let second = home.machine(&format!("{}/web", new.base())).unwrap();
+    first.ask(&[3]);
+    assert_eq!(first.answer(), (3, Ok(Arrived::Data)));
+    let status = agent.status();
+    assert_eq!(status.images.len(), 1);
+    assert_eq!(status.images[0].image, format!("{}/web", new.base()));
+    assert_eq!(status.images[0].trouble, None);
+
+    // Neither delivers: both are named, and it passes when one does again.
+    gone.store(true, Ordering::SeqCst);
+    second.ask(&[4]);
+    let failure = second.answer().1.unwrap_err();
+    assert!(failure.transient);
+    for server in [&old, &new] {
+        assert!(failure.reason.contains(&server.base()), "{failure}");
+    }
+    gone.store(false, Ordering::SeqCst);
+    second.ask(&[4]);
+    assert_eq!(second.answer(), (4, Ok(Arrived::Data)));
+}
+
+#[test]
+fn wrong_bytes_of_one_place_are_read_again_in_another() {
+    let stored = Stored::new();
+    let damaged = damaged_registry(&stored);
+    let sound = serve(&[&stored.path()]);
+    let sound = format!("http://{}/web", sound.address());
+    for newest_is_damaged in [false, true] {
+        let home = Home::new();
+        let agent = home.start();
+        let machine = home.machine(&format!("{}/web", damaged.base())).unwrap();
+        machine.ask(&[0, 4]);
+        for (_, answer) in machine.answers(2) {
+            assert!(!answer.unwrap_err().transient);
+        }
+        let _second = home.machine(&sound).unwrap();
+        if newest_is_damaged {
+            let _third = home.machine(&format!("{}/web", damaged.base())).unwrap();
+        }
+        machine.ask(&[0, 3, 4]);
+        let data = |chunk| (chunk, Ok(Arrived::Data));
+        assert_eq!(machine.answers(3), [data(0), data(3), data(4)]);
+        assert!(machine.has(0, 1) && machine.has(3, 2));
+        // Where right bytes came from is asked first from then on.
+        assert_eq!(agent.status().images[0].image, sound);
+    }
+}
+
+#[test]
+fn a_new_place_of_a_pinned_image_is_used_too_and_waited_for_by_nobody() {
+    let stored = Stored::new();
+    let old = registry(&stored, |_, _| Reply::Close(Vec::new()));
+    let new = serve(&[&stored.path()]);
+    let home = Home::new();
+    let _agent = home.start();
+    let machine = home.machine(&format!("{}/web", old.base())).unwrap();
+    let pinned = |base: &str| format!("{base}/web@{}", stored.manifest.digest);
+    // Nobody is there, and the machine is none the worse for it.
+    home.machine(&pinned("http://127.0.0.1:1")).unwrap();
+    home.machine(&pinned(&format!("http://{}", new.address())))
+        .unwrap();
+    let begun = Instant::now();
+    loop {
+        machine.ask(&[3]);
+        match machine.answer().1 {
+            Ok(what) => break assert_eq!(what, Arrived::Data),
+            Err(failure) => assert!(failure.transient && begun.elapsed() < LONG, "{failure}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -133,6 +133,26 @@ pub fn without_secret(text: &str) -> String {
     }
 }
 
+impl ImageReference {
+    /// Whether the other leads to the same directory or the same name on the same server, whichever image it wants of
+    /// those there.
+    #[must_use]
+    pub fn is_same_place(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Directory { path, .. }, Self::Directory { path: other, .. }) => path == other,
+            (
+                Self::Remote { base, name, .. },
+                Self::Remote {
+                    base: other_base,
+                    name: other_name,
+                    ..
+                },
+            ) => (base, name) == (other_base, other_name),
+            _ => false,
+        }
+    }
+}
+
 impl fmt::Display for ImageReference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let wanted = match self {

@@ -162,14 +162,18 @@ impl IndexReader {
             .ok_or_else(|| unusable(SegmentError::Missing(number)))?;
         // The root was parsed with a cap on the length of each segment.
         let mut bytes = vec![0; at.stored.len as usize];
+        let mut parsed = Err(SegmentError::Missing(number));
         self.store
-            .read_range(&self.index, at.stored.start, &mut bytes)
+            .read_right(&self.index, at.stored.start, &mut bytes, &mut |bytes| {
+                parsed = Segment::parse(bytes, &self.root, number, &self.layer_bytes);
+                parsed.is_ok()
+            })
             .map_err(|source| IndexError::Blob {
                 segment: number,
                 index: self.index.digest,
                 source,
             })?;
-        Segment::parse(&bytes, &self.root, number, &self.layer_bytes).map_err(unusable)
+        parsed.map_err(unusable)
     }
 }
 

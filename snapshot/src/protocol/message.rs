@@ -91,7 +91,7 @@ pub struct AgentStatus {
 /// One of an agent's images.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageStatus {
-    /// Where it comes from, as the machine wrote it that opened it first.
+    /// Where it is read, or was last.
     pub image: String,
     /// The manifest's digest.
     pub digest: BlobDigest,
@@ -101,12 +101,15 @@ pub struct ImageStatus {
     pub bytes_received: u64,
     /// Bytes that went out for it.
     pub bytes_sent: u64,
+    /// Why the last read of it failed, if none has succeeded since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// The most images that a [`AgentStatus`] tells of: more do not fit into a message.
 const STATUS_IMAGES_MAX: usize = 100;
 
-/// The longest name of an image in it.
+/// The longest name of an image in it, and the longest trouble.
 const IMAGE_BYTES_MAX: usize = 256;
 
 /// What a monitor says.
@@ -279,11 +282,17 @@ impl FromAgent {
                 let mut status = status.clone();
                 status.images.truncate(STATUS_IMAGES_MAX);
                 for image in &mut status.images {
-                    image
-                        .image
-                        .truncate(image.image.floor_char_boundary(IMAGE_BYTES_MAX));
+                    for text in std::iter::once(&mut image.image).chain(&mut image.trouble) {
+                        text.truncate(text.floor_char_boundary(IMAGE_BYTES_MAX));
+                    }
                 }
-                json(STATUS, &status)
+                let mut bytes = json(STATUS, &status);
+                // Texts of odd characters are longer in JSON.
+                while bytes.len() > MESSAGE_BYTES_MAX && !status.images.is_empty() {
+                    status.images.truncate(status.images.len() * 3 / 4);
+                    bytes = json(STATUS, &status);
+                }
+                bytes
             }
         }
     }
@@ -463,6 +472,28 @@ mod tests {
             FromAgent::parse(&[FAILED, 1]),
             Err(BadMessage::Length { .. })
         ));
+    }
+
+    #[test]
+    fn a_status_of_many_images_with_odd_names_fits_its_cap() {
+        let image = ImageStatus {
+            image: "\u{1}".repeat(4000),
+            digest: BlobDigest::of(b"m"),
+            machines: u64::MAX,
+            bytes_received: u64::MAX,
+            bytes_sent: u64::MAX,
+            trouble: Some("\"".repeat(4000)),
+        };
+        let status = FromAgent::Status(AgentStatus {
+            process: 1,
+            images: vec![image; 1000],
+        });
+        let bytes = status.to_bytes();
+        assert!(bytes.len() <= MESSAGE_BYTES_MAX);
+        let FromAgent::Status(read) = FromAgent::parse(&bytes).unwrap() else {
+            panic!()
+        };
+        assert!(read.images.len() > 10, "{}", read.images.len());
     }
 
     #[test]

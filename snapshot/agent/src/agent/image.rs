@@ -24,9 +24,9 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use super::fan_out::{FanOut, MachineNumber};
 use super::line::Line;
 use super::pages::PageFolders;
+use super::places::{Place, Places};
 use super::settings::AgentSettings;
 use crate::remote::{RemoteError, RemoteImage};
-use crate::traffic::Traffic;
 
 /// Who asks for an image's first chunks before any machine does.
 const NOBODY: MachineNumber = MachineNumber(0);
@@ -65,10 +65,9 @@ impl OpenError {
 
 /// An image that was found: its manifest was read, nothing else.
 pub(super) struct FoundImage {
-    reference: ImageReference,
+    place: Place,
     image: Image,
     manifest: Vec<u8>,
-    traffic: Option<Arc<Traffic>>,
 }
 
 impl FoundImage {
@@ -90,10 +89,9 @@ impl FoundImage {
             }
         };
         Ok(Self {
-            reference: reference.clone(),
+            place: Place::new(reference.clone(), Arc::clone(&image.store), traffic),
             image,
             manifest,
-            traffic,
         })
     }
 
@@ -104,8 +102,8 @@ impl FoundImage {
 
 /// An open image.
 pub(super) struct OpenImage {
-    reference: ImageReference,
     digest: BlobDigest,
+    places: Arc<Places>,
     source: ImageSource,
     waiting: Arc<FanOut>,
     /// Held while chunks are asked for or let go, with the table of who waits for them: so that nobody lets go of
@@ -117,7 +115,6 @@ pub(super) struct OpenImage {
     index_ahead: AtomicBool,
     state: File,
     manifest: File,
-    traffic: Option<Arc<Traffic>>,
 }
 
 impl OpenImage {
@@ -128,20 +125,22 @@ impl OpenImage {
         settings: &AgentSettings,
     ) -> Result<Arc<Self>, OpenError> {
         let FoundImage {
-            reference,
-            image,
+            place,
+            mut image,
             manifest,
-            traffic,
         } = found;
         let volumes = image.manifest.volumes.len();
         if volumes > VOLUMES_MAX {
             return Err(OpenError::TooManyVolumes(volumes));
         }
         let digest = image.digest();
+        let how = settings.source(&place.reference);
+        let places = Arc::new(Places::new(place));
+        image.store = Arc::clone(&places) as _;
         let state = image.state_bytes().map_err(OpenError::State)?;
         let first_chunks = MachineState::decode(&state)?.first_chunks;
         let make_page_file = |volume: &_, bytes| folders.page_file(&digest, volume, bytes);
-        let source = ImageSource::with_page_files(&image, &settings.source(&reference), &make_page_file)?;
+        let source = ImageSource::with_page_files(&image, &how, &make_page_file)?;
         source.learn(&first_chunks);
         let waiting = Arc::new(FanOut::default());
         source.deliver_to(Arc::clone(&waiting) as _);
@@ -157,15 +156,14 @@ impl OpenImage {
             })
             .collect();
         let open = Arc::new(Self {
-            reference,
             digest,
+            places,
             waiting,
             asking: Mutex::new(()),
             first: first.iter().copied().collect(),
             index_ahead: AtomicBool::new(false),
             state: document("state", &state).map_err(OpenError::Document)?,
             manifest: document("manifest", &manifest).map_err(OpenError::Document)?,
-            traffic,
             source,
         });
         open.go_ahead(first);
@@ -203,6 +201,16 @@ impl OpenImage {
             }
             read
         });
+    }
+
+    /// Whether it is known that `reference` leads to this image.
+    pub(super) fn is_read_at(&self, reference: &ImageReference) -> bool {
+        self.places.contain(reference)
+    }
+
+    /// It was found in a place: that one is asked first from now on.
+    pub(super) fn found_again(&self, found: FoundImage) {
+        self.places.add(found.place);
     }
 
     /// What a monitor is told of the image.
@@ -261,13 +269,14 @@ impl OpenImage {
 
     /// What there is to say of it.
     pub(super) fn status(&self) -> ImageStatus {
-        let count = |of: fn(&Traffic) -> u64| self.traffic.as_deref().map_or(0, of);
+        let (bytes_received, bytes_sent) = self.places.bytes();
         ImageStatus {
-            image: self.reference.to_string(),
+            image: self.places.reference().to_string(),
             digest: self.digest,
             machines: self.waiting.machines() as u64,
-            bytes_received: count(Traffic::bytes_received),
-            bytes_sent: count(Traffic::bytes_sent),
+            bytes_received,
+            bytes_sent,
+            trouble: self.places.trouble(),
         }
     }
 

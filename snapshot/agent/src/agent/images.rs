@@ -1,7 +1,8 @@
 //! The images that are open: each once, however many machines and names lead to it; dropped when none has for a while.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use runnel_snapshot::digest::BlobDigest;
@@ -12,6 +13,9 @@ use super::image::{FoundImage, OpenError, OpenImage};
 use super::pages::PageFolders;
 use super::settings::AgentSettings;
 use crate::remote::with_causes;
+
+/// Places that are looked for at a time: each takes a thread.
+const SOUGHT_MAX: usize = 16;
 
 /// The table of open images.
 pub(super) struct Images {
@@ -26,6 +30,8 @@ struct Table {
     slots: HashMap<BlobDigest, Slot>,
     /// Since when page files without an open image may have been waiting for their machines to come back.
     started: Instant,
+    /// Places in which images that are open are being looked for.
+    sought: HashSet<String>,
     ending: bool,
 }
 
@@ -52,6 +58,7 @@ impl Images {
             table: Mutex::new(Table {
                 slots: HashMap::new(),
                 started: Instant::now(),
+                sought: HashSet::new(),
                 ending: false,
             }),
             ends: Condvar::new(),
@@ -84,6 +91,9 @@ impl Images {
         if let Wanted::Pinned(digest) = wanted
             && let Some(lease) = self.lease_open(digest)
         {
+            if !lease.image.is_read_at(reference) {
+                self.look_there_too(reference, *digest);
+            }
             return Ok(lease);
         }
         let found = FoundImage::find(reference, &self.settings)?;
@@ -92,7 +102,10 @@ impl Images {
         // Only those wait here who want the same image.
         let mut image = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let opened = match &*image {
-            Some(open) => Ok(Arc::clone(open)),
+            Some(open) => {
+                open.found_again(found);
+                Ok(Arc::clone(open))
+            }
             None => OpenImage::open(found, &self.folders, &self.settings),
         };
         match opened {
@@ -120,6 +133,40 @@ impl Images {
             return None;
         };
         Some(self.lease_of(open, *digest))
+    }
+
+    /// Finds out whether an open image can be read in a new place too, in a thread of its own: no machine waits for
+    /// that. A place that is sought already is not sought twice.
+    fn look_there_too(self: &Arc<Self>, reference: &ImageReference, digest: BlobDigest) {
+        let mut table = self.lock();
+        let place = reference.to_string();
+        if table.sought.len() >= SOUGHT_MAX || !table.sought.insert(place.clone()) {
+            return;
+        }
+        drop(table);
+        let (images, reference, sought) = (Arc::clone(self), reference.clone(), place.clone());
+        let spawned = thread::Builder::new().name("seek".to_owned()).spawn(move || {
+            match FoundImage::find(&reference, &images.settings) {
+                Ok(found) => {
+                    if let Some(lease) = images.lease_open(&digest) {
+                        lease.image.found_again(found);
+                    }
+                }
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(
+                        place = sought,
+                        error,
+                        "an image is open, and is not found there too"
+                    );
+                }
+            }
+            images.lock().sought.remove(&sought);
+        });
+        if let Err(error) = spawned {
+            tracing::warn!(place, %error, "an image cannot be looked for in another place");
+            self.lock().sought.remove(&place);
+        }
     }
 
     /// The lease of a user that has its place in the slot.

@@ -1,7 +1,8 @@
 //! `runnel-agent`: fetches, verifies and keeps chunks for the machines of a host.
 //!
 //! It listens on a unix socket and speaks the [chunk protocol](runnel_snapshot::protocol). Each image is open once,
-//! whatever number of machines run from it: a chunk is fetched once, and told to all who asked. Page files have names,
+//! whatever number of machines run from it, and whatever number of places it can be read in: a chunk is fetched once,
+//! and told to all who asked. Page files have names,
 //! in directories that outlive the agent: one that is killed is followed by one that goes on with the same files,
 //! holding each chunk against its digest before it counts.
 //!
@@ -17,6 +18,7 @@ mod image;
 mod images;
 mod line;
 mod pages;
+mod places;
 mod settings;
 
 pub use pages::PagesError;

@@ -189,27 +189,49 @@ impl Shared {
         let (Some((first, first_stored)), Some((_, last))) = (together.first(), together.last()) else {
             return 0;
         };
-        let start = first_stored.frame.start;
+        let (start, number) = (first_stored.frame.start, first_stored.layer);
         // Each length was capped as it was parsed, and so was their sum as they were joined.
         let bytes = last.frame.start + last.frame.len - start;
-        let read = self
-            .volume(*first)
-            .ok_or(FetchError::NoVolume)
-            .and_then(|volume| Ok((volume, volume.layer(first_stored.layer)?)))
-            .and_then(|(volume, layer)| {
-                hands.frames.resize(bytes as usize, 0);
-                self.store.read_range(layer, start, &mut hands.frames)?;
-                Ok((volume, layer))
-            });
-        for (id, stored) in together.drain(..) {
-            match &read {
-                Ok((volume, layer)) => {
-                    let at = (stored.frame.start - start) as usize;
-                    let installed = hands.install(volume, layer, id, &stored, at);
-                    self.answer(id, installed.as_ref().map(|()| Arrived::Data));
-                }
-                Err(error) => self.answer(id, Err(error)),
+        let found = self.volume(*first).ok_or(FetchError::NoVolume);
+        let found = found.and_then(|volume| Ok((volume, volume.layer(number)?)));
+        let (volume, layer) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                together
+                    .drain(..)
+                    .for_each(|(id, _)| self.answer(id, Err(&error)));
+                return bytes;
             }
+        };
+        let mut frames = std::mem::take(&mut hands.frames);
+        frames.resize(bytes as usize, 0);
+        let mut damaged = Vec::new();
+        let read = self.store.read_right(layer, start, &mut frames, &mut |frames| {
+            damaged.clear();
+            together.retain(|(id, stored)| {
+                let at = (stored.frame.start - start) as usize;
+                let frame = &frames[at..at + stored.frame.len as usize];
+                match hands.install(volume, layer, *id, stored, frame) {
+                    // Those are read again if there is another place to read them from.
+                    Err(error @ FetchError::Decode { .. }) => damaged.push(error),
+                    installed => {
+                        self.answer(*id, installed.as_ref().map(|()| Arrived::Data));
+                        return false;
+                    }
+                }
+                true
+            });
+            damaged.is_empty()
+        });
+        hands.frames = frames;
+        match read.map_err(FetchError::from) {
+            Ok(_) => {
+                let damaged = together.drain(..).zip(&damaged);
+                damaged.for_each(|((id, _), error)| self.answer(id, Err(error)));
+            }
+            Err(error) => together
+                .drain(..)
+                .for_each(|(id, _)| self.answer(id, Err(&error))),
         }
         bytes
     }
@@ -289,14 +311,14 @@ struct Hands {
 }
 
 impl Hands {
-    /// Decodes the frame at `at` of those that were read, and puts its chunk into the page file.
+    /// Decodes a frame, and puts its chunk into the page file.
     fn install(
         &mut self,
         volume: &Volume,
         layer: &Blob,
         id: ChunkId,
         stored: &StoredChunk,
-        at: usize,
+        frame: &[u8],
     ) -> Result<(), FetchError> {
         let range = volume.range_of(id.chunk);
         self.plain.resize(range.len as usize, 0);
@@ -304,7 +326,6 @@ impl Hands {
             Some(decoder) => decoder,
             none => none.insert(ChunkDecoder::new().map_err(FetchError::Decoder)?),
         };
-        let frame = &self.frames[at..at + stored.frame.len as usize];
         decoder
             .decode(frame, &stored.digest, &mut self.plain)
             .map_err(|source| FetchError::Decode {
