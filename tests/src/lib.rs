@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod bare;
+pub mod forge;
 pub mod lab;
 pub mod monitor;
 mod program;

@@ -14,7 +14,6 @@ use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::manifest::{ImageManifest, ManifestDraft};
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::index::{Entry, INDEX_BLOB_HEADER, IndexBuilder, StoredChunk};
 use runnel_snapshot::state::MachineState;
@@ -24,6 +23,7 @@ use runnel_snapshot::volume::VolumeName;
 use runnel_tests::bare::{
     about, booted, hear, load, refusal, resumed, save, tell, wait_until, wait_until_stalled,
 };
+use runnel_tests::forge;
 use runnel_tests::monitor::Monitor;
 use runnel_tests::served::{Served, TRICKLE};
 use serde_json::{Value, json};
@@ -50,11 +50,11 @@ impl Victim {
     }
 
     fn open(&self) -> Image {
-        Image::open_directory(&self.path, &Wanted::Only).unwrap()
+        forge::open(&self.path)
     }
 
     fn blob(&self, digest: &BlobDigest) -> PathBuf {
-        self.path.join("blobs/sha256").join(digest.hex())
+        forge::blob(&self.path, digest)
     }
 
     fn layer(&self) -> BlobDigest {
@@ -77,29 +77,8 @@ impl Victim {
         serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
     }
 
-    /// Puts another manifest in the place of the image's, with the digest that it has.
     fn replace_manifest(&self, manifest: &Value) {
-        let bytes = serde_json::to_vec(manifest).unwrap();
-        let digest = self.add(&bytes);
-        let index = self.path.join("index.json");
-        let mut listing: Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
-        listing["manifests"][0]["digest"] = json!(digest.to_string());
-        listing["manifests"][0]["size"] = json!(bytes.len());
-        fs::write(index, listing.to_string()).unwrap();
-    }
-
-    /// Changes what the manifest's author would write, and signs for it: every digest on the way is right.
-    fn forge(&self, forge: impl FnOnce(&mut ImageManifest)) {
-        let mut manifest = ImageManifest::clone(&self.open().manifest);
-        forge(&mut manifest);
-        let draft = ManifestDraft {
-            state: manifest.state,
-            state_inline: manifest.state_inline,
-            volumes: manifest.volumes,
-            working_set: manifest.working_set,
-            parent: manifest.parent,
-        };
-        self.replace_manifest(&serde_json::from_slice(&draft.to_bytes().unwrap()).unwrap());
+        forge::replace_manifest(&self.path, manifest);
     }
 
     /// Lets the index of memory say something else of `chunk`, and returns the index's digest.
@@ -127,7 +106,7 @@ impl Victim {
             bytes: bytes.len() as u64,
         };
         self.add(&root.to_bytes());
-        self.forge(|manifest| {
+        forge::manifest(&self.path, |manifest| {
             let volumes = manifest.volumes.iter_mut();
             let memory = volumes
                 .into_iter()
@@ -146,9 +125,7 @@ impl Victim {
     }
 
     fn add(&self, bytes: &[u8]) -> BlobDigest {
-        let digest = BlobDigest::of(bytes);
-        fs::write(self.blob(&digest), bytes).unwrap();
-        digest
+        forge::add(&self.path, bytes)
     }
 
     /// Why it is not loaded. The monitor must be none the worse for it.
@@ -298,17 +275,12 @@ fn an_index_of_a_newer_runnel_is_refused_and_says_so() {
 fn a_section_of_a_newer_runnel_and_an_unknown_one_are_refused_by_name() {
     let victim = Victim::new();
     let monitor = Monitor::start();
-    let image = victim.open();
-    let state = MachineState::decode(image.manifest.state_inline.as_ref().unwrap()).unwrap();
+    let sound = forge::open(&victim.path).state_bytes().unwrap();
     let refused = |forge: &dyn Fn(&mut MachineState)| {
-        let mut newer = state.clone();
-        forge(&mut newer);
-        let bytes = newer.encode().unwrap();
-        let blob = Blob {
-            digest: victim.add(&bytes),
-            bytes: bytes.len() as u64,
-        };
-        victim.forge(|manifest| (manifest.state, manifest.state_inline) = (blob, Some(bytes)));
+        forge::state(&victim.path, |state| {
+            *state = MachineState::decode(&sound).unwrap();
+            forge(state);
+        });
         victim.refused(&monitor)
     };
     let serial = |state: &MachineState| {

@@ -8,3 +8,4 @@ mod memory;
 mod networks;
 mod served;
 mod stalls;
+mod time;
