@@ -37,7 +37,13 @@ impl AgentFolders {
         self.folder.path().join("agent.sock")
     }
 
-    fn command(&self, socket: &Path, arguments: &[&str]) -> Command {
+    /// An agent to be started with these folders and `arguments`.
+    #[must_use]
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        self.command_at(&self.socket(), arguments)
+    }
+
+    fn command_at(&self, socket: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("runnel-agent"));
         command.arg("--socket").arg(socket);
         command
@@ -66,7 +72,7 @@ impl AgentFolders {
     #[must_use]
     pub fn start_by(&self, arguments: &[&str], spawn: impl FnOnce(Command) -> io::Result<Child>) -> Agent {
         let socket = self.socket();
-        let mut command = self.command(&socket, arguments);
+        let mut command = self.command(arguments);
         command.stdin(Stdio::null());
         let agent = spawn(command);
         let mut agent = Agent {
@@ -89,7 +95,7 @@ impl AgentFolders {
     pub fn refusal(&self) -> String {
         let socket = self.folder.path().join("second.sock");
         let mut child = self
-            .command(&socket, &[])
+            .command_at(&socket, &[])
             .stderr(Stdio::piped())
             .spawn()
             .expect("runnel-agent starts");

@@ -102,6 +102,11 @@ impl Monitor {
         }
     }
 
+    /// Closes its standard input.
+    pub fn hang_up(&mut self) {
+        self.child.stdin.take();
+    }
+
     /// Waits for a line of the log that contains `text`.
     ///
     /// # Panics

@@ -237,6 +237,31 @@ fn a_monitor_that_was_killed_does_not_block_the_next_one() {
 }
 
 #[test]
+fn a_monitor_on_a_lifeline_ends_with_it_unless_it_has_a_machine() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api.sock");
+    let mut waits = Monitor::start_at(&socket, &["--lifeline"]);
+    waits.wait_for_log("Listening on API socket");
+    waits.hang_up();
+    let (status, log) = waits.wait();
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(!socket.exists() && log.contains("no machine yet"), "{log}");
+
+    let mut runs = Monitor::start_at(&socket, &["--lifeline"]);
+    runs.wait_for_log("Listening on API socket");
+    boot(&runs, "count:1");
+    runs.hang_up();
+    runs.wait_for_console("listening=1");
+    assert_eq!(state(&runs), "Running");
+
+    // Whoever gives no such flag may close it as he likes.
+    let mut without = Monitor::start();
+    without.hang_up();
+    boot(&without, "count:1");
+    without.wait_for_console("listening=1");
+}
+
+#[test]
 fn a_second_monitor_at_one_socket_is_refused_and_the_first_goes_on() {
     let first = Monitor::start();
     let (status, log) = Monitor::start_at(first.socket(), &[]).wait();

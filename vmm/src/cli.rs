@@ -74,6 +74,11 @@ pub struct Cli {
     #[arg(long, value_name = "BYTES", default_value_t = BODY_BYTES_MAX)]
     pub http_api_max_payload_size: usize,
 
+    /// End when standard input is hung up, unless a machine was started or loaded by then: whoever starts the monitor
+    /// holds the other end, and it does not stay behind should he die.
+    #[arg(long)]
+    pub lifeline: bool,
+
     /// Print what this host's KVM offers machines, as JSON, and run none.
     #[arg(long, exclusive = true)]
     pub describe_host: bool,

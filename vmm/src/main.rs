@@ -15,7 +15,8 @@ use runnel_vmm::api::{ApiServer, ApiSocket, BindError, ServeError};
 use runnel_vmm::cli::Cli;
 use runnel_vmm::config::{MicrovmConfig, WholeFile, WholeFileError};
 use runnel_vmm::control::{
-    CannotWait, Control, Fault, Inbox, Request, SignalError, Status, block_signals, run, watch_signals,
+    CannotWait, Control, Fault, Inbox, Request, SignalError, Status, block_signals, run, watch_lifeline,
+    watch_signals,
 };
 use runnel_vmm::engine::KvmEngine;
 use runnel_vmm::exit::ExitCode;
@@ -34,6 +35,8 @@ enum MonitorError {
     Logger(#[from] LoggerError),
     #[error("signals cannot be taken")]
     Signals(#[from] SignalError),
+    #[error("standard input cannot be watched")]
+    Lifeline(#[source] io::Error),
     #[error("there is no event descriptor to be had")]
     Event(#[source] io::Error),
     #[error("cannot read the configuration file {path:?}")]
@@ -148,6 +151,10 @@ fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {
             let _ = fs::remove_file(socket);
         }
     })?;
+
+    if cli.lifeline {
+        watch_lifeline(Arc::clone(&inbox), Arc::clone(&status)).map_err(MonitorError::Lifeline)?;
+    }
 
     let logger = logger.clone();
     let set_logger = Box::new(move |body| Ok(logger.update(&body)?));
