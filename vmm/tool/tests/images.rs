@@ -179,6 +179,37 @@ fn verify_finds_an_image_sound_or_names_the_damaged_blob() {
 }
 
 #[test]
+fn verify_calls_an_image_damaged_whose_list_or_manifest_cannot_be_used() {
+    let user = User::new();
+    let captured = user.capture("web", None);
+    let image = user.store().join("web");
+    let manifest = image.join("blobs/sha256").join(captured.manifest.digest.hex());
+    let [marker, index] = ["oci-layout", "index.json"].map(|name| image.join(name));
+    for file in [&marker, &index, &manifest] {
+        let sound = fs::read(file).unwrap();
+        for damaged in [None, Some(&b"{"[..]), Some(&sound[..sound.len() - 1])] {
+            match damaged {
+                None => fs::remove_file(file).unwrap(),
+                Some(bytes) => fs::write(file, bytes).unwrap(),
+            }
+            let told = user.run(&["verify", "web"]);
+            assert_eq!(told.status.code(), Some(3), "{file:?}: {}", text(&told.stderr));
+            assert!(text(&told.stdout).contains("web is damaged"), "{file:?}");
+            let json = user.run(&["verify", "web", "--json"]);
+            assert_eq!(json.status.code(), Some(3), "{file:?}");
+            let shown: Value = serde_json::from_slice(&json.stdout).unwrap();
+            assert_eq!(shown["sound"], false, "{shown}");
+            assert_eq!(shown["findings"].as_array().unwrap().len(), 1, "{shown}");
+            fs::write(file, &sound).unwrap();
+        }
+    }
+    // Another digest than what is there is no damage.
+    let pinned = format!("web@sha256:{}", "0".repeat(64));
+    assert_eq!(user.run(&["verify", &pinned]).status.code(), Some(1));
+    user.output(&["verify", "web"]);
+}
+
+#[test]
 fn images_are_listed_removed_and_nothing_else_is() {
     let user = User::new();
     let captured = user.capture("web", None);
