@@ -371,6 +371,39 @@ fn an_image_that_is_served_says_so_and_is_removed_only_by_force() {
 }
 
 #[test]
+fn an_image_of_which_something_is_missing_is_not_served_and_alone_ends_the_command() {
+    let user = User::new();
+    user.capture("db", None);
+    let captured = user.capture("web", None);
+    let layer = captured.volumes[0].layers[0].digest;
+    let blob = user.store().join("web/blobs/sha256").join(layer.hex());
+    fs::File::options()
+        .write(true)
+        .open(&blob)
+        .unwrap()
+        .set_len(9)
+        .unwrap();
+
+    let server = Server::start(&user, &["web", "db"]);
+    let images = server.announced["images"].as_object().unwrap();
+    assert_eq!(images.keys().collect::<Vec<_>>(), ["db"]);
+    let reason = server.announced["skipped"][0]["reason"].as_str().unwrap();
+    assert!(
+        reason.contains(&layer.to_string()) && reason.contains("truncated"),
+        "{reason}"
+    );
+    server.end();
+
+    let output = user.run(&["serve", "web", "--listen", "127.0.0.1:0"]);
+    assert_eq!(output.status.code(), Some(1));
+    let told = text(&output.stderr);
+    assert!(
+        told.contains("nothing can be served") && told.contains("truncated"),
+        "{told}"
+    );
+}
+
+#[test]
 fn a_store_at_a_relative_path_is_refused() {
     let user = User::new();
     let output = user
