@@ -384,6 +384,11 @@ fn saved() -> User {
     let shown: Value = serde_json::from_str(&user.output(&["snapshot", "web", "web", "--json"])).unwrap();
     assert_eq!(shown["volume_bytes"], 64 << 20);
     assert!(shown["stored_bytes"].as_u64().unwrap() < 8 << 20, "{shown}");
+    assert!(
+        shown["pause_ms"].as_u64() <= shown["elapsed_ms"].as_u64(),
+        "{shown}"
+    );
+    assert!(shown["pause_ms"].is_u64(), "{shown}");
     assert_eq!(user.state_of("web"), "running");
     signal(tool.id(), "TERM");
     tool.wait().unwrap();
@@ -685,6 +690,29 @@ fn every_command_has_a_manual_page() {
         let page = fs::read_to_string(pages.join(format!("{name}.1"))).unwrap();
         assert!(page.contains(".SH SYNOPSIS"), "{name}");
     }
+}
+
+/// The phase is held by the monitor, if it was built for tests.
+#[test]
+fn a_machine_that_stands_while_it_is_saved_is_said_to_be_saving() {
+    let user = User::new();
+    let boot = user
+        .boot("count:1", &["--detach", "--name", "web"])
+        .env("RUNNEL_HOLD_PHASE", "copying")
+        .output();
+    succeeded(boot.unwrap());
+    let saving = user.command(&["snapshot", "web", "web"]).spawn().unwrap();
+    wait_until("it stands to be saved", || user.state_of("web") == "saving");
+    let machine = user.machines().remove(0);
+    assert_eq!(machine["operation"]["phase"], "copying", "{machine}");
+    let listed = user.output(&["ps"]);
+    assert!(
+        listed.contains("web is being saved, and stands meanwhile"),
+        "{listed}"
+    );
+    signal(saving.id(), "INT");
+    assert_eq!(saving.wait_with_output().unwrap().status.code(), Some(130));
+    assert_eq!(user.state_of("web"), "running");
 }
 
 #[test]

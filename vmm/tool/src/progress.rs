@@ -67,7 +67,8 @@ impl Drop for ProgressView {
     }
 }
 
-fn line(what: &str, phase: &str, done: u64, total: u64) -> String {
+/// How far `what` is, in a line.
+pub(crate) fn line(what: &str, phase: &str, done: u64, total: u64) -> String {
     let phase = if phase.is_empty() {
         String::new()
     } else {
