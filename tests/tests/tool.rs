@@ -632,6 +632,8 @@ fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
         refused.contains("XDG_RUNTIME_DIR is") && refused.contains("mkdir"),
         "{refused}"
     );
+    let refused = told(Path::new("run"), &["ps"]);
+    assert!(refused.contains("must be an absolute path"), "{refused}");
     let long = user.folder.path().join("x".repeat(100));
     fs::create_dir(&long).unwrap();
     let refused = told(&long, &["resume", "http://127.0.0.1:9/web"]);

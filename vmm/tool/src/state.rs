@@ -37,9 +37,14 @@ const ENDED_LOGS_MAX: usize = 32;
 pub(crate) enum StateError {
     /// There is no place for it.
     #[error(
-        "XDG_RUNTIME_DIR is not set to an absolute path, and /run/runnel is root's: set it to a directory of your own, as a login session does"
+        "XDG_RUNTIME_DIR is not set, and /run/runnel is root's: set it to a directory of your own, as a login session does"
     )]
     NoPlace,
+    /// The variable means another folder in each directory.
+    #[error(
+        "XDG_RUNTIME_DIR is {0:?}: it must be an absolute path, as that which a login session sets; without it, root uses /run/runnel"
+    )]
+    Relative(PathBuf),
     /// What the variable names is not there, or somebody else's.
     #[error(
         "XDG_RUNTIME_DIR is {path}, and nothing can be kept there: set it to a directory that is there and yours alone (`mkdir -m 700`), as a login session does"
@@ -264,7 +269,9 @@ impl StateFolder {
     /// When there is no place for it, or others could come in.
     pub(crate) fn open() -> Result<Self, StateError> {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-        match runtime.filter(|path| path.is_absolute()) {
+        match runtime.filter(|path| !path.as_os_str().is_empty()) {
+            // Passed over, what is started would not be where whoever set it looks.
+            Some(runtime) if !runtime.is_absolute() => Err(StateError::Relative(runtime)),
             Some(runtime) => Self::at(runtime.join("runnel")).map_err(|error| match error {
                 StateError::Io { source, .. } => StateError::Runtime {
                     path: runtime,
