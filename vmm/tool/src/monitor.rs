@@ -184,7 +184,7 @@ impl<'s> Monitor<'s> {
             _ => true,
         };
         // In the same way, a reason that names the flag to give.
-        if !is_attempt || reason.contains("--") {
+        if !is_attempt || names_a_flag(&reason) {
             return MonitorError::Mistyped(reason);
         }
         MonitorError::Refused {
@@ -245,8 +245,40 @@ fn ended(child: &mut Child, folder: &MachineFolder) -> MonitorError {
     }
 }
 
+/// Whether a reason tells what to give, as in «with `--drive`»; a file may have two hyphens in its name, too.
+fn names_a_flag(reason: &str) -> bool {
+    let is_flag = |word: &str| {
+        let word = word.trim_start_matches(['`', '(']);
+        word.strip_prefix("--")
+            .is_some_and(|name| name.starts_with(|c: char| c.is_ascii_lowercase()))
+    };
+    reason.split_whitespace().any(is_flag)
+}
+
 fn code_of(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| Some(128 + status.signal()?));
     code.and_then(|code| u8::try_from(code).ok())
         .unwrap_or(crate::exit::FAILED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_hyphens_in_a_path_are_no_flag() {
+        for reason in [
+            "supply it with `--drive`",
+            "is not trusted: name its certificate with --tls-ca: unknown issuer",
+        ] {
+            assert!(names_a_flag(reason), "{reason}");
+        }
+        for reason in [
+            "cannot read /srv/a--b: no such file",
+            "cannot read \"/srv/web -- old\"",
+            "drive web--v1",
+        ] {
+            assert!(!names_a_flag(reason), "{reason}");
+        }
+    }
 }
