@@ -3,7 +3,7 @@
 //! ```text
 //! machines/<name>/   api.sock console.sock vmm.log   the monitor's
 //!                    pid info.json                   who it is and what it runs
-//! ended/<name>.log   the log of a machine that has ended
+//! ended/<name>.log   the log of a machine that has ended; <name>.1.log that of the one of that name before, and so on
 //! agent/             the agent's
 //! lock               held while a machine is entered or removed
 //! ```
@@ -31,6 +31,9 @@ const NUMBERS_MAX: u32 = 100_000;
 
 /// Logs of ended machines that are kept.
 const ENDED_LOGS_MAX: usize = 32;
+
+/// Of these, those of one name that are kept beside the last: machines without a name are called alike again and again.
+const EARLIER_LOGS_MAX: u32 = 7;
 
 /// Why the folder cannot be used, or a machine not be found.
 #[derive(Debug, thiserror::Error)]
@@ -225,14 +228,15 @@ pub(crate) struct Machine {
 
 /// A name taken for a machine that is about to start. Dropped before [`enter`](Self::enter), it is free again.
 #[derive(Debug)]
-pub(crate) struct Claim {
+pub(crate) struct Claim<'s> {
+    state: &'s StateFolder,
     folder: MachineFolder,
     /// Locked until a process is entered, so that nobody takes the folder for a stale one.
     _lock: File,
     is_entered: bool,
 }
 
-impl Claim {
+impl Claim<'_> {
     /// The machine's folder.
     pub(crate) fn folder(&self) -> &MachineFolder {
         &self.folder
@@ -247,11 +251,12 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
+impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !self.is_entered {
-            // What cannot be removed now is stale, and the next command tries again.
-            let _ = fs::remove_dir_all(&self.folder.path);
+            // What cannot be removed now is stale, and the next command tries again. So is what there is of a log, if
+            // the lock cannot be had.
+            let _ = self.state.lock().and_then(|_lock| self.state.bury(&self.folder));
         }
     }
 }
@@ -320,7 +325,7 @@ impl StateFolder {
     ///
     /// # Errors
     /// When the name is taken, or the folder cannot be made.
-    pub(crate) fn claim(&self, name: Option<&MachineName>) -> Result<Claim, StateError> {
+    pub(crate) fn claim(&self, name: Option<&MachineName>) -> Result<Claim<'_>, StateError> {
         let _lock = self.lock()?;
         if let Some(name) = name {
             return self.try_claim(name)?.map_err(|taken| match taken {
@@ -340,7 +345,7 @@ impl StateFolder {
     }
 
     /// Takes a name, or says who has it; nothing of one that is being started. The lock is held.
-    fn try_claim(&self, name: &MachineName) -> Result<Result<Claim, Option<ProcessId>>, StateError> {
+    fn try_claim(&self, name: &MachineName) -> Result<Result<Claim<'_>, Option<ProcessId>>, StateError> {
         let folder = self.folder(name);
         check_socket(&folder.console_socket())?;
         if folder.path.exists() {
@@ -354,6 +359,7 @@ impl StateFolder {
         made.map_err(io_error("creating", &folder.path))?;
         let lock = lock(&folder.path).map_err(io_error("locking", &folder.path))?;
         Ok(Ok(Claim {
+            state: self,
             folder,
             _lock: lock,
             is_entered: false,
@@ -472,12 +478,25 @@ impl StateFolder {
     }
 
     fn bury(&self, folder: &MachineFolder) -> Result<(), StateError> {
-        let log = self.ended_log(&folder.name);
         // There is none of a machine that never came so far.
-        if fs::rename(folder.log(), &log).is_ok() {
-            self.limit_ended_logs();
+        if folder.log().exists() {
+            self.keep_log(folder);
         }
         fs::remove_dir_all(&folder.path).map_err(io_error("removing", &folder.path))
+    }
+
+    /// Moves a log to those of ended machines, behind which earlier ones of the name stand; best effort.
+    fn keep_log(&self, folder: &MachineFolder) {
+        let earlier = |number: u32| match number {
+            0 => self.ended_log(&folder.name),
+            _ => self.ended_path().join(format!("{}.{number}.log", folder.name)),
+        };
+        for number in (0..EARLIER_LOGS_MAX).rev() {
+            let _ = fs::rename(earlier(number), earlier(number + 1));
+        }
+        if fs::rename(folder.log(), earlier(0)).is_ok() {
+            self.limit_ended_logs();
+        }
     }
 
     /// Removes the oldest logs beyond the limit; best effort.

@@ -251,7 +251,7 @@ fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), F
         if let Some(status) = child.try_wait()?
             && !is_answering(socket)
         {
-            let log = last_words(&log, before, 8);
+            let log = last_words(&log, before, 8, &log);
             return Err(AgentCommandError::Ended { status, log }.into());
         }
         if Instant::now() > deadline {

@@ -21,7 +21,8 @@ not. ARRIVED is how much of memory and disks is here, of a machine resumed from 
 that cannot be had, and goes on by itself when it can. One that is saving stands while its memory is read for a snapshot.
 
 Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
-ended/NAME.log of one that has ended (the last 32), agent/agent.log of the agent.
+ended/NAME.log of one that has ended, ended/NAME.1.log and so on of those of that name before (the last 32 in all),
+agent/agent.log of the agent.
 
 Examples:
     runnel ps
