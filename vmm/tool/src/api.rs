@@ -80,6 +80,9 @@ pub(crate) struct Stalled {
     pub(crate) chunk: u64,
     pub(crate) reason: String,
     pub(crate) waiting_ms: u64,
+    /// Whether it will not come until somebody repairs the image.
+    #[serde(default)]
+    pub(crate) needs_repair: bool,
 }
 
 /// `GET /snapshot/progress`.

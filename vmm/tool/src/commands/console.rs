@@ -31,10 +31,18 @@ pub(crate) struct ConsoleArgs {
 
 /// Why the guest neither hears nor speaks, if it stands.
 fn standstill(name: &MachineName, info: &InstanceInfo, is_saving_or_loading: bool) -> Option<String> {
-    if info.stalled.is_some() {
-        return Some(format!(
-            "{name} is stalled, and goes on by itself: `runnel ps` says what it waits for."
-        ));
+    match &info.stalled {
+        Some(stalled) if stalled.needs_repair => {
+            return Some(format!(
+                "{name} is stalled until its image is repaired: `runnel ps` says what it waits for."
+            ));
+        }
+        Some(_) => {
+            return Some(format!(
+                "{name} is stalled, and goes on by itself: `runnel ps` says what it waits for."
+            ));
+        }
+        None => {}
     }
     match info.state == "Paused" {
         // It stands by itself for a part of that, and goes on by itself.
@@ -99,13 +107,20 @@ mod tests {
             chunk: 1,
             reason: "away".into(),
             waiting_ms: 9,
+            needs_repair: false,
         };
         assert_eq!(standstill(&name, &info("Running", None), false), None);
         let told = standstill(&name, &info("Paused", None), false).unwrap();
         assert!(told.contains("runnel unpause web"), "{told}");
         let told = standstill(&name, &info("Paused", None), true).unwrap();
         assert!(!told.contains("unpause"), "{told}");
-        let told = standstill(&name, &info("Running", Some(stalled)), false).unwrap();
-        assert!(told.contains("stalled"), "{told}");
+        for (needs_repair, expected) in [(false, "by itself"), (true, "until its image is repaired")] {
+            let stalled = Stalled {
+                needs_repair,
+                ..stalled.clone()
+            };
+            let told = standstill(&name, &info("Running", Some(stalled)), false).unwrap();
+            assert!(told.contains(expected), "{told}");
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::table::{Table, one_line};
 const HELP: &str = "\
 Machines that `runnel run` and `runnel resume` started for this user are listed; monitors that were started otherwise are
 not. ARRIVED is how much of memory and disks is here, of a machine resumed from an image. A stalled machine waits for a chunk
-that cannot be had, and goes on by itself when it can. One that is saving stands while its memory is read for a snapshot.
+that cannot be had, and goes on by itself when it can; of an image that is damaged, once it is repaired. One that is saving stands while its memory is read for a snapshot.
 
 Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
 ended/NAME.log of one that has ended, ended/NAME.1.log and so on of those of that name before (the last 32 in all),
@@ -151,8 +151,17 @@ impl Row {
     fn stall(&self) -> Option<String> {
         const REASON_CHARS_MAX: usize = 200;
         let stalled = self.stalled.as_ref()?;
+        // The same reason will come again and again.
+        let advice = match stalled.needs_repair {
+            true => format!(
+                "{name} goes on once that is repaired where the image lies (`runnel verify` there names all damage, and \
+                 the blobs of a sound copy can take the damaged ones' place), or ends with `runnel kill {name}`\n",
+                name = self.name
+            ),
+            false => String::new(),
+        };
         Some(format!(
-            "{} is stalled: it has waited {} for chunk {} of {}: {}\n",
+            "{} is stalled: it has waited {} for chunk {} of {}: {}\n{advice}",
             self.name,
             size::duration(Duration::from_millis(stalled.waiting_ms)),
             stalled.chunk,
@@ -242,6 +251,7 @@ mod tests {
                 chunk: 12,
                 reason: "connection refused\x1b[2J".into(),
                 waiting_ms: 9000,
+                needs_repair: false,
             }),
             ..row()
         };
@@ -249,6 +259,24 @@ mod tests {
         assert_eq!(row.cells()[6], "25.0 %");
         let remark = "web is stalled: it has waited 9s for chunk 12 of memory: connection refused [2J\n";
         assert_eq!(row.remarks().collect::<Vec<_>>(), [remark]);
+    }
+
+    #[test]
+    fn a_machine_whose_image_is_damaged_says_what_to_do() {
+        let row = Row {
+            stalled: Some(Stalled {
+                volume: "memory".into(),
+                chunk: 12,
+                reason: "the frame is damaged".into(),
+                waiting_ms: 9000,
+                needs_repair: true,
+            }),
+            ..row()
+        };
+        let told: String = row.remarks().collect();
+        for expected in ["the frame is damaged", "runnel verify", "runnel kill web"] {
+            assert!(told.contains(expected), "{told}");
+        }
     }
 
     #[test]
