@@ -672,6 +672,10 @@ fn an_image_is_saved_here_and_not_at_a_server_and_a_paused_console_says_so() {
         assert!(told.contains(hint), "{told}");
     }
     user.output(&["pause", "web"]);
+    let told = refusal(&user.run(&["stop", "web"]));
+    for hint in ["web is paused", "`runnel unpause web`", "`runnel kill web`"] {
+        assert!(told.contains(hint), "{told}");
+    }
     let mut console = user.command(&["console", "web"]).spawn().unwrap();
     let mut lines = BufReader::new(console.stderr.take().unwrap()).lines();
     let told = lines.next().unwrap().unwrap();
