@@ -225,6 +225,8 @@ fn images_are_listed_removed_and_nothing_else_is() {
     for name in ["precious", "..", "no-such"] {
         let refused = user.run(&["image", "rm", "web", name]);
         assert_eq!(refused.status.code(), Some(1), "{name}");
+        let told = text(&refused.stderr);
+        assert!(told.contains("nothing was removed"), "{told}");
     }
     assert!(
         user.store().join("web").is_dir(),

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::Failure;
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
-use crate::images::ImageStore;
+use crate::images::{ImageStore, StoreError};
 use crate::output::{OutputArgs, print, print_json, tell, trace};
 use crate::size::{self, parse_duration};
 use crate::state::StateFolder;
@@ -43,6 +43,11 @@ enum InUse {
         machine: String,
     },
 }
+
+/// One of the names is no image's.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing was removed")]
+struct NothingRemoved(#[source] StoreError);
 
 fn by(processes: &[u32]) -> String {
     match processes {
@@ -75,7 +80,7 @@ pub(crate) struct ImageArgs {
 enum ImageCommand {
     /// List images
     Ls(LsArgs),
-    /// Remove images, also broken ones
+    /// Remove images, also broken ones: all that are named, or none if one of them cannot be
     Rm(RmArgs),
     /// Remove what snapshots that were cut short left, and old images that no machine came from
     Prune(PruneArgs),
@@ -187,7 +192,9 @@ fn describe(image: &ListedImage) -> Value {
 fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     // All are looked at before one goes.
     let paths = args.images.iter().map(|name| store.image(name));
-    let paths = paths.collect::<Result<BTreeSet<_>, _>>()?;
+    let paths = paths
+        .collect::<Result<BTreeSet<_>, _>>()
+        .map_err(NothingRemoved)?;
     if !args.force {
         for machine in StateFolder::open()?.machines()? {
             let from = machine.record.image.as_deref().and_then(directory_of);

@@ -63,7 +63,8 @@ enum StopError {
 /// Ask guests to shut down, as Ctrl-Alt-Del does, and wait until they have
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Whether a guest shuts down is its own decision. One that stands still or is stalled cannot.
+Whether a guest shuts down is its own decision. One that stands still or is stalled cannot. If one of the names is no
+machine's, none is asked.
 
 Examples:
     runnel stop web
@@ -82,7 +83,8 @@ pub(crate) struct StopArgs {
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("which").required(true).args(["machines", "all"])))]
 #[command(after_help = "\
-The monitor ends in order if it can. What the guest had not written to its disks is lost.
+The monitor ends in order if it can. What the guest had not written to its disks is lost. If one of the names is no
+machine's, none is ended.
 
 Examples:
     runnel kill web
