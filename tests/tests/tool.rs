@@ -153,9 +153,9 @@ fn a_detached_machine_is_listed_paused_and_killed() {
     assert!(machine["resident_bytes"].as_u64().unwrap() > 0);
     assert!(user.output(&["ps"]).contains("64 MiB"));
 
-    user.output(&["pause", "web"]);
+    assert_eq!(user.output(&["pause", "web"]), "web is paused\n");
     assert_eq!(user.state_of("web"), "paused");
-    user.output(&["unpause", "web"]);
+    assert_eq!(user.output(&["unpause", "web"]), "web runs\n");
     assert_eq!(user.state_of("web"), "running");
 
     let second = user.boot("", &["--detach", "--name", "web"]).output().unwrap();
@@ -167,7 +167,7 @@ fn a_detached_machine_is_listed_paused_and_killed() {
     );
     assert_eq!(user.machines().len(), 1);
 
-    user.output(&["kill", "web"]);
+    assert_eq!(user.output(&["kill", "web"]), "web has ended\n");
     assert_eq!(user.machines(), Vec::<Value>::new());
     assert!(!user.machine_folder("web").exists());
     let pid = machine["pid"].to_string();

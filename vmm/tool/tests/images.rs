@@ -232,7 +232,8 @@ fn images_are_listed_removed_and_nothing_else_is() {
         user.store().join("web").is_dir(),
         "all are looked at before one goes"
     );
-    user.output(&["image", "rm", "web"]);
+    let told = user.output(&["image", "rm", "web"]);
+    assert_eq!(told, format!("removed {}\n", user.store().join("web").display()));
     assert!(!user.store().join("web").exists());
     assert!(user.store().join("precious").is_dir());
     assert_eq!(
@@ -252,7 +253,12 @@ fn prune_takes_old_images_only_when_told_and_says_what_it_would_do() {
         .unwrap();
     index.set_modified(long_ago).unwrap();
 
-    assert_eq!(user.output(&["image", "prune"]), "");
+    let nothing = user.run(&["image", "prune"]);
+    assert_eq!(
+        (nothing.status.code(), text(&nothing.stdout)),
+        (Some(0), String::new())
+    );
+    assert!(text(&nothing.stderr).contains("nothing to remove"));
     let would = user.output(&["image", "prune", "--older-than", "30d", "--dry-run"]);
     assert!(
         would.starts_with("would remove") && would.contains("web"),

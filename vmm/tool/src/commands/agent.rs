@@ -125,7 +125,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
         return show_status(&socket, args.output);
     }
     if args.stop {
-        return stop(&socket);
+        return stop(&socket, args.output);
     }
     if is_answering(&socket) {
         return Err(AgentCommandError::RunsAlready(socket).into());
@@ -188,7 +188,7 @@ fn ask(socket: &Path) -> Result<AgentStatus, Failure> {
     Ok(status(socket, STATUS)?)
 }
 
-fn stop(socket: &Path) -> Result<Exit, Failure> {
+fn stop(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
     let pid = ask(socket)?.process;
     // Nothing, if it has just ended by itself.
     if let Some(process) = ProcessId::of(pid).and_then(ProcessId::open) {
@@ -196,6 +196,10 @@ fn stop(socket: &Path) -> Result<Exit, Failure> {
         if !process.wait(FAREWELL)? {
             return Err(AgentCommandError::StillRuns(pid).into());
         }
+    }
+    match output.json {
+        true => print_json(&serde_json::json!({ "ended": pid }))?,
+        false => print("the agent has ended\n")?,
     }
     Ok(Exit::Done)
 }

@@ -216,6 +216,7 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     }
     for path in &paths {
         folder::remove(path)?;
+        print(&format!("removed {}\n", path.display()))?;
     }
     Ok(Exit::Done)
 }
@@ -258,6 +259,7 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
     }
     match args.output.json {
         true => print_json(&json!({ "dry_run": args.dry_run, "removed": removed }))?,
+        false if removed.is_empty() => tell("there is nothing to remove"),
         false => {
             let verb = if args.dry_run { "would remove" } else { "removed" };
             let lines: String = removed

@@ -11,7 +11,7 @@ use super::Failure;
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
-use crate::output::{tell, trace};
+use crate::output::{print, tell, trace};
 use crate::signals::Signals;
 use crate::size::{duration, parse_duration};
 use crate::state::{Machine, MachineFolder, MachineName, StateError, StateFolder};
@@ -126,6 +126,7 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         };
         if has_ended {
             state.forget(&machine.folder)?;
+            print(&format!("{} has ended\n", machine.folder.name))?;
         } else {
             let (name, patience) = (machine.folder.name.clone(), args.timeout);
             failures.push(StopError::StillRuns { name, patience });
@@ -180,6 +181,14 @@ pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {
             }
         }
         state.forget(&machine.folder)?;
+    }
+    let ended: String = machines
+        .iter()
+        .map(|machine| format!("{} has ended\n", machine.folder.name))
+        .collect();
+    match ended.is_empty() {
+        true => tell("no machine runs"),
+        false => print(&ended)?,
     }
     Ok(Exit::Done)
 }
