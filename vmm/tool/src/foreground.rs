@@ -110,14 +110,14 @@ fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> 
     let name = monitor.folder().name.clone();
     let is_terminal = std::io::stdin().is_terminal();
     if is_terminal {
-        tell(format_args!("{name} runs; Ctrl-] leaves its console.\r"));
+        tell(format_args!("{name} runs; Ctrl-] leaves its console."));
     }
     // None, if the machine has ended already.
     let left = console.map_or(Ok(Left::Ended), |console| console.join(signals))?;
     match left {
         Left::Key => {
             tell(format_args!(
-                "{name} runs on: `runnel console {name}` returns to it, `runnel stop {name}` ends it."
+                "\n{name} runs on: `runnel console {name}` returns to it, `runnel stop {name}` ends it."
             ));
             monitor.keep();
             Ok(Exit::Done)
