@@ -105,7 +105,7 @@ struct RmArgs {
 
 #[derive(Debug, Args)]
 struct PruneArgs {
-    /// Images too that are older than this, unless a running machine came from them or they are served: 12h, 30d. What
+    /// Images too that are older than this, unless a running machine came from them or they are served; with its unit: 12h, 30d. What
     /// `image ls` calls no usable image stays until `image rm`
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     older_than: Option<Duration>,

@@ -74,7 +74,7 @@ pub(crate) struct StopArgs {
     #[arg(required = true)]
     machines: Vec<MachineName>,
 
-    /// How long each may take
+    /// How long each may take, with its unit: 30s, 2m
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     timeout: Duration,
 }
