@@ -487,6 +487,21 @@ fn what_cannot_be_understood_ends_with_2() {
 }
 
 #[test]
+fn an_image_that_cannot_be_named_so_is_no_failure_of_a_snapshot_but_of_its_command_line() {
+    let user = User::new();
+    for name in ["", "Web!"] {
+        let output = user.run(&["snapshot", "web", name]);
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{name:?}: {}",
+            text(&output.stderr)
+        );
+    }
+    assert_eq!(user.run(&["snapshot", "web", "web-v1"]).status.code(), Some(1));
+}
+
+#[test]
 fn killing_nobody_is_told_how_to_kill_all() {
     let user = User::new();
     let output = user.run(&["kill"]);

@@ -61,9 +61,10 @@ pub(crate) struct SnapshotArgs {
 
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
+    // What was typed comes before what runs.
+    let target = ImageStore::of_this_user()?.destination(&args.image)?;
     let state = StateFolder::open()?;
     let machine = state.machine(&args.machine)?;
-    let target = ImageStore::of_this_user()?.destination(&args.image)?;
     let mut body = json!({ "image_path": target });
     if !args.excluded.is_empty() {
         body["excluded_drives"] = json!(args.excluded);
