@@ -235,6 +235,27 @@ fn ctrl_c_while_a_machine_starts_ends_it_and_nobody_is_told_that_it_runs() {
 }
 
 #[test]
+fn a_second_console_is_told_of_the_first_and_comes_after_it() {
+    let user = User::new();
+    let mut first = on_a_terminal(&user.boot("count:1", &["--name", "web"]));
+    read_to(&mut first, "count=1");
+    let mut second = user
+        .command(&["console", "web"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(second.stderr.take().unwrap()).lines();
+    let told = lines.next().unwrap().unwrap();
+    assert!(told.contains("another console of web is open"), "{told}");
+    first.stdin.as_mut().unwrap().write_all(b"\x1d").unwrap();
+    assert!(first.wait().unwrap().success());
+    let mut keyboard = second.stdin.take().unwrap();
+    keyboard.write_all(b"count:1\npoweroff\n").unwrap();
+    drop(keyboard);
+    assert!(succeeded(second.wait_with_output().unwrap()).contains("count=2"));
+}
+
+#[test]
 fn the_key_that_leaves_a_console_lets_the_machine_run_on() {
     let user = User::new();
     let mut terminal = on_a_terminal(&user.boot("count:1", &["--name", "web"]));

@@ -52,6 +52,8 @@ where
     Failure: From<E>,
 {
     let Afterwards::Detached { json } = afterwards else {
+        // The machine is new: nobody else can be there, and whoever comes is told.
+        let _place = monitor.folder().take_console()?;
         let (started, console) = start_with_console(&monitor, start);
         if let Some(exit) = started? {
             return Ok(exit);

@@ -3,6 +3,7 @@
 //! ```text
 //! machines/<name>/   api.sock console.sock vmm.log   the monitor's
 //!                    pid info.json                   who it is and what it runs
+//!                    console.lock                    held by whoever is at the console
 //! ended/<name>.log   the log of a machine that has ended; <name>.1.log that of the one of that name before, and so on
 //! agent/             the agent's
 //! lock               held while a machine is entered or removed
@@ -195,6 +196,25 @@ impl MachineFolder {
         self.path.join("console.sock")
     }
 
+    /// Takes the place at the machine's console, which there is one of; `None` while somebody else has it.
+    ///
+    /// # Errors
+    /// When the lock cannot be had at all.
+    pub(crate) fn take_console(&self) -> Result<Option<ConsolePlace>, StateError> {
+        let path = self.path.join("console.lock");
+        let mut options = OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let locked = options.open(&path).and_then(|file| {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(ConsolePlace { _lock: file })
+        });
+        match locked {
+            Ok(place) => Ok(Some(place)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(source) => Err(io_error("locking", &path)(source)),
+        }
+    }
+
     /// What its monitor writes.
     pub(crate) fn log(&self) -> PathBuf {
         self.path.join("vmm.log")
@@ -211,6 +231,13 @@ impl MachineFolder {
     fn process(&self) -> Option<ProcessId> {
         fs::read_to_string(self.path.join("pid")).ok()?.parse().ok()
     }
+}
+
+/// The place at a machine's console, until this is dropped. The monitor serves one client and lets others wait without a
+/// word, so those of the tool agree among themselves.
+#[derive(Debug)]
+pub(crate) struct ConsolePlace {
+    _lock: File,
 }
 
 /// A machine that runs.

@@ -72,6 +72,18 @@ fn a_running_machine_is_found_with_what_it_was_started_with() {
 }
 
 #[test]
+fn the_place_at_a_console_is_one_persons_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = state(&folder);
+    let claim = state.claim(Some(&name("web"))).unwrap();
+    let first = claim.folder().take_console().unwrap();
+    assert!(first.is_some());
+    assert!(claim.folder().take_console().unwrap().is_none());
+    drop(first);
+    assert!(claim.folder().take_console().unwrap().is_some());
+}
+
+#[test]
 fn a_name_in_use_is_refused_and_says_by_whom() {
     let folder = tempfile::tempdir().unwrap();
     let state = state(&folder);
