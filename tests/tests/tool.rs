@@ -374,6 +374,13 @@ fn firecrackers_configuration_file_boots() {
     fs::write(&path, config.to_string()).unwrap();
     let heard = user.output(&["run", "--config", path.to_str().unwrap()]);
     assert!(heard.contains("count=1"), "{heard}");
+
+    let mut wrong = config;
+    wrong["machine-config"]["mem_size_mib"] = "64".into();
+    fs::write(&path, wrong.to_string()).unwrap();
+    let told = refusal(&user.run(&["run", "--config", path.to_str().unwrap()]));
+    assert!(told.contains("machine-config of the configuration"), "{told}");
+    assert!(told.contains("config.json") && !told.contains("line 1"), "{told}");
 }
 
 /// The number in the last line of `count=…`.

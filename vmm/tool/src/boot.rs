@@ -50,6 +50,16 @@ pub(crate) enum BootError {
         /// Which part.
         part: String,
     },
+    /// A part that is nearly one.
+    #[error("the configuration {path} has a part {part:?}, which nobody knows: did you mean {meant}?")]
+    Misspelt {
+        /// Which file.
+        path: PathBuf,
+        /// Which part.
+        part: String,
+        /// What it nearly is.
+        meant: &'static str,
+    },
     /// Two drives or interfaces of one name, of which the monitor would take the last.
     #[error("{part} names {id} twice: give each an id of its own")]
     Twice {
@@ -62,8 +72,10 @@ pub(crate) enum BootError {
     #[error("--net names the tap {0} twice: give each interface a tap of its own")]
     TapTwice(String),
     /// A drive or interface without a usable name.
-    #[error("{part} of the configuration needs a {field} of 1 to 64 letters, digits and '_'")]
+    #[error("{part} of the configuration {path} needs a {field} of 1 to 64 letters, digits and '_'")]
     Id {
+        /// Which file.
+        path: PathBuf,
         /// `drives` or `network-interfaces`.
         part: &'static str,
         /// The name's field.
@@ -85,6 +97,8 @@ pub(crate) struct Put {
 pub(crate) struct Boot {
     /// What to ask of a fresh monitor, in order.
     pub(crate) requests: Vec<Put>,
+    /// The configuration file that they come from, if they do.
+    pub(crate) file: Option<PathBuf>,
     /// Its kernel, for `ps`.
     pub(crate) kernel: String,
     /// How many vCPUs, for `ps`.
@@ -167,6 +181,17 @@ impl Boot {
             body["mtu"] = json!(mtu);
         }
         self.put_named("--net", "/network-interfaces", &id, body)
+    }
+
+    /// What a reason is of, with which the monitor refuses a request: of what part of the file, if it is of one.
+    pub(crate) fn told_of(&self, path: &str, reason: &str) -> String {
+        match &self.file {
+            Some(file) => {
+                let part = path.trim_start_matches('/').replace('/', " ");
+                format!("{part} of the configuration {}: {reason}", file.display())
+            }
+            None => reason.to_owned(),
+        }
     }
 
     /// The taps of its interfaces.

@@ -11,6 +11,17 @@ use super::{Boot, BootError, is_id};
 /// The longest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
+/// The parts that are understood.
+const PARTS: [&str; 7] = [
+    "boot-source",
+    "drives",
+    "entropy",
+    "logger",
+    "machine-config",
+    "network-interfaces",
+    "serial",
+];
+
 impl Boot {
     /// Reads Firecracker's configuration file. Where console and log go is the tool's to say.
     ///
@@ -34,11 +45,19 @@ impl Boot {
     }
 
     fn from_parts(mut parts: Map<String, Value>, path: &Path) -> Result<Self, BootError> {
+        if let Some((part, meant)) = parts.keys().find_map(|part| Some((part, meant_by(part)?))) {
+            return Err(BootError::Misspelt {
+                path: path.to_owned(),
+                part: part.clone(),
+                meant,
+            });
+        }
         let mut take = |part: &str| parts.remove(part).filter(|value| !value.is_null());
         let boot_source = take("boot-source").ok_or_else(|| BootError::Lacks {
             path: path.to_owned(),
             part: "boot-source",
         })?;
+        let file = path.to_owned();
         let machine = take("machine-config");
         let number = |field: &str, default: u64| {
             let value = machine.as_ref().and_then(|machine| machine.get(field)?.as_u64());
@@ -52,6 +71,7 @@ impl Boot {
             // What the monitor takes, as Firecracker does, where nothing is said.
             vcpus: number("vcpu_count", 1),
             memory_mib: number("mem_size_mib", 128),
+            file: Some(path.to_owned()),
             ..Self::default()
         };
         if let Some(machine) = machine {
@@ -66,7 +86,11 @@ impl Boot {
                 let id = body[field]
                     .as_str()
                     .filter(|id| is_id(id))
-                    .ok_or(BootError::Id { part, field })?;
+                    .ok_or_else(|| BootError::Id {
+                        path: file.clone(),
+                        part,
+                        field,
+                    })?;
                 boot.put_named(part, path, id, body.clone())?;
             }
         }
@@ -87,6 +111,17 @@ impl Boot {
             None => Ok(boot),
         }
     }
+}
+
+/// The part that a name nearly is: with underscores, capitals or without its plural.
+fn meant_by(name: &str) -> Option<&'static str> {
+    let plain = |name: &str| {
+        let letters = name.chars().filter(char::is_ascii_alphanumeric);
+        let plain: String = letters.map(|letter| letter.to_ascii_lowercase()).collect();
+        plain.trim_end_matches('s').to_owned()
+    };
+    let near = PARTS.iter().find(|part| plain(part) == plain(name));
+    near.copied().filter(|part| *part != name)
 }
 
 /// The elements of a list; whatever else stands there is one element, which the monitor will refuse.
@@ -138,6 +173,35 @@ mod tests {
             (boot.kernel.as_str(), boot.vcpus, boot.memory_mib),
             ("/k", 4, 1024)
         );
+    }
+
+    #[test]
+    fn a_part_that_is_nearly_one_is_told_what_it_is_called() {
+        let source = json!({ "kernel_image_path": "/k" });
+        for (part, meant) in [
+            ("boot_source", "boot-source"),
+            ("machine_config", "machine-config"),
+            ("machineConfig", "machine-config"),
+            ("drive", "drives"),
+        ] {
+            let told = from_file(json!({ part: source })).unwrap_err().to_string();
+            assert!(told.ends_with(&format!("did you mean {meant}?")), "{told}");
+            assert!(told.contains("config.json") && told.contains(part), "{told}");
+        }
+        for part in PARTS.iter().chain(&["vsock", "metrics"]) {
+            assert_eq!(meant_by(part), None, "{part}");
+        }
+    }
+
+    #[test]
+    fn what_the_monitor_refuses_is_told_of_a_part_of_the_file() {
+        let boot = from_file(json!({ "boot-source": { "kernel_image_path": "/k" } })).unwrap();
+        assert_eq!(
+            boot.told_of("/drives/root", "no such file"),
+            "drives root of the configuration config.json: no such file"
+        );
+        let boot = Boot::new(json!({ "kernel_image_path": "/k" }), 1, 64);
+        assert_eq!(boot.told_of("/drives/root", "no such file"), "no such file");
     }
 
     #[test]

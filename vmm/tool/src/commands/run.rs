@@ -126,7 +126,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     };
     let before = HostInterfaces::now();
     for request in &boot.requests {
-        put(&monitor, &request.path, &request.body)?;
+        let refused = put(&monitor, &request.path, &request.body);
+        refused.map_err(|error| match error {
+            MonitorError::Mistyped(reason) => MonitorError::Mistyped(boot.told_of(&request.path, &reason)),
+            other => other,
+        })?;
     }
     let start = |monitor: &Monitor<'_>| {
         put(monitor, "/actions", &json!({ "action_type": "InstanceStart" }))?;
