@@ -200,6 +200,12 @@ impl Boot {
         bodies.filter_map(|body| body["host_dev_name"].as_str())
     }
 
+    /// The files of its drives.
+    pub(crate) fn drive_files(&self) -> impl Iterator<Item = &str> {
+        let bodies = self.requests.iter().map(|put| &put.body);
+        bodies.filter_map(|body| body["path_on_host"].as_str())
+    }
+
     /// Adds an entropy device.
     pub(crate) fn add_entropy(&mut self) {
         self.put("/entropy", json!({}));

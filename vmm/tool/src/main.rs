@@ -12,6 +12,7 @@ mod boot;
 mod cli;
 mod commands;
 mod console;
+mod drives;
 mod exit;
 mod fault;
 mod foreground;
