@@ -356,7 +356,12 @@ fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
     let inspected = user.output(&["inspect", "web"]);
     assert!(inspected.contains("--drive data=PATH"), "{inspected}");
     let told = refusal(&user.run(&["resume", "web", "--detach"]));
-    assert!(told.contains("`--drive`"), "{told}");
+    assert!(told.contains("`--drive ID=PATH`"), "{told}");
+    let other = user.folder.path().join("other");
+    fs::write(&other, vec![0; 2 << 20]).unwrap();
+    let other = format!("data={}", other.display());
+    let told = refusal(&user.run(&["resume", "web", "--detach", "--drive", &other]));
+    assert!(told.contains("has 2097152: give the file that it had"), "{told}");
     let told = refusal(&user.run(&["resume", "web", "--detach", "--tap", "eth0=tap0"]));
     assert!(told.contains("`--tap` names eth0"), "{told}");
     assert_eq!(user.machines(), Vec::<Value>::new());

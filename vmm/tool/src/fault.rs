@@ -4,7 +4,10 @@
 //! that knows which.
 
 /// The API's words, and the tool's.
-const WORDS: [(&str, &str); 6] = [
+const WORDS: [(&str, &str); 8] = [
+    // What to give comes with how it is written.
+    ("with `drive_overrides`", "with `--drive ID=PATH`"),
+    ("with `network_overrides`", "with `--tap ID=TAP`"),
     ("`drive_overrides`", "`--drive`"),
     ("`network_overrides`", "`--tap`"),
     ("`excluded_drives`", "`--exclude`"),
@@ -50,7 +53,7 @@ mod tests {
         for (fault, told) in [
             (
                 "Load snapshot error: drive data is not in the image: supply it with `drive_overrides`",
-                "Load snapshot error: drive data is not in the image: supply it with `--drive`",
+                "Load snapshot error: drive data is not in the image: supply it with `--drive ID=PATH`",
             ),
             (
                 "Internal VMM error: the machine is stalled: chunk 7 of memory is missing (away); try again when GET / no longer says so",
