@@ -524,6 +524,25 @@ fn what_is_given_twice_is_refused_before_anything_starts() {
 }
 
 #[test]
+fn words_are_taken_for_flags_where_they_are_typed_for_them() {
+    let user = User::new();
+    assert!(user.output(&["help"]).contains("runnel doctor"));
+    assert_eq!(
+        user.output(&["help", "resume"]),
+        user.output(&["resume", "--help"])
+    );
+    assert!(user.output(&["help", "image", "rm"]).contains("--force"));
+    assert_eq!(user.run(&["help", "nothing"]).status.code(), Some(2));
+    for word in ["status", "stop"] {
+        let told = text(&user.run(&["agent", word]).stderr);
+        assert!(told.contains("no agent runs"), "{word}: {told}");
+        let twice = user.run(&["agent", word, "--status"]);
+        assert_eq!(twice.status.code(), Some(2), "{word}");
+    }
+    assert_eq!(user.run(&["agent", "start"]).status.code(), Some(2));
+}
+
+#[test]
 fn nothing_runs_for_a_new_user() {
     let user = User::new();
     assert_eq!(user.json(&["ps", "--json"]), Value::Array(Vec::new()));
@@ -569,6 +588,7 @@ fn shells_and_man_know_the_commands() {
     let pages = user.folder.path().join("man");
     fs::create_dir(&pages).unwrap();
     user.output(&["man", pages.to_str().unwrap()]);
+    assert!(!pages.join("runnel-help.1").exists());
     for page in ["runnel.1", "runnel-resume.1", "runnel-image-prune.1"] {
         assert!(
             fs::read_to_string(pages.join(page)).unwrap().contains(".SH"),

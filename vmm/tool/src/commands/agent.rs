@@ -5,7 +5,7 @@ use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::AgentArguments;
 use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
@@ -44,8 +44,8 @@ and `skopeo login` write them. The token of `runnel serve` is any user's passwor
 
 Examples:
     runnel agent --fill-rate 50000000
-    runnel agent --status
-    runnel agent --stop";
+    runnel agent --status          or: runnel agent status
+    runnel agent --stop            or: runnel agent stop";
 
 /// Why there is no agent.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,10 @@ enum AgentCommandError {
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(crate) struct AgentArgs {
+    /// What to do with the agent that runs: as --status and --stop
+    #[arg(value_enum, value_name = "status|stop", hide_possible_values = true, conflicts_with_all = ["status", "stop"])]
+    word: Option<AgentWord>,
+
     #[command(flatten)]
     agent: AgentArguments,
 
@@ -92,6 +96,13 @@ pub(crate) struct AgentArgs {
 
     #[command(flatten)]
     output: OutputArgs,
+}
+
+/// What `--status` and `--stop` are to those who write words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum AgentWord {
+    Status,
+    Stop,
 }
 
 /// Which agent is used.
@@ -121,10 +132,10 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     let state = StateFolder::open()?;
     let arguments = with_defaults(&args.agent, &state);
     let socket = arguments.socket.clone().unwrap_or_else(|| state.agent_socket());
-    if args.status {
+    if args.status || args.word == Some(AgentWord::Status) {
         return show_status(&socket, args.output);
     }
-    if args.stop {
+    if args.stop || args.word == Some(AgentWord::Stop) {
         return stop(&socket, args.output);
     }
     if is_answering(&socket) {
