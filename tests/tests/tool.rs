@@ -535,8 +535,7 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
     user.output(&["agent", "--stop"]);
     assert_eq!(user.run(&["agent", "--status"]).status.code(), Some(1));
     assert!(!pages_of(&user).exists(), "nothing is left in shared memory");
-    let cache = fs::read_dir(user.folder.path().join("cache/runnel")).unwrap();
-    assert_eq!(cache.count(), 0, "nor of drives");
+    assert!(!user.folder.path().join("cache/runnel").exists(), "nor of drives");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
-use runnel_agent::cli::AgentArguments;
+use runnel_agent::cli::{AgentArguments, tidy_up};
 use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
 use rustix::process::Signal;
 
@@ -141,7 +141,9 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     if is_answering(&socket) {
         return Err(AgentCommandError::RunsAlready(socket).into());
     }
-    let agent = Agent::start(arguments.settings()?)?;
+    let settings = arguments.settings()?;
+    let drive_folder = settings.drive_folder.clone();
+    let agent = Agent::start(settings)?;
     match args.output.json {
         true => print_json(&serde_json::json!({ "socket": socket }))?,
         false => print(&format!(
@@ -151,6 +153,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     }
     let signal = signals.wait()?;
     agent.stop();
+    tidy_up(&drive_folder);
     // To be ended is what it waits for, so that is no failure.
     tracing::debug!(signal, "ended");
     Ok(Exit::Done)
