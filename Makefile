@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup build demo test bench fmt clippy check clean
+.PHONY: help setup build try demo test bench fmt clippy check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,6 +14,11 @@ build: ## the programs, optimized, in target/release
 setup: ## Debian packages, kernels and guests that tests and the demo use; they do it themselves if need be
 	@resources/lab/need kernel/6.1-cloud kernel/6.1 kernel/6.12-cloud host/6.1-cloud host/6.12-cloud host-root \
 		guest/6.1-cloud guest/6.1 guest/6.12-cloud registry >/dev/null
+
+try: ## a minute with a machine that runs on any KVM: run, save, verify, serve and resume it
+	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent
+	$(CARGO) build --release --locked --package runnel-tests --bin bare-guest
+	@resources/try/run
 
 demo: ## a Debian guest goes on on another host before it has arrived there; report in target/demo (10 to 20 minutes)
 	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent --package runnel-tests --bins

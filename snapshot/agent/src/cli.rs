@@ -108,6 +108,16 @@ impl AgentArguments {
     }
 }
 
+/// Removes the folder in which this user's agents keep pages of drives, where one that has ended has taken its own,
+/// `drive_folder`, away, and there is no other. A folder that was named is somebody else's.
+pub fn tidy_up(drive_folder: &Path) {
+    let folder = default_drive_folder().filter(|folder| drive_folder.parent() == Some(folder));
+    if let Some(folder) = folder {
+        // Fails while there is something in it, and is meant to.
+        let _ = std::fs::remove_dir(folder);
+    }
+}
+
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
@@ -149,11 +159,15 @@ fn default_memory_pages(own: &str) -> PathBuf {
 }
 
 fn default_drive_pages(own: &str) -> Option<PathBuf> {
+    Some(default_drive_folder()?.join(own))
+}
+
+fn default_drive_folder() -> Option<PathBuf> {
     let cache = folder_of("XDG_CACHE_HOME").or_else(|| match is_root() {
         true => Some("/var/cache".into()),
         false => Some(folder_of("HOME")?.join(".cache")),
     })?;
-    Some(cache.join("runnel").join(own))
+    Some(cache.join("runnel"))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use runnel_agent::agent::Agent;
-use runnel_agent::cli::AgentArguments;
+use runnel_agent::cli::{AgentArguments, tidy_up};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -74,7 +74,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         let _entered = runtime.enter();
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
     };
-    let socket = settings.socket.clone();
+    let (socket, drive_folder) = (settings.socket.clone(), settings.drive_folder.clone());
     let agent = Agent::start(settings)?;
     tracing::info!(socket = %socket.display(), "listening");
     runtime.block_on(async {
@@ -91,5 +91,6 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     })?;
     // A read from a server that is silent is not waited for: nothing of it would be kept.
     let _ = ended.recv_timeout(FAREWELL);
+    tidy_up(&drive_folder);
     Ok(())
 }

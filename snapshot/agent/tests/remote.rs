@@ -657,6 +657,32 @@ fn tls_and_a_token_are_spoken_by_both_ends_and_strangers_are_not_trusted() {
     assert!(open(&format!("http://127.0.0.1:{port}"), client()).is_err());
 }
 
+/// What `openssl req -x509` makes unless it is told otherwise. To trust it does not help.
+#[test]
+fn an_authoritys_certificate_as_a_servers_own_is_called_that() {
+    let stored = Stored::new();
+    let mut asked = rcgen::CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+    asked.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let identity = Identity {
+        certificate: stored.folder().join("certificate.pem"),
+        key: stored.folder().join("key.pem"),
+    };
+    fs::write(&identity.certificate, asked.self_signed(&key).unwrap().pem()).unwrap();
+    fs::write(&identity.key, key.serialize_pem()).unwrap();
+    let mut settings = settings(&[&stored.path()]);
+    settings.tls = Some(identity.clone());
+    let server = ImageServer::start(settings).unwrap();
+
+    let trusting = RemoteSettings {
+        authorities: Some(identity.certificate),
+        ..RemoteSettings::default()
+    };
+    let base = format!("https://127.0.0.1:{}", server.address().port());
+    let told = failure(open(&base, trusting)).to_string();
+    assert!(told.contains("CA:FALSE") && !told.contains("--tls-ca"), "{told}");
+}
+
 #[test]
 fn a_store_is_shared_between_threads() {
     fn shared<T: Send + Sync>() {}

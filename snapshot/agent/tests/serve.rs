@@ -63,6 +63,28 @@ fn the_pull_half_of_the_distribution_api_is_answered() {
     }
 }
 
+/// As a snapshot is published, unless somebody copies it under a name.
+#[test]
+fn an_image_without_a_name_is_listed_as_what_it_is_answered_for() {
+    let stored = Stored::new();
+    let index = stored.path().join("index.json");
+    let renamed = |from: &str, to: &str| {
+        let text = fs::read_to_string(&index).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(&index, text.replace(from, to)).unwrap();
+    };
+    renamed("org.opencontainers.image.ref.name", "some.other.annotation");
+    let server = serve(&[&stored.path()]);
+    let tags = || request(server.address(), "GET /v2/web/tags/list", &[]).json()["tags"].clone();
+    assert_eq!(tags(), serde_json::json!(["latest"]));
+    let manifest = request(server.address(), "GET /v2/web/manifests/latest", &[]);
+    assert_eq!(manifest.status, 200);
+
+    renamed("\"latest\"", "\"v1\"");
+    renamed("some.other.annotation", "org.opencontainers.image.ref.name");
+    assert_eq!(tags(), serde_json::json!(["latest", "v1"]));
+}
+
 #[test]
 fn ranges_are_cut_exactly_and_those_behind_the_end_are_refused() {
     let stored = Stored::new();

@@ -49,6 +49,25 @@ pub enum ImageError {
     FirstChunk(#[from] MisplacedChunk),
 }
 
+impl ImageError {
+    /// Whether something of the image is missing or makes no sense, in place of not being what was asked for, not being
+    /// Runnel's to judge, or not being readable just now.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Layout(LayoutError::Read { source, .. }) => {
+                use std::io::ErrorKind;
+                // Of a file that grows shorter while it is read, too.
+                matches!(source.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof)
+            }
+            Self::Layout(LayoutError::NoSuchImage { .. } | LayoutError::Empty(_)) => false,
+            // It is of another kind, or newer.
+            Self::Manifest(ManifestError::Kind { .. }) => false,
+            _ => true,
+        }
+    }
+}
+
 /// An image whose manifest was read and checked, over the store of its blobs.
 #[derive(Clone)]
 pub struct Image {

@@ -296,8 +296,7 @@ impl Fetcher {
                 .filter_map(|(id, pending)| Some((id, pending, pending.demanded?)))
         };
         let stalls = |(_, pending, since): &(&ChunkId, &Pending, Instant)| {
-            let is_hopeless = matches!(&pending.failed, Some((failure, _)) if !failure.transient);
-            is_hopeless || now.duration_since(*since) >= self.settings.stall_after
+            pending.is_hopeless() || now.duration_since(*since) >= self.settings.stall_after
         };
         let oldest = |(_, pending, since): &(&ChunkId, &Pending, Instant)| (!pending.is_needed, *since);
         let (id, pending, since) = waits().filter(stalls).min_by_key(oldest)?;
@@ -312,6 +311,7 @@ impl Fetcher {
             waiting: now.duration_since(since),
             chunks_waited_for: waits().count(),
             holds_guest: pending.is_needed,
+            needs_repair: pending.is_hopeless(),
         })
     }
 

@@ -253,6 +253,7 @@ impl MemoryPager {
                     waiting: refused.since.elapsed(),
                     chunks_waited_for,
                     holds_guest: true,
+                    needs_repair: false,
                 })
         };
         refused.or_else(|| self.fetcher.stall())

@@ -132,6 +132,15 @@ fn drives_of_firecrackers_two_files_are_opened_again_by_path_and_held_against_wh
     let mut first = with_disk(folder.path(), false);
     tell(&mut first, "diskfill:0:64k:5", "diskfill=right");
     first.demand("PATCH", "/vm", &json!({"state": "Paused"}));
+    let nowhere = folder.path().join("nowhere/file");
+    for (state, memory) in [(&nowhere, &memory), (&state, &nowhere)] {
+        let request = json!({"snapshot_path": state, "mem_file_path": memory});
+        let reason = refusal(&first, "PUT", "/snapshot/create", &request);
+        assert!(
+            reason.contains("nowhere does not exist: make it first"),
+            "{reason}"
+        );
+    }
     first.demand(
         "PUT",
         "/snapshot/create",

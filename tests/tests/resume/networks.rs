@@ -29,6 +29,15 @@ fn in_a_namespace(socket: &Path) -> Option<Monitor> {
     Some(monitor)
 }
 
+/// Another monitor in the namespace of `other`.
+fn beside(other: &Monitor, socket: &Path) -> Monitor {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/proc/{}/ns/net", other.pid()));
+    let mut monitor = Monitor::start_by(command, socket);
+    monitor.wait_for_log("Listening on API socket");
+    monitor
+}
+
 /// Whether the monitor's namespace has an interface `name`.
 fn has_interface(monitor: &Monitor, name: &str) -> bool {
     let table = std::fs::read_to_string(format!("/proc/{}/net/dev", monitor.pid())).unwrap();
@@ -69,6 +78,15 @@ fn a_machine_is_loaded_onto_another_tap_and_its_guest_keeps_what_it_was_told() {
     assert!(!has_interface(&second, "other1"), "a refusal leaves nothing");
 
     second.demand("PUT", "/snapshot/load", &request("eth0"));
+    // In the first one's namespace, where its tap is.
+    let third = beside(&first, &socket("third.sock"));
+    let mut as_it_was = request("eth0");
+    as_it_was.as_object_mut().unwrap().remove("network_overrides");
+    let reason = refusal(&third, "PUT", "/snapshot/load", &as_it_was);
+    assert!(
+        reason.contains("in use") && reason.contains("with `network_overrides`"),
+        "{reason}"
+    );
     assert!(has_interface(&second, "other1") && !has_interface(&second, "runnel0"));
     let config = second.demand("GET", "/vm/config", &Value::Null);
     assert_eq!(config["network-interfaces"][0]["host_dev_name"], "other1");

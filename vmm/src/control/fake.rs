@@ -131,6 +131,7 @@ impl Paging for FakePaging {
             chunk: ChunkIndex(7),
             reason: "away".into(),
             waiting_ms: 1,
+            needs_repair: false,
         })
     }
 

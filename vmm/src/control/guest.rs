@@ -100,6 +100,8 @@ pub struct Stalled {
     pub reason: String,
     /// How long it has been waited for, in milliseconds.
     pub waiting_ms: u64,
+    /// Whether it will not come until somebody repairs the image.
+    pub needs_repair: bool,
 }
 
 /// How long a machine waited for chunks that it needed at once. A snapshot that reads on in them counts as well.

@@ -50,6 +50,11 @@ pub struct Progress {
     pub bytes_total: u64,
     /// How long it has taken so far, or took.
     pub elapsed_ms: u64,
+    /// Whether a machine that runs stands for it just now.
+    pub is_holding: bool,
+    /// How long such a machine has stood for it so far, or stood; absent if it did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<u64>,
     /// Why it failed, if it did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fault_message: Option<String>,
@@ -78,6 +83,14 @@ struct Detail {
     end: Option<(OperationState, Duration, Option<String>)>,
     on_cancel: Option<CancelHook>,
     gauge: Option<Gauge>,
+    pause: Option<Pause>,
+}
+
+/// How long a machine that runs stands for a snapshot.
+#[derive(Clone, Copy)]
+enum Pause {
+    Since(Instant),
+    Over(Duration),
 }
 
 impl Operation {
@@ -93,6 +106,7 @@ impl Operation {
                 end: None,
                 on_cancel: None,
                 gauge: None,
+                pause: None,
             }),
         })
     }
@@ -116,6 +130,22 @@ impl Operation {
             tracing::debug!("{kind:?} of a snapshot: {phase}");
             hold(phase, &is_cancelled);
         }
+    }
+
+    /// Says that a machine that runs stands for the operation from now on.
+    pub fn begin_pause(&self) {
+        self.detail().pause = Some(Pause::Since(Instant::now()));
+    }
+
+    /// Says that it runs on; how long it stood, if it did.
+    pub fn end_pause(&self) -> Option<Duration> {
+        let mut detail = self.detail();
+        let stood = match detail.pause? {
+            Pause::Since(begun) => begun.elapsed(),
+            Pause::Over(stood) => stood,
+        };
+        detail.pause = Some(Pause::Over(stood));
+        Some(stood)
     }
 
     /// Says how many bytes there are in all.
@@ -222,21 +252,49 @@ impl Operation {
                 self.bytes_total.load(Ordering::Relaxed),
             ),
         };
+        let pause = detail.pause.map(|pause| match pause {
+            Pause::Since(begun) => (true, begun.elapsed()),
+            Pause::Over(stood) => (false, stood),
+        });
         Progress {
             kind: self.kind,
             state,
             phase: *self.phase.lock().unwrap_or_else(PoisonError::into_inner),
             bytes_done,
             bytes_total,
-            elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+            elapsed_ms: milliseconds(elapsed),
+            is_holding: pause.is_some_and(|(is_holding, _)| is_holding),
+            pause_ms: pause.map(|(_, stood)| milliseconds(stood)),
             fault_message,
         }
     }
 }
 
+fn milliseconds(of: Duration) -> u64 {
+    u64::try_from(of.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_is_shown_while_it_lasts_and_its_length_afterwards() {
+        let operation = Operation::new(OperationKind::Create);
+        let shown = operation.progress();
+        assert_eq!((shown.is_holding, shown.pause_ms), (false, None));
+        assert_eq!(operation.end_pause(), None);
+        operation.begin_pause();
+        let shown = operation.progress();
+        assert!(shown.is_holding && shown.pause_ms.is_some());
+        let stood = operation.end_pause().unwrap();
+        assert_eq!(operation.end_pause(), Some(stood), "it ends once");
+        let shown = operation.progress();
+        assert_eq!(
+            (shown.is_holding, shown.pause_ms),
+            (false, Some(milliseconds(stood)))
+        );
+    }
 
     #[test]
     fn a_cancel_hook_is_called_once_whether_it_comes_early_or_late() {

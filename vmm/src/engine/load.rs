@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use runnel_devices::virtio::net::TapError;
 use runnel_snapshot::block_store::BlockStore as _;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
@@ -28,6 +29,7 @@ use super::description::{Description, DescriptionError, DriveRecord};
 use super::drives::{self, Backing, DriveFileError, KnownVolumes};
 use super::memory::mappings;
 use super::{EngineError, KvmGuest};
+use crate::board::BoardError;
 use crate::config::{self, LoadFrom, LoadSnapshot, MicrovmConfig, ResourceId};
 use crate::control::{GuestError, Operation};
 use crate::exit::EndSignal;
@@ -134,7 +136,11 @@ pub enum LoadError {
         source: DriveFileError,
     },
     /// A drive's file that is another one.
-    #[error("drive {id} had {expected} bytes when the machine was saved, and {} has {found}", path.display())]
+    #[error(
+        "drive {id} had {expected} bytes when the machine was saved, and {} has {found}: give the file that it had then, \
+         or a copy of that, with `drive_overrides`",
+        path.display()
+    )]
     DriveSize {
         /// Which drive.
         id: ResourceId,
@@ -144,6 +150,15 @@ pub enum LoadError {
         expected: u64,
         /// Its length now.
         found: u64,
+    },
+    /// An interface's tap.
+    #[error("interface {id}: put a tap of its own behind it with `network_overrides`")]
+    Tap {
+        /// Which interface.
+        id: String,
+        /// Why not the one that it had.
+        #[source]
+        source: TapError,
     },
     /// A drive's overlay.
     #[error("drive {id}")]
@@ -159,7 +174,17 @@ pub enum LoadError {
     Incompatible(#[from] CompatibilityError),
     /// The machine.
     #[error("the machine cannot be restored on this host")]
-    Restore(#[from] RestoreError),
+    Restore(#[source] RestoreError),
+}
+
+impl From<RestoreError> for LoadError {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            // The tap is the saved machine's, which may run here, or run on.
+            RestoreError::Board(BoardError::Tap { id, source }) => Self::Tap { id, source },
+            other => Self::Restore(other),
+        }
+    }
 }
 
 /// What a machine is loaded from, opened.

@@ -44,7 +44,7 @@ pub enum EngineError {
     /// Something that a later version of Runnel does.
     #[error("{0} is not supported by this version of Runnel")]
     Unsupported(&'static str),
-    /// An image is to appear in a directory that is not there.
+    /// An image or a file is to appear in a directory that is not there.
     #[error("{0} does not exist: make it first, with `mkdir -p {0}`")]
     NoDirectory(PathBuf),
     /// A machine that was to stand still, and is not wanted to any more.
@@ -172,7 +172,7 @@ impl KvmGuest {
     }
 }
 
-/// Refuses an image whose directory is not there before the machine stands still for it.
+/// Refuses an image or a file whose directory is not there before the machine stands still for it.
 fn check_directory(image: &Path) -> Result<(), EngineError> {
     match image
         .parent()
@@ -209,8 +209,12 @@ impl Guest for KvmGuest {
     }
 
     fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
-        if let SaveAs::Image { directory, .. } = &create.save_as {
-            check_directory(directory)?;
+        match &create.save_as {
+            SaveAs::Image { directory, .. } => check_directory(directory)?,
+            SaveAs::TwoFiles { state, memory } => {
+                check_directory(state)?;
+                check_directory(memory)?;
+            }
         }
         save::save(self, create, operation)
     }

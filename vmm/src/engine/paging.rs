@@ -24,6 +24,7 @@ impl Paging for MemoryPager {
             chunk: stall.chunk,
             reason: stall.reason,
             waiting_ms: u64::try_from(stall.waiting.as_millis()).unwrap_or(u64::MAX),
+            needs_repair: stall.needs_repair,
         })
     }
 
@@ -115,6 +116,7 @@ mod tests {
             waiting: Duration::ZERO,
             chunks_waited_for: 1,
             holds_guest: true,
+            needs_repair: false,
         };
         let folder = tempfile::tempdir().unwrap();
         let file = tempfile::tempfile_in(folder.path()).unwrap();

@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
@@ -80,6 +80,7 @@ pub(super) fn save(
     if was_running {
         operation.enter("pausing");
         guest.stand_still(&|| operation.is_cancelled())?;
+        operation.begin_pause();
     }
     let saved = match &create.save_as {
         SaveAs::Image {
@@ -93,6 +94,7 @@ pub(super) fn save(
     };
     if was_running && !guest.is_running {
         guest.run();
+        operation.end_pause();
     }
     Ok(saved?)
 }
@@ -104,7 +106,6 @@ fn save_image(
     was_running: bool,
     operation: &Operation,
 ) -> Result<(), SaveError> {
-    let begun = Instant::now();
     operation.enter("saving state");
     if let Some(stranger) = excluded
         .iter()
@@ -145,8 +146,9 @@ fn save_image(
         while !work.is_finished() {
             if was_running && !guest.is_running && may_run_on(&progress, needs_pause) {
                 guest.run();
+                let stood = operation.end_pause().unwrap_or_default();
                 tracing::info!(
-                    stood_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+                    stood_ms = u64::try_from(stood.as_millis()).unwrap_or(u64::MAX),
                     "The machine runs on; its snapshot is being completed."
                 );
             }

@@ -80,6 +80,9 @@ pub(crate) struct Stalled {
     pub(crate) chunk: u64,
     pub(crate) reason: String,
     pub(crate) waiting_ms: u64,
+    /// Whether it will not come until somebody repairs the image.
+    #[serde(default)]
+    pub(crate) needs_repair: bool,
 }
 
 /// `GET /snapshot/progress`.
@@ -90,13 +93,24 @@ pub(crate) struct SnapshotProgress {
 }
 
 /// An operation under way, or the last one.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, serde::Serialize)]
 pub(crate) struct Operation {
     pub(crate) kind: String,
     pub(crate) state: String,
     pub(crate) phase: String,
     pub(crate) bytes_done: u64,
     pub(crate) bytes_total: u64,
+    /// Whether a machine that runs stands for it just now.
+    #[serde(default)]
+    pub(crate) is_holding: bool,
+    /// How long such a machine stood for it, if it did.
+    pub(crate) pause_ms: Option<u64>,
+}
+
+impl Operation {
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.state == "running"
+    }
 }
 
 /// How much of a volume has arrived.
@@ -138,7 +152,7 @@ impl Api {
     /// Whether a snapshot is being made or loaded. Asked beside it; what cannot be asked is not.
     pub(crate) fn is_saving_or_loading(&self) -> bool {
         let operation = self.progress().ok().and_then(|progress| progress.operation);
-        operation.is_some_and(|operation| operation.state == "running")
+        operation.is_some_and(|operation| operation.is_under_way())
     }
 
     /// The whole configuration. It is answered in turn, so it may have to wait for a snapshot.

@@ -28,11 +28,7 @@ Environment:
 /// Runs microVMs that can be saved, streamed and resumed elsewhere.
 #[derive(Debug, Parser)]
 #[command(name = "runnel", version, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n{ENVIRONMENT}\n{EXIT_CODES}"))]
-#[command(
-    subcommand_required = true,
-    arg_required_else_help = true,
-    disable_help_subcommand = true
-)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
 pub(crate) struct Cli {
     /// Say more about what is done, on standard error; monitors and agents that are started say more in their logs.
     #[arg(long, short, global = true)]

@@ -5,7 +5,7 @@ pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
     0  done
     1  something failed; standard error says what
-    2  the command line cannot be understood
+    2  the command line cannot be understood, or a name in it cannot be one
     3  verify found damage, or doctor found something that Runnel cannot do without
   130  called off with Ctrl-C (128 and the signal's number for any other)
 run and resume in the foreground end with the monitor's own code once the machine has ended (`runnel-vmm --help`
@@ -26,6 +26,9 @@ pub(crate) enum Exit {
 
 /// The code of a command that failed.
 pub(crate) const FAILED: u8 = 1;
+
+/// The code of a command that could not be understood, as the parser of the command line ends with it.
+pub(crate) const USAGE: u8 = 2;
 
 impl From<Exit> for std::process::ExitCode {
     fn from(exit: Exit) -> Self {

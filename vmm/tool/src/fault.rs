@@ -4,7 +4,10 @@
 //! that knows which.
 
 /// The API's words, and the tool's.
-const WORDS: [(&str, &str); 6] = [
+const WORDS: [(&str, &str); 8] = [
+    // What to give comes with how it is written.
+    ("with `drive_overrides`", "with `--drive ID=PATH`"),
+    ("with `network_overrides`", "with `--tap ID=TAP`"),
     ("`drive_overrides`", "`--drive`"),
     ("`network_overrides`", "`--tap`"),
     ("`excluded_drives`", "`--exclude`"),
@@ -23,10 +26,22 @@ const PREFIXES: [&str; 2] = [
 /// A `fault_message` as the tool tells it: without a full stop, since more may follow.
 pub(crate) fn reworded(fault: &str) -> String {
     let stripped = PREFIXES.iter().find_map(|prefix| fault.strip_prefix(prefix));
-    let start = stripped.unwrap_or(fault).trim_end_matches('.').to_owned();
+    let start = without_position(stripped.unwrap_or(fault).trim_end_matches('.')).to_owned();
     WORDS
         .iter()
         .fold(start, |text, (api, tool)| text.replace(api, tool))
+}
+
+/// A reason without the place in the JSON, which the tool has written itself.
+fn without_position(reason: &str) -> &str {
+    match reason.rsplit_once(" at line ") {
+        Some((what, place))
+            if place.starts_with(|c: char| c.is_ascii_digit()) && place.contains(" column ") =>
+        {
+            what
+        }
+        _ => reason,
+    }
 }
 
 #[cfg(test)]
@@ -38,11 +53,15 @@ mod tests {
         for (fault, told) in [
             (
                 "Load snapshot error: drive data is not in the image: supply it with `drive_overrides`",
-                "Load snapshot error: drive data is not in the image: supply it with `--drive`",
+                "Load snapshot error: drive data is not in the image: supply it with `--drive ID=PATH`",
             ),
             (
                 "Internal VMM error: the machine is stalled: chunk 7 of memory is missing (away); try again when GET / no longer says so",
                 "the machine is stalled: chunk 7 of memory is missing (away); try again when `runnel ps` no longer says so",
+            ),
+            (
+                "An error occurred when deserializing the json body of a request: invalid type: string \"2\", expected u8 at line 1 column 18.",
+                "invalid type: string \"2\", expected u8",
             ),
             (
                 "`network_overrides` names eth0 twice.",

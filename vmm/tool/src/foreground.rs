@@ -52,6 +52,8 @@ where
     Failure: From<E>,
 {
     let Afterwards::Detached { json } = afterwards else {
+        // The machine is new: nobody else can be there, and whoever comes is told.
+        let _place = monitor.folder().take_console()?;
         let (started, console) = start_with_console(&monitor, start);
         if let Some(exit) = started? {
             return Ok(exit);
@@ -110,14 +112,14 @@ fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> 
     let name = monitor.folder().name.clone();
     let is_terminal = std::io::stdin().is_terminal();
     if is_terminal {
-        tell(format_args!("{name} runs; Ctrl-] leaves its console.\r"));
+        tell(format_args!("{name} runs; Ctrl-] leaves its console."));
     }
     // None, if the machine has ended already.
     let left = console.map_or(Ok(Left::Ended), |console| console.join(signals))?;
     match left {
         Left::Key => {
             tell(format_args!(
-                "{name} runs on: `runnel console {name}` returns to it, `runnel stop {name}` ends it."
+                "\n{name} runs on: `runnel console {name}` returns to it, `runnel stop {name}` ends it."
             ));
             monitor.keep();
             Ok(Exit::Done)

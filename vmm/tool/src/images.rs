@@ -92,6 +92,13 @@ pub(crate) enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether no store could have what was typed.
+    pub(crate) fn is_usage(&self) -> bool {
+        matches!(self, Self::NoName | Self::BadName(_))
+    }
+}
+
 fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + 'a {
     move |source| StoreError::Io {
         what,

@@ -12,6 +12,7 @@ mod boot;
 mod cli;
 mod commands;
 mod console;
+mod drives;
 mod exit;
 mod fault;
 mod foreground;
@@ -34,6 +35,7 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::Parser;
+use images::StoreError;
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
@@ -57,7 +59,8 @@ fn main() -> ExitCode {
         Err(error) if output::is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             output::tell(format_args!("runnel: {}", output::trace(error.as_ref())));
-            ExitCode::from(exit::FAILED)
+            let is_usage = error.downcast_ref().is_some_and(StoreError::is_usage);
+            ExitCode::from(if is_usage { exit::USAGE } else { exit::FAILED })
         }
     }
 }

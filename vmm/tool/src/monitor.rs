@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -59,7 +59,7 @@ pub(crate) enum MonitorError {
         /// What it said.
         log: String,
     },
-    /// It does not answer.
+    /// It does not answer, and is ended.
     #[error("the monitor does not answer; its log is {0}")]
     Silent(PathBuf),
     /// It refused the machine.
@@ -114,7 +114,7 @@ impl<'s> Monitor<'s> {
         // It cannot be another one of the same number before the child is waited for.
         let id = ProcessId::of(child.id());
         let Some((id, process)) = id.and_then(|id| Some((id, id.open()?))) else {
-            return Err(ended(&mut child, &folder));
+            return Err(ended(&mut child, &folder, &state.ended_log(&folder.name)));
         };
         let mut monitor = Self {
             state,
@@ -144,10 +144,11 @@ impl<'s> Monitor<'s> {
         let deadline = Instant::now() + START;
         while !self.api().is_listening() {
             if matches!(self.child.try_wait(), Ok(Some(_))) {
-                return Err(ended(&mut self.child, &self.folder));
+                let kept = self.ended_log();
+                return Err(ended(&mut self.child, &self.folder, &kept));
             }
             if Instant::now() > deadline {
-                return Err(MonitorError::Silent(self.folder.log()));
+                return Err(MonitorError::Silent(self.ended_log()));
             }
             thread::sleep(LOOK);
         }
@@ -184,7 +185,7 @@ impl<'s> Monitor<'s> {
             _ => true,
         };
         // In the same way, a reason that names the flag to give.
-        if !is_attempt || reason.contains("--") {
+        if !is_attempt || names_a_flag(&reason) {
             return MonitorError::Mistyped(reason);
         }
         MonitorError::Refused {
@@ -233,20 +234,53 @@ impl Drop for Monitor<'_> {
     }
 }
 
-fn ended(child: &mut Child, folder: &MachineFolder) -> MonitorError {
+/// `kept` is where the log will be once the machine is forgotten, as it is before anybody reads of it.
+fn ended(child: &mut Child, folder: &MachineFolder, kept: &Path) -> MonitorError {
     const LINES: usize = 8;
     match child.wait() {
         Ok(status) => MonitorError::Ended {
             status,
             // The folder is new, and so is its log.
-            log: last_words(&folder.log(), 0, LINES),
+            log: last_words(&folder.log(), 0, LINES, kept),
         },
-        Err(_) => MonitorError::Silent(folder.log()),
+        Err(_) => MonitorError::Silent(kept.to_owned()),
     }
+}
+
+/// Whether a reason tells what to give, as in «with `--drive`»; a file may have two hyphens in its name, too.
+fn names_a_flag(reason: &str) -> bool {
+    let is_flag = |word: &str| {
+        let word = word.trim_start_matches(['`', '(']);
+        word.strip_prefix("--")
+            .is_some_and(|name| name.starts_with(|c: char| c.is_ascii_lowercase()))
+    };
+    reason.split_whitespace().any(is_flag)
 }
 
 fn code_of(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| Some(128 + status.signal()?));
     code.and_then(|code| u8::try_from(code).ok())
         .unwrap_or(crate::exit::FAILED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_hyphens_in_a_path_are_no_flag() {
+        for reason in [
+            "supply it with `--drive`",
+            "is not trusted: name its certificate with --tls-ca: unknown issuer",
+        ] {
+            assert!(names_a_flag(reason), "{reason}");
+        }
+        for reason in [
+            "cannot read /srv/a--b: no such file",
+            "cannot read \"/srv/web -- old\"",
+            "drive web--v1",
+        ] {
+            assert!(!names_a_flag(reason), "{reason}");
+        }
+    }
 }

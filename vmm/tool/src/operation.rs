@@ -77,7 +77,7 @@ fn show(api: &Api, path: &str, view: &mut ProgressView) {
         return;
     };
     // The last one's, if this one has not begun.
-    if operation.state == "running" && path.ends_with(&operation.kind) {
+    if operation.is_under_way() && path.ends_with(&operation.kind) {
         view.show(&operation.phase, operation.bytes_done, operation.bytes_total);
     }
 }

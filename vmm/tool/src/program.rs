@@ -85,8 +85,8 @@ pub(crate) fn log_bytes(log: &Path) -> u64 {
 }
 
 /// What a program that ended at once has added to its log, its last lines, for an error's message; or why that is
-/// nothing. `before` is how long the log was when the program was started.
-pub(crate) fn last_words(log: &Path, before: u64, lines: usize) -> String {
+/// nothing. `before` is how long the log was when the program was started, and `kept` where it is found afterwards.
+pub(crate) fn last_words(log: &Path, before: u64, lines: usize, kept: &Path) -> String {
     /// Less than this a file cannot grow by.
     const ROOM_BYTES_MIN: u64 = 4 << 10;
     let said = last_lines(log, before, lines);
@@ -97,9 +97,9 @@ pub(crate) fn last_words(log: &Path, before: u64, lines: usize) -> String {
     match room {
         Some(room) if room.f_bavail.saturating_mul(room.f_frsize) < ROOM_BYTES_MIN => format!(
             "it could say nothing in its log, {}: that file system is full, so make room there",
-            log.display()
+            kept.display()
         ),
-        _ => format!("it said nothing in its log, {}", log.display()),
+        _ => format!("it said nothing in its log, {}", kept.display()),
     }
 }
 
@@ -130,12 +130,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("log");
         std::fs::write(&log, format!("{}\nlast but one\n\nlast\n", "x".repeat(10_000))).unwrap();
-        assert_eq!(last_words(&log, 0, 2), "last but one\nlast");
+        assert_eq!(last_words(&log, 0, 2, &log), "last but one\nlast");
         let before = log_bytes(&log);
-        assert!(last_words(&log, before, 2).starts_with("it said nothing in its log"));
+        assert!(last_words(&log, before, 2, &log).starts_with("it said nothing in its log"));
         fs::write(&log, format!("{}new\n", fs::read_to_string(&log).unwrap())).unwrap();
-        assert_eq!(last_words(&log, before, 2), "new");
-        assert!(last_words(&folder.path().join("none"), 0, 2).starts_with("it said nothing"));
+        assert_eq!(last_words(&log, before, 2, &log), "new");
+        assert!(last_words(&folder.path().join("none"), 0, 2, &log).starts_with("it said nothing"));
     }
 
     #[test]

@@ -18,6 +18,16 @@ pub(crate) struct ProgressView {
     shown: Shown,
 }
 
+/// Where the bar's length is known, and where it is not: then it would be full at once.
+const WITH_BAR: &str =
+    "{prefix}  {wide_bar}  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {msg}";
+const WITHOUT_BAR: &str = "{prefix}  {msg}";
+
+/// The templates are constants, and wrong ones are found by the test below.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
 #[derive(Debug)]
 enum Shown {
     Bar(ProgressBar),
@@ -29,11 +39,7 @@ impl ProgressView {
     pub(crate) fn new(what: String) -> Self {
         let shown = if std::io::stderr().is_terminal() {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template(
-                "{prefix}  {wide_bar}  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {msg}",
-            );
-            // The template is a constant, and wrong ones are found by the test below.
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_style(style(WITHOUT_BAR));
             bar.set_prefix(what.clone());
             Shown::Bar(bar)
         } else {
@@ -46,6 +52,9 @@ impl ProgressView {
     pub(crate) fn show(&mut self, phase: &str, done: u64, total: u64) {
         match &mut self.shown {
             Shown::Bar(bar) => {
+                if bar.length() == Some(0) && total > 0 {
+                    bar.set_style(style(WITH_BAR));
+                }
                 bar.set_length(total);
                 bar.set_position(done.min(total));
                 bar.set_message(phase.to_owned());
@@ -67,7 +76,8 @@ impl Drop for ProgressView {
     }
 }
 
-fn line(what: &str, phase: &str, done: u64, total: u64) -> String {
+/// How far `what` is, in a line.
+pub(crate) fn line(what: &str, phase: &str, done: u64, total: u64) -> String {
     let phase = if phase.is_empty() {
         String::new()
     } else {
@@ -87,6 +97,28 @@ fn line(what: &str, phase: &str, done: u64, total: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn templates_are_right_and_a_bar_gets_its_length_when_it_is_known() {
+        for template in [WITH_BAR, WITHOUT_BAR] {
+            ProgressStyle::with_template(template).unwrap();
+        }
+        let mut view = ProgressView {
+            what: "resume web".into(),
+            shown: Shown::Bar(ProgressBar::with_draw_target(
+                Some(0),
+                ProgressDrawTarget::hidden(),
+            )),
+        };
+        let length = |view: &ProgressView| match &view.shown {
+            Shown::Bar(bar) => bar.length(),
+            Shown::Lines { .. } => None,
+        };
+        view.show("opening", 0, 0);
+        assert_eq!(length(&view), Some(0));
+        view.show("copying", 1, 9);
+        assert_eq!(length(&view), Some(9));
+    }
 
     #[test]
     fn lines_say_what_is_known() {

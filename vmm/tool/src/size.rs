@@ -10,11 +10,16 @@ pub(crate) enum BadQuantity {
     #[error("{0:?} is no size: give a number with K, M, G or T (powers of 1024), as in 512M")]
     Size(String),
     /// No whole number of MiB.
-    #[error("{0:?} is not a whole number of MiB: guest memory comes in MiB, as in 512M or 2G")]
+    #[error(
+        "{0:?} is no size of guest memory: give a whole number of MiB, or one with its unit, as in 512, 512M or 2G"
+    )]
     Mebibytes(String),
     /// No duration.
     #[error("{0:?} is no duration: give a number with ms, s, m, h or d, as in 30s")]
     Duration(String),
+    /// A number alone.
+    #[error("{0} of what? Give it with its unit, ms, s, m, h or d, as in {0}s")]
+    Unitless(u64),
 }
 
 /// Divides text into its number and its unit.
@@ -50,10 +55,8 @@ pub(crate) fn parse_mebibytes(text: &str) -> Result<u64, BadQuantity> {
     if let Ok(mib) = text.parse() {
         return Ok(mib);
     }
-    let bytes = parse_bytes(text)?;
-    if bytes % (1 << 20) != 0 {
-        return Err(BadQuantity::Mebibytes(text.to_owned()));
-    }
+    let bytes = parse_bytes(text).ok().filter(|bytes| bytes % (1 << 20) == 0);
+    let bytes = bytes.ok_or_else(|| BadQuantity::Mebibytes(text.to_owned()))?;
     Ok(bytes >> 20)
 }
 
@@ -66,11 +69,12 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, BadQuantity> {
     let (number, unit) = split(text).ok_or_else(bad)?;
     let unit_ms: u64 = match unit {
         "ms" => 1,
-        // Without a unit, `30` may be meant as days where images are removed: nobody guesses.
         "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
         "d" => 86_400_000,
+        // `30` may be meant as days where images are removed: nobody guesses.
+        "" => return Err(BadQuantity::Unitless(number)),
         _ => return Err(bad()),
     };
     number
@@ -200,13 +204,19 @@ mod tests {
         for (text, expected) in [("512", 512), ("512M", 512), ("2G", 2048), ("1048576K", 1024)] {
             assert_eq!(parse_mebibytes(text).unwrap(), expected, "{text}");
         }
-        assert!(matches!(parse_mebibytes("1000K"), Err(BadQuantity::Mebibytes(_))));
+        for text in ["1000K", "lots", "512X", ""] {
+            assert!(
+                matches!(parse_mebibytes(text), Err(BadQuantity::Mebibytes(_))),
+                "{text}"
+            );
+        }
     }
 
     #[test]
     fn durations_are_read_and_written() {
         assert_eq!(parse_duration("30s").unwrap(), Duration::from_secs(30));
-        assert!(parse_duration("30").is_err(), "seconds, or days?");
+        let unitless = parse_duration("30").unwrap_err().to_string();
+        assert!(unitless.ends_with("as in 30s"), "{unitless}");
         assert_eq!(parse_duration("250ms").unwrap(), Duration::from_millis(250));
         assert_eq!(parse_duration("7d").unwrap(), Duration::from_secs(7 * 86_400));
         assert!(parse_duration("soon").is_err());

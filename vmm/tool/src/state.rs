@@ -3,7 +3,8 @@
 //! ```text
 //! machines/<name>/   api.sock console.sock vmm.log   the monitor's
 //!                    pid info.json                   who it is and what it runs
-//! ended/<name>.log   the log of a machine that has ended
+//!                    console.lock                    held by whoever is at the console
+//! ended/<name>.log   the log of a machine that has ended; <name>.1.log that of the one of that name before, and so on
 //! agent/             the agent's
 //! lock               held while a machine is entered or removed
 //! ```
@@ -32,14 +33,22 @@ const NUMBERS_MAX: u32 = 100_000;
 /// Logs of ended machines that are kept.
 const ENDED_LOGS_MAX: usize = 32;
 
+/// Of these, those of one name that are kept beside the last: machines without a name are called alike again and again.
+const EARLIER_LOGS_MAX: u32 = 7;
+
 /// Why the folder cannot be used, or a machine not be found.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StateError {
     /// There is no place for it.
     #[error(
-        "XDG_RUNTIME_DIR is not set to an absolute path, and /run/runnel is root's: set it to a directory of your own, as a login session does"
+        "XDG_RUNTIME_DIR is not set, and /run/runnel is root's: set it to a directory of your own, as a login session does"
     )]
     NoPlace,
+    /// The variable means another folder in each directory.
+    #[error(
+        "XDG_RUNTIME_DIR is {0:?}: it must be an absolute path, as that which a login session sets; without it, root uses /run/runnel"
+    )]
+    Relative(PathBuf),
     /// What the variable names is not there, or somebody else's.
     #[error(
         "XDG_RUNTIME_DIR is {path}, and nothing can be kept there: set it to a directory that is there and yours alone (`mkdir -m 700`), as a login session does"
@@ -187,6 +196,25 @@ impl MachineFolder {
         self.path.join("console.sock")
     }
 
+    /// Takes the place at the machine's console, which there is one of; `None` while somebody else has it.
+    ///
+    /// # Errors
+    /// When the lock cannot be had at all.
+    pub(crate) fn take_console(&self) -> Result<Option<ConsolePlace>, StateError> {
+        let path = self.path.join("console.lock");
+        let mut options = OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let locked = options.open(&path).and_then(|file| {
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(ConsolePlace { _lock: file })
+        });
+        match locked {
+            Ok(place) => Ok(Some(place)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(source) => Err(io_error("locking", &path)(source)),
+        }
+    }
+
     /// What its monitor writes.
     pub(crate) fn log(&self) -> PathBuf {
         self.path.join("vmm.log")
@@ -205,6 +233,13 @@ impl MachineFolder {
     }
 }
 
+/// The place at a machine's console, until this is dropped. The monitor serves one client and lets others wait without a
+/// word, so those of the tool agree among themselves.
+#[derive(Debug)]
+pub(crate) struct ConsolePlace {
+    _lock: File,
+}
+
 /// A machine that runs.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -220,14 +255,15 @@ pub(crate) struct Machine {
 
 /// A name taken for a machine that is about to start. Dropped before [`enter`](Self::enter), it is free again.
 #[derive(Debug)]
-pub(crate) struct Claim {
+pub(crate) struct Claim<'s> {
+    state: &'s StateFolder,
     folder: MachineFolder,
     /// Locked until a process is entered, so that nobody takes the folder for a stale one.
     _lock: File,
     is_entered: bool,
 }
 
-impl Claim {
+impl Claim<'_> {
     /// The machine's folder.
     pub(crate) fn folder(&self) -> &MachineFolder {
         &self.folder
@@ -242,11 +278,12 @@ impl Claim {
     }
 }
 
-impl Drop for Claim {
+impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !self.is_entered {
-            // What cannot be removed now is stale, and the next command tries again.
-            let _ = fs::remove_dir_all(&self.folder.path);
+            // What cannot be removed now is stale, and the next command tries again. So is what there is of a log, if
+            // the lock cannot be had.
+            let _ = self.state.lock().and_then(|_lock| self.state.bury(&self.folder));
         }
     }
 }
@@ -264,7 +301,9 @@ impl StateFolder {
     /// When there is no place for it, or others could come in.
     pub(crate) fn open() -> Result<Self, StateError> {
         let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-        match runtime.filter(|path| path.is_absolute()) {
+        match runtime.filter(|path| !path.as_os_str().is_empty()) {
+            // Passed over, what is started would not be where whoever set it looks.
+            Some(runtime) if !runtime.is_absolute() => Err(StateError::Relative(runtime)),
             Some(runtime) => Self::at(runtime.join("runnel")).map_err(|error| match error {
                 StateError::Io { source, .. } => StateError::Runtime {
                     path: runtime,
@@ -313,7 +352,7 @@ impl StateFolder {
     ///
     /// # Errors
     /// When the name is taken, or the folder cannot be made.
-    pub(crate) fn claim(&self, name: Option<&MachineName>) -> Result<Claim, StateError> {
+    pub(crate) fn claim(&self, name: Option<&MachineName>) -> Result<Claim<'_>, StateError> {
         let _lock = self.lock()?;
         if let Some(name) = name {
             return self.try_claim(name)?.map_err(|taken| match taken {
@@ -333,7 +372,7 @@ impl StateFolder {
     }
 
     /// Takes a name, or says who has it; nothing of one that is being started. The lock is held.
-    fn try_claim(&self, name: &MachineName) -> Result<Result<Claim, Option<ProcessId>>, StateError> {
+    fn try_claim(&self, name: &MachineName) -> Result<Result<Claim<'_>, Option<ProcessId>>, StateError> {
         let folder = self.folder(name);
         check_socket(&folder.console_socket())?;
         if folder.path.exists() {
@@ -347,6 +386,7 @@ impl StateFolder {
         made.map_err(io_error("creating", &folder.path))?;
         let lock = lock(&folder.path).map_err(io_error("locking", &folder.path))?;
         Ok(Ok(Claim {
+            state: self,
             folder,
             _lock: lock,
             is_entered: false,
@@ -465,12 +505,25 @@ impl StateFolder {
     }
 
     fn bury(&self, folder: &MachineFolder) -> Result<(), StateError> {
-        let log = self.ended_log(&folder.name);
         // There is none of a machine that never came so far.
-        if fs::rename(folder.log(), &log).is_ok() {
-            self.limit_ended_logs();
+        if folder.log().exists() {
+            self.keep_log(folder);
         }
         fs::remove_dir_all(&folder.path).map_err(io_error("removing", &folder.path))
+    }
+
+    /// Moves a log to those of ended machines, behind which earlier ones of the name stand; best effort.
+    fn keep_log(&self, folder: &MachineFolder) {
+        let earlier = |number: u32| match number {
+            0 => self.ended_log(&folder.name),
+            _ => self.ended_path().join(format!("{}.{number}.log", folder.name)),
+        };
+        for number in (0..EARLIER_LOGS_MAX).rev() {
+            let _ = fs::rename(earlier(number), earlier(number + 1));
+        }
+        if fs::rename(folder.log(), earlier(0)).is_ok() {
+            self.limit_ended_logs();
+        }
     }
 
     /// Removes the oldest logs beyond the limit; best effort.

@@ -179,6 +179,37 @@ fn verify_finds_an_image_sound_or_names_the_damaged_blob() {
 }
 
 #[test]
+fn verify_calls_an_image_damaged_whose_list_or_manifest_cannot_be_used() {
+    let user = User::new();
+    let captured = user.capture("web", None);
+    let image = user.store().join("web");
+    let manifest = image.join("blobs/sha256").join(captured.manifest.digest.hex());
+    let [marker, index] = ["oci-layout", "index.json"].map(|name| image.join(name));
+    for file in [&marker, &index, &manifest] {
+        let sound = fs::read(file).unwrap();
+        for damaged in [None, Some(&b"{"[..]), Some(&sound[..sound.len() - 1])] {
+            match damaged {
+                None => fs::remove_file(file).unwrap(),
+                Some(bytes) => fs::write(file, bytes).unwrap(),
+            }
+            let told = user.run(&["verify", "web"]);
+            assert_eq!(told.status.code(), Some(3), "{file:?}: {}", text(&told.stderr));
+            assert!(text(&told.stdout).contains("web is damaged"), "{file:?}");
+            let json = user.run(&["verify", "web", "--json"]);
+            assert_eq!(json.status.code(), Some(3), "{file:?}");
+            let shown: Value = serde_json::from_slice(&json.stdout).unwrap();
+            assert_eq!(shown["sound"], false, "{shown}");
+            assert_eq!(shown["findings"].as_array().unwrap().len(), 1, "{shown}");
+            fs::write(file, &sound).unwrap();
+        }
+    }
+    // Another digest than what is there is no damage.
+    let pinned = format!("web@sha256:{}", "0".repeat(64));
+    assert_eq!(user.run(&["verify", &pinned]).status.code(), Some(1));
+    user.output(&["verify", "web"]);
+}
+
+#[test]
 fn images_are_listed_removed_and_nothing_else_is() {
     let user = User::new();
     let captured = user.capture("web", None);
@@ -194,12 +225,15 @@ fn images_are_listed_removed_and_nothing_else_is() {
     for name in ["precious", "..", "no-such"] {
         let refused = user.run(&["image", "rm", "web", name]);
         assert_eq!(refused.status.code(), Some(1), "{name}");
+        let told = text(&refused.stderr);
+        assert!(told.contains("nothing was removed"), "{told}");
     }
     assert!(
         user.store().join("web").is_dir(),
         "all are looked at before one goes"
     );
-    user.output(&["image", "rm", "web"]);
+    let told = user.output(&["image", "rm", "web"]);
+    assert_eq!(told, format!("removed {}\n", user.store().join("web").display()));
     assert!(!user.store().join("web").exists());
     assert!(user.store().join("precious").is_dir());
     assert_eq!(
@@ -219,7 +253,12 @@ fn prune_takes_old_images_only_when_told_and_says_what_it_would_do() {
         .unwrap();
     index.set_modified(long_ago).unwrap();
 
-    assert_eq!(user.output(&["image", "prune"]), "");
+    let nothing = user.run(&["image", "prune"]);
+    assert_eq!(
+        (nothing.status.code(), text(&nothing.stdout)),
+        (Some(0), String::new())
+    );
+    assert!(text(&nothing.stderr).contains("nothing to remove"));
     let would = user.output(&["image", "prune", "--older-than", "30d", "--dry-run"]);
     assert!(
         would.starts_with("would remove") && would.contains("web"),
@@ -340,6 +379,39 @@ fn an_image_that_is_served_says_so_and_is_removed_only_by_force() {
 }
 
 #[test]
+fn an_image_of_which_something_is_missing_is_not_served_and_alone_ends_the_command() {
+    let user = User::new();
+    user.capture("db", None);
+    let captured = user.capture("web", None);
+    let layer = captured.volumes[0].layers[0].digest;
+    let blob = user.store().join("web/blobs/sha256").join(layer.hex());
+    fs::File::options()
+        .write(true)
+        .open(&blob)
+        .unwrap()
+        .set_len(9)
+        .unwrap();
+
+    let server = Server::start(&user, &["web", "db"]);
+    let images = server.announced["images"].as_object().unwrap();
+    assert_eq!(images.keys().collect::<Vec<_>>(), ["db"]);
+    let reason = server.announced["skipped"][0]["reason"].as_str().unwrap();
+    assert!(
+        reason.contains(&layer.to_string()) && reason.contains("truncated"),
+        "{reason}"
+    );
+    server.end();
+
+    let output = user.run(&["serve", "web", "--listen", "127.0.0.1:0"]);
+    assert_eq!(output.status.code(), Some(1));
+    let told = text(&output.stderr);
+    assert!(
+        told.contains("nothing can be served") && told.contains("truncated"),
+        "{told}"
+    );
+}
+
+#[test]
 fn a_store_at_a_relative_path_is_refused() {
     let user = User::new();
     let output = user
@@ -415,6 +487,21 @@ fn what_cannot_be_understood_ends_with_2() {
 }
 
 #[test]
+fn an_image_that_cannot_be_named_so_is_no_failure_of_a_snapshot_but_of_its_command_line() {
+    let user = User::new();
+    for name in ["", "Web!"] {
+        let output = user.run(&["snapshot", "web", name]);
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{name:?}: {}",
+            text(&output.stderr)
+        );
+    }
+    assert_eq!(user.run(&["snapshot", "web", "web-v1"]).status.code(), Some(1));
+}
+
+#[test]
 fn killing_nobody_is_told_how_to_kill_all() {
     let user = User::new();
     let output = user.run(&["kill"]);
@@ -434,6 +521,25 @@ fn what_is_given_twice_is_refused_before_anything_starts() {
         "{}",
         text(&output.stderr)
     );
+}
+
+#[test]
+fn words_are_taken_for_flags_where_they_are_typed_for_them() {
+    let user = User::new();
+    assert!(user.output(&["help"]).contains("runnel doctor"));
+    assert_eq!(
+        user.output(&["help", "resume"]),
+        user.output(&["resume", "--help"])
+    );
+    assert!(user.output(&["help", "image", "rm"]).contains("--force"));
+    assert_eq!(user.run(&["help", "nothing"]).status.code(), Some(2));
+    for word in ["status", "stop"] {
+        let told = text(&user.run(&["agent", word]).stderr);
+        assert!(told.contains("no agent runs"), "{word}: {told}");
+        let twice = user.run(&["agent", word, "--status"]);
+        assert_eq!(twice.status.code(), Some(2), "{word}");
+    }
+    assert_eq!(user.run(&["agent", "start"]).status.code(), Some(2));
 }
 
 #[test]
@@ -482,6 +588,7 @@ fn shells_and_man_know_the_commands() {
     let pages = user.folder.path().join("man");
     fs::create_dir(&pages).unwrap();
     user.output(&["man", pages.to_str().unwrap()]);
+    assert!(!pages.join("runnel-help.1").exists());
     for page in ["runnel.1", "runnel-resume.1", "runnel-image-prune.1"] {
         assert!(
             fs::read_to_string(pages.join(page)).unwrap().contains(".SH"),

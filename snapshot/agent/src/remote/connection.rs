@@ -189,6 +189,9 @@ impl Dial {
                     .get_ref()
                     .and_then(|cause| cause.downcast_ref::<rustls::Error>());
                 match cause {
+                    Some(rustls::Error::InvalidCertificate(reason)) if is_an_authoritys(reason) => {
+                        RemoteError::Authority { origin: origin() }
+                    }
                     Some(rustls::Error::InvalidCertificate(_)) => untrusted(source),
                     Some(rustls::Error::InvalidMessage(_)) => RemoteError::NoTls { origin: origin() },
                     _ => RemoteError::Connect {
@@ -200,6 +203,12 @@ impl Dial {
         }
         Ok(stream)
     }
+}
+
+/// Whether a certificate is refused since it is an authority's, though a server shows it as its own. rustls has no case
+/// of its own for that: what webpki calls it is all there is.
+fn is_an_authoritys(reason: &rustls::CertificateError) -> bool {
+    matches!(reason, rustls::CertificateError::Other(other) if other.to_string().contains("CaUsedAsEndEntity"))
 }
 
 impl Connection {

@@ -38,6 +38,14 @@ pub enum RemoteError {
         #[source]
         source: io::Error,
     },
+    /// The server shows a certificate that may only sign others, as `openssl req -x509` makes it unless told.
+    #[error(
+        "{origin} shows an authority's certificate (CA:TRUE) as its own, which no client should take: give the server one that is none, as `openssl req -x509` makes with -addext basicConstraints=critical,CA:FALSE, or one that the authority signed"
+    )]
+    Authority {
+        /// Which server.
+        origin: Origin,
+    },
     /// Somebody answers, and knows no TLS.
     #[error("{origin} does not speak TLS: if its server has no certificate, its images begin with http://")]
     NoTls {

@@ -24,6 +24,9 @@ const DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
+/// What clients ask for who name no tag.
+const LATEST: &str = "latest";
+
 type Answer = Response<AnswerBody>;
 
 /// A refusal, as the specification words them: a code of its list, and a message for people.
@@ -178,7 +181,12 @@ impl Registry {
 
     fn tags(&self, name: &str) -> Result<Answer, Refusal> {
         let layout = self.layout(name)?;
-        let tags: Vec<&str> = layout.images().filter_map(|(_, tag)| tag).collect();
+        let mut tags: Vec<&str> = layout.images().filter_map(|(_, tag)| tag).collect();
+        if !tags.contains(&LATEST) && find_manifest(&layout, &Reference::Tag(LATEST.to_owned())).is_some() {
+            tags.push(LATEST);
+            // Lexical order, as the specification has it.
+            tags.sort_unstable();
+        }
         Ok(json_answer(
             json!({ "name": name, "tags": tags }).to_string().into_bytes(),
         ))
@@ -193,7 +201,7 @@ fn find_manifest(layout: &Layout, reference: &Reference) -> Option<Blob> {
     };
     let found = layout.choose(&wanted).ok();
     found.or_else(|| match reference {
-        Reference::Tag(tag) if tag == "latest" => layout.choose(&Wanted::Only).ok(),
+        Reference::Tag(tag) if tag == LATEST => layout.choose(&Wanted::Only).ok(),
         _ => None,
     })
 }

@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use runnel_snapshot::blobs::BlobError;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
-use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
+use runnel_snapshot::image::manifest::{Descriptor, MANIFEST_BYTES_MAX};
 use runnel_snapshot::image::reference::is_name;
+use serde::Deserialize;
 
 use crate::remote::with_causes;
 
@@ -113,6 +115,12 @@ impl Repositories {
         self.named.values().chain(&self.folders).map(PathBuf::as_path)
     }
 
+    /// Whether an image may yet appear: in a folder, or at a place where nothing is now.
+    #[must_use]
+    pub fn may_grow(&self) -> bool {
+        !self.folders.is_empty() || self.named.values().any(|path| !path.exists())
+    }
+
     /// Looks what is there.
     #[must_use]
     pub fn inventory(&self) -> Inventory {
@@ -185,7 +193,7 @@ impl Inventory {
                 second: path.clone(),
             }
             .to_string()
-        } else if let Err(error) = read_manifests(&path) {
+        } else if let Err(error) = look_for_parts(&path) {
             with_causes(&error)
         } else {
             self.served.insert(name, path);
@@ -195,13 +203,41 @@ impl Inventory {
     }
 }
 
-/// Whether an image of the layout can be had: its manifest, which is what clients ask for first.
-fn read_manifests(path: &Path) -> Result<(), LayoutError> {
+/// Why nobody could run an image.
+#[derive(Debug, thiserror::Error)]
+enum UnusableImage {
+    /// What lists its parts.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A part.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    /// Its manifest names no parts.
+    #[error("its manifest is none")]
+    Manifest(#[from] serde_json::Error),
+}
+
+/// The parts that a manifest names. Whatever else it says is its readers' to judge: they may be newer.
+#[derive(Deserialize)]
+struct Parts {
+    config: Descriptor,
+    layers: Vec<Descriptor>,
+}
+
+/// Whether an image of the layout can be had: its manifest, and every part that it names, each of its length. Digests
+/// are for those who read it.
+fn look_for_parts(path: &Path) -> Result<(), UnusableImage> {
     let layout = Layout::open(path)?.with_images()?;
-    let read = |blob| layout.read(&blob, MANIFEST_BYTES_MAX).map(drop);
-    let manifests = layout.images().map(|(blob, _)| read(blob));
+    let look = |blob| {
+        let parts: Parts = serde_json::from_slice(&layout.read(&blob, MANIFEST_BYTES_MAX)?)?;
+        for part in [parts.config].iter().chain(&parts.layers) {
+            layout.open_blob(&part.blob())?;
+        }
+        Ok(())
+    };
+    let images = layout.images().map(|(blob, _)| look(blob));
     // One that is sound is served; with none, what is wrong with the last says enough.
-    manifests.reduce(Result::or).unwrap_or(Ok(()))
+    images.reduce(Result::or).unwrap_or(Ok(()))
 }
 
 /// A name that a repository can have, and that is as near to `name` as can be.
@@ -232,6 +268,8 @@ fn is_layout(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use runnel_snapshot::digest::BlobDigest;
 
     use super::*;
 
@@ -270,22 +308,32 @@ mod tests {
             "many/web",
             "many/bare",
             "many/broken",
+            "many/cut",
             "many/hollow",
             "many/.hidden",
         ] {
             layout(&root.join(image));
         }
-        let digest = runnel_snapshot::digest::BlobDigest::of(b"m");
-        let manifest = format!(
-            r#"{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{}","size":1}}"#,
-            digest
-        );
-        fs::create_dir_all(root.join("many/web/blobs/sha256")).unwrap();
-        fs::write(root.join("many/web/blobs/sha256").join(digest.hex()), "m").unwrap();
+        let part = |kind: &str, bytes: &[u8], len: usize| {
+            let digest = BlobDigest::of(bytes);
+            format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":{len}}}"#)
+        };
+        let whole = format!(r#"{{"config":{},"layers":[]}}"#, part("application/x", b"c", 1));
+        let truncated = format!(r#"{{"config":{},"layers":[]}}"#, part("application/x", b"c", 2));
+        let kind = "application/vnd.oci.image.manifest.v1+json";
+        let [manifest, cut] = [&whole, &truncated].map(|text| part(kind, text.as_bytes(), text.len()));
+        for (image, text) in [("many/web", &whole), ("many/cut", &truncated)] {
+            let blobs = root.join(image).join("blobs/sha256");
+            fs::create_dir_all(&blobs).unwrap();
+            for blob in [text.as_bytes(), b"c"] {
+                fs::write(blobs.join(BlobDigest::of(blob).hex()), blob).unwrap();
+            }
+        }
         for (image, manifests) in [
             ("many/Upper", &*manifest),
             ("many/web", &*manifest),
             ("many/bare", ""),
+            ("many/cut", &*cut),
             ("many/hollow", &*manifest),
         ] {
             let write = |file: &str, text: String| fs::write(root.join(image).join(file), text).unwrap();
@@ -307,9 +355,17 @@ mod tests {
             [("web".to_owned(), root.join("many/web"))]
         );
         let skipped: Vec<_> = inventory.skipped.iter().map(|(path, _)| name_of(path)).collect();
-        assert_eq!(skipped, ["later", "Upper", "bare", "broken", "empty", "hollow"]);
+        assert_eq!(
+            skipped,
+            ["later", "Upper", "bare", "broken", "cut", "empty", "hollow"]
+        );
         assert!(
             inventory.skipped[1].1.contains("as upper="),
+            "{:?}",
+            inventory.skipped
+        );
+        assert!(
+            inventory.skipped[4].1.contains("has 1 bytes instead of 2"),
             "{:?}",
             inventory.skipped
         );

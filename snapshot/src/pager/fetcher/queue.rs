@@ -36,6 +36,11 @@ impl Pending {
             retry_at: None,
         }
     }
+
+    /// Whether its source says that asking again does not help.
+    pub(super) fn is_hopeless(&self) -> bool {
+        matches!(&self.failed, Some((failure, _)) if !failure.transient)
+    }
 }
 
 /// How often a failure is told in the log. An agent that is away fails hundreds of chunks at once.

@@ -21,6 +21,8 @@ pub struct Stall {
     pub chunks_waited_for: usize,
     /// Whether one of those who wait for it is the guest, whose access cannot be taken back.
     pub holds_guest: bool,
+    /// Whether the source will go on saying no until somebody repairs what it reads. It is asked again now and then.
+    pub needs_repair: bool,
 }
 
 /// What a fetcher has done so far.

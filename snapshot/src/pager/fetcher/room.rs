@@ -76,6 +76,7 @@ impl Fetcher {
             waiting: write.since.elapsed(),
             chunks_waited_for: queue.without_room.len(),
             holds_guest: true,
+            needs_repair: false,
         })
     }
 }

@@ -133,7 +133,9 @@ fn an_outage_is_a_slow_page_until_its_time_is_up_and_damage_stalls_at_once() {
     source.fail(id(0, 5), "the link is down", true);
     assert_eq!(fetcher.stall(), None);
     source.fail(id(0, 5), "the frame is damaged", false);
-    assert_eq!(fetcher.stall().unwrap().reason, "the frame is damaged");
+    let stall = fetcher.stall().unwrap();
+    assert_eq!(stall.reason, "the frame is damaged");
+    assert!(stall.needs_repair);
 }
 
 #[test]
@@ -158,7 +160,9 @@ fn a_silent_source_stalls_the_machine() {
     };
     let fetcher = Fetcher::start(source, settings).unwrap();
     fetcher.demand(id(0, 0));
-    assert_eq!(fetcher.stall().unwrap().reason, "its source does not answer");
+    let stall = fetcher.stall().unwrap();
+    assert_eq!(stall.reason, "its source does not answer");
+    assert!(!stall.needs_repair);
 }
 
 #[test]

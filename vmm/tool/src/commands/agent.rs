@@ -5,9 +5,9 @@ use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
-use runnel_agent::cli::AgentArguments;
+use runnel_agent::cli::{AgentArguments, tidy_up};
 use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
 use rustix::process::Signal;
 
@@ -44,8 +44,8 @@ and `skopeo login` write them. The token of `runnel serve` is any user's passwor
 
 Examples:
     runnel agent --fill-rate 50000000
-    runnel agent --status
-    runnel agent --stop";
+    runnel agent --status          or: runnel agent status
+    runnel agent --stop            or: runnel agent stop";
 
 /// Why there is no agent.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,10 @@ enum AgentCommandError {
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub(crate) struct AgentArgs {
+    /// What to do with the agent that runs: as --status and --stop
+    #[arg(value_enum, value_name = "status|stop", hide_possible_values = true, conflicts_with_all = ["status", "stop"])]
+    word: Option<AgentWord>,
+
     #[command(flatten)]
     agent: AgentArguments,
 
@@ -92,6 +96,13 @@ pub(crate) struct AgentArgs {
 
     #[command(flatten)]
     output: OutputArgs,
+}
+
+/// What `--status` and `--stop` are to those who write words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum AgentWord {
+    Status,
+    Stop,
 }
 
 /// Which agent is used.
@@ -121,16 +132,18 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     let state = StateFolder::open()?;
     let arguments = with_defaults(&args.agent, &state);
     let socket = arguments.socket.clone().unwrap_or_else(|| state.agent_socket());
-    if args.status {
+    if args.status || args.word == Some(AgentWord::Status) {
         return show_status(&socket, args.output);
     }
-    if args.stop {
-        return stop(&socket);
+    if args.stop || args.word == Some(AgentWord::Stop) {
+        return stop(&socket, args.output);
     }
     if is_answering(&socket) {
         return Err(AgentCommandError::RunsAlready(socket).into());
     }
-    let agent = Agent::start(arguments.settings()?)?;
+    let settings = arguments.settings()?;
+    let drive_folder = settings.drive_folder.clone();
+    let agent = Agent::start(settings)?;
     match args.output.json {
         true => print_json(&serde_json::json!({ "socket": socket }))?,
         false => print(&format!(
@@ -140,6 +153,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
     }
     let signal = signals.wait()?;
     agent.stop();
+    tidy_up(&drive_folder);
     // To be ended is what it waits for, so that is no failure.
     tracing::debug!(signal, "ended");
     Ok(Exit::Done)
@@ -188,7 +202,7 @@ fn ask(socket: &Path) -> Result<AgentStatus, Failure> {
     Ok(status(socket, STATUS)?)
 }
 
-fn stop(socket: &Path) -> Result<Exit, Failure> {
+fn stop(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
     let pid = ask(socket)?.process;
     // Nothing, if it has just ended by itself.
     if let Some(process) = ProcessId::of(pid).and_then(ProcessId::open) {
@@ -196,6 +210,10 @@ fn stop(socket: &Path) -> Result<Exit, Failure> {
         if !process.wait(FAREWELL)? {
             return Err(AgentCommandError::StillRuns(pid).into());
         }
+    }
+    match output.json {
+        true => print_json(&serde_json::json!({ "ended": pid }))?,
+        false => print("the agent has ended\n")?,
     }
     Ok(Exit::Done)
 }
@@ -251,7 +269,7 @@ fn start(state: &StateFolder, flags: &AgentFlags, socket: &Path) -> Result<(), F
         if let Some(status) = child.try_wait()?
             && !is_answering(socket)
         {
-            let log = last_words(&log, before, 8);
+            let log = last_words(&log, before, 8, &log);
             return Err(AgentCommandError::Ended { status, log }.into());
         }
         if Instant::now() > deadline {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::Failure;
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
-use crate::images::ImageStore;
+use crate::images::{ImageStore, StoreError};
 use crate::output::{OutputArgs, print, print_json, tell, trace};
 use crate::size::{self, parse_duration};
 use crate::state::StateFolder;
@@ -43,6 +43,11 @@ enum InUse {
         machine: String,
     },
 }
+
+/// One of the names is no image's.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing was removed")]
+struct NothingRemoved(#[source] StoreError);
 
 fn by(processes: &[u32]) -> String {
     match processes {
@@ -75,7 +80,7 @@ pub(crate) struct ImageArgs {
 enum ImageCommand {
     /// List images
     Ls(LsArgs),
-    /// Remove images, also broken ones
+    /// Remove images, also broken ones: all that are named, or none if one of them cannot be
     Rm(RmArgs),
     /// Remove what snapshots that were cut short left, and old images that no machine came from
     Prune(PruneArgs),
@@ -100,7 +105,7 @@ struct RmArgs {
 
 #[derive(Debug, Args)]
 struct PruneArgs {
-    /// Images too that are older than this, unless a running machine came from them or they are served: 12h, 30d. What
+    /// Images too that are older than this, unless a running machine came from them or they are served; with its unit: 12h, 30d. What
     /// `image ls` calls no usable image stays until `image rm`
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     older_than: Option<Duration>,
@@ -187,7 +192,9 @@ fn describe(image: &ListedImage) -> Value {
 fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     // All are looked at before one goes.
     let paths = args.images.iter().map(|name| store.image(name));
-    let paths = paths.collect::<Result<BTreeSet<_>, _>>()?;
+    let paths = paths
+        .collect::<Result<BTreeSet<_>, _>>()
+        .map_err(NothingRemoved)?;
     if !args.force {
         for machine in StateFolder::open()?.machines()? {
             let from = machine.record.image.as_deref().and_then(directory_of);
@@ -209,6 +216,7 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     }
     for path in &paths {
         folder::remove(path)?;
+        print(&format!("removed {}\n", path.display()))?;
     }
     Ok(Exit::Done)
 }
@@ -251,6 +259,7 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
     }
     match args.output.json {
         true => print_json(&json!({ "dry_run": args.dry_run, "removed": removed }))?,
+        false if removed.is_empty() => tell("there is nothing to remove"),
         false => {
             let verb = if args.dry_run { "would remove" } else { "removed" };
             let lines: String = removed

@@ -7,9 +7,10 @@ use clap::Args;
 use serde::Serialize;
 
 use super::Failure;
-use crate::api::{Api, Residency, Stalled};
+use crate::api::{Api, InstanceInfo, Operation, Residency, Stalled};
 use crate::exit::Exit;
 use crate::output::{OutputArgs, print, print_json};
+use crate::progress::line as progress_line;
 use crate::size;
 use crate::state::{Machine, StateFolder};
 use crate::table::{Table, one_line};
@@ -17,10 +18,11 @@ use crate::table::{Table, one_line};
 const HELP: &str = "\
 Machines that `runnel run` and `runnel resume` started for this user are listed; monitors that were started otherwise are
 not. ARRIVED is how much of memory and disks is here, of a machine resumed from an image. A stalled machine waits for a chunk
-that cannot be had, and goes on by itself when it can.
+that cannot be had, and goes on by itself when it can; of an image that is damaged, once it is repaired. One that is saving stands while its memory is read for a snapshot.
 
 Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
-ended/NAME.log of one that has ended (the last 32), agent/agent.log of the agent.
+ended/NAME.log of one that has ended, ended/NAME.1.log and so on of those of that name before (the last 32 in all),
+agent/agent.log of the agent.
 
 Examples:
     runnel ps
@@ -39,13 +41,16 @@ pub(crate) struct PsArgs {
 struct Row {
     name: String,
     pid: i32,
-    /// `running`, `paused`, `not started`, or `unresponsive` where the monitor does not answer.
+    /// `running`, `paused`, `not started`; `saving` while it stands for a snapshot, `loading` until it can run;
+    /// `unresponsive` where the monitor does not answer.
     state: String,
     vcpus: u64,
     memory_mib: u64,
     resident_bytes: Option<u64>,
     volumes: Vec<Residency>,
     stalled: Option<Stalled>,
+    /// The snapshot that is being made or loaded, if one is.
+    operation: Option<Operation>,
     image: Option<String>,
     kernel: Option<String>,
     uptime_ms: u64,
@@ -58,8 +63,12 @@ impl Row {
         let api = Api::new(&machine.folder.api_socket());
         let info = api.instance_info().ok();
         let progress = info.as_ref().and_then(|_| api.progress().ok());
+        let (operation, volumes) = progress.map_or((None, Vec::new()), |progress| {
+            (progress.operation, progress.volumes)
+        });
+        let operation = operation.filter(Operation::is_under_way);
         let (state, stalled) = match info {
-            Some(info) => (info.state.to_ascii_lowercase(), info.stalled),
+            Some(info) => (state_of(&info, operation.as_ref()), info.stalled),
             None => ("unresponsive".to_owned(), None),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -72,8 +81,9 @@ impl Row {
             vcpus: record.vcpus,
             memory_mib: record.memory_mib,
             resident_bytes: machine.id.resident_bytes(),
-            volumes: progress.map(|progress| progress.volumes).unwrap_or_default(),
+            volumes,
             stalled,
+            operation,
             image: record.image.clone(),
             kernel: record.kernel.clone(),
             // The clock may have been set back meanwhile.
@@ -119,18 +129,53 @@ impl Row {
         ]
     }
 
-    /// Why it is stalled, in a line of its own.
-    fn remark(&self) -> Option<String> {
+    /// What is more to be said of it, each in a line of its own.
+    fn remarks(&self) -> impl Iterator<Item = String> {
+        self.stall().into_iter().chain(self.progress())
+    }
+
+    /// How far its snapshot is.
+    fn progress(&self) -> Option<String> {
+        let operation = self.operation.as_ref()?;
+        let what = match (&*operation.kind, operation.is_holding) {
+            ("create", true) => "is being saved, and stands meanwhile",
+            ("create", false) => "goes on as it is while it is being saved",
+            _ => "is being loaded",
+        };
+        let (done, total) = (operation.bytes_done, operation.bytes_total);
+        let line = progress_line(&format!("{} {what}", self.name), &operation.phase, done, total);
+        Some(format!("{line}\n"))
+    }
+
+    /// Why it is stalled.
+    fn stall(&self) -> Option<String> {
         const REASON_CHARS_MAX: usize = 200;
         let stalled = self.stalled.as_ref()?;
+        // The same reason will come again and again.
+        let advice = match stalled.needs_repair {
+            true => format!(
+                "{name} goes on once that is repaired where the image lies (`runnel verify` there names all damage, and \
+                 the blobs of a sound copy can take the damaged ones' place), or ends with `runnel kill {name}`\n",
+                name = self.name
+            ),
+            false => String::new(),
+        };
         Some(format!(
-            "{} is stalled: it has waited {} for chunk {} of {}: {}\n",
+            "{} is stalled: it has waited {} for chunk {} of {}: {}\n{advice}",
             self.name,
             size::duration(Duration::from_millis(stalled.waiting_ms)),
             stalled.chunk,
             one_line(&stalled.volume, 80),
             one_line(&stalled.reason, REASON_CHARS_MAX),
         ))
+    }
+}
+
+fn state_of(info: &InstanceInfo, operation: Option<&Operation>) -> String {
+    match operation {
+        Some(operation) if operation.is_holding => "saving".to_owned(),
+        Some(operation) if operation.kind == "load" => "loading".to_owned(),
+        _ => info.state.to_ascii_lowercase(),
     }
 }
 
@@ -147,7 +192,7 @@ pub(crate) fn run(args: &PsArgs) -> Result<Exit, Failure> {
     for row in &rows {
         table.push(row.cells());
     }
-    let remarks: String = rows.iter().filter_map(Row::remark).collect();
+    let remarks: String = rows.iter().flat_map(Row::remarks).collect();
     print(&format!("{table}{remarks}"))?;
     Ok(Exit::Done)
 }
@@ -166,6 +211,7 @@ mod tests {
             resident_bytes: Some(3 << 20),
             volumes: Vec::new(),
             stalled: None,
+            operation: None,
             image: None,
             kernel: Some("/boot/vmlinuz".into()),
             uptime_ms: 61_000,
@@ -188,7 +234,7 @@ mod tests {
             "/boot/vmlinuz",
         ];
         assert_eq!(row().cells(), expected);
-        assert_eq!(row().remark(), None);
+        assert_eq!(row().remarks().count(), 0);
     }
 
     #[test]
@@ -205,12 +251,63 @@ mod tests {
                 chunk: 12,
                 reason: "connection refused\x1b[2J".into(),
                 waiting_ms: 9000,
+                needs_repair: false,
             }),
             ..row()
         };
         assert_eq!(row.cells()[2], "stalled");
         assert_eq!(row.cells()[6], "25.0 %");
         let remark = "web is stalled: it has waited 9s for chunk 12 of memory: connection refused [2J\n";
-        assert_eq!(row.remark().unwrap(), remark);
+        assert_eq!(row.remarks().collect::<Vec<_>>(), [remark]);
+    }
+
+    #[test]
+    fn a_machine_whose_image_is_damaged_says_what_to_do() {
+        let row = Row {
+            stalled: Some(Stalled {
+                volume: "memory".into(),
+                chunk: 12,
+                reason: "the frame is damaged".into(),
+                waiting_ms: 9000,
+                needs_repair: true,
+            }),
+            ..row()
+        };
+        let told: String = row.remarks().collect();
+        for expected in ["the frame is damaged", "runnel verify", "runnel kill web"] {
+            assert!(told.contains(expected), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_stands_for_its_snapshot_is_saving_and_one_that_runs_on_runs() {
+        let operation = |kind: &str, is_holding| Operation {
+            kind: kind.into(),
+            state: "running".into(),
+            phase: "copying".into(),
+            bytes_done: 512,
+            bytes_total: 1024,
+            is_holding,
+            pause_ms: None,
+        };
+        let info = InstanceInfo {
+            state: "Running".into(),
+            stalled: None,
+        };
+        for (operation, state, remark) in [
+            (operation("create", true), "saving", "is being saved, and stands"),
+            (operation("create", false), "running", "goes on as it is while"),
+            (operation("load", false), "loading", "is being loaded"),
+        ] {
+            assert_eq!(state_of(&info, Some(&operation)), state);
+            let row = Row {
+                operation: Some(operation),
+                ..row()
+            };
+            let told: String = row.remarks().collect();
+            assert!(told.contains(remark), "{told}");
+            assert!(told.ends_with("50.0 % (512 B of 1 KiB), copying\n"), "{told}");
+        }
+        assert_eq!(state_of(&info, None), "running");
     }
 }

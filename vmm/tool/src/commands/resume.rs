@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::Failure;
 use super::agent::{AgentFlags, ensure_running};
 use crate::boot::Override;
+use crate::drives::warn_of_rests;
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
 use crate::images::ImageStore;
@@ -147,6 +148,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     };
     monitor.folder().record(&record)?;
     let body = args.load(&image, agent.as_deref());
+    warn_of_rests(args.drives.iter().map(|drive| &*drive.value));
     let start = |monitor: &Monitor<'_>| load(monitor, body, record, &signals);
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
 }

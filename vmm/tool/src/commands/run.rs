@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use crate::boot::{Boot, DriveFlag, NetFlag};
+use crate::drives::warn_of_rests;
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
 use crate::monitor::{Monitor, MonitorError};
@@ -126,11 +127,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<Exit, Failure> {
     };
     let before = HostInterfaces::now();
     for request in &boot.requests {
-        put(&monitor, &request.path, &request.body)?;
+        let refused = put(&monitor, &request.path, &request.body);
+        refused.map_err(|error| match error {
+            MonitorError::Mistyped(reason) => MonitorError::Mistyped(boot.told_of(&request.path, &reason)),
+            other => other,
+        })?;
     }
     let start = |monitor: &Monitor<'_>| {
         put(monitor, "/actions", &json!({ "action_type": "InstanceStart" }))?;
         before.warn_of_new(boot.taps());
+        warn_of_rests(boot.drive_files());
         Ok::<_, MonitorError>(None)
     };
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)

@@ -21,7 +21,9 @@ const HELP: &str = "\
 Serves the pull half of a registry: `runnel resume http://HOST:PORT/NAME` runs an image of it, and skopeo, oras and
 podman can copy from it. An image of the local store is served under its name; an image's directory, and each image of a
 folder, under the name of the directory; NAME=IMAGE gives another one. Without IMAGE, all of the local store is served, as
-are images that appear in it, or in a folder, later. While it is being served, `runnel image rm` leaves an image alone.
+are images that appear in it, or in a folder, later. An image whose list or manifest cannot be used, or a part of which is
+missing or truncated, is left out, and said so; `runnel verify` looks further. While it is being served, `runnel image rm`
+leaves an image alone.
 
 Images hold guests' memory. Beyond this host's loopback it takes a token and TLS, or --insecure on a network that is
 yours alone.
@@ -36,6 +38,18 @@ Examples:
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} lacks a side: give NAME=IMAGE, as in web=./web-v1")]
 struct HalfNamed(String);
+
+/// Nothing that was named can be served, and nothing more can appear.
+#[derive(Debug, thiserror::Error)]
+#[error("nothing can be served: {}", reasons(.0))]
+struct NothingToServe(Vec<(PathBuf, String)>);
+
+fn reasons(skipped: &[(PathBuf, String)]) -> String {
+    let reasons = skipped
+        .iter()
+        .map(|(path, reason)| format!("{}: {reason}", path.display()));
+    reasons.collect::<Vec<_>>().join("; ")
+}
 
 /// Let other hosts pull images
 #[derive(Debug, Args)]
@@ -145,6 +159,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<Exit, Failure> {
     let scheme = if tls.is_some() { "https" } else { "http" };
     let repositories = args.repositories()?;
     let inventory = repositories.inventory();
+    if inventory.served.is_empty() && !repositories.may_grow() {
+        return Err(NothingToServe(inventory.skipped).into());
+    }
     // Those that are still to come are not there to be held.
     let there = repositories.directories().filter(|path| path.is_dir());
     let _held: Vec<Held> = there.filter_map(hold).collect();

@@ -55,11 +55,13 @@ pub(crate) fn man(args: &ManArgs) -> Result<Exit, Failure> {
     let mut root = Cli::command();
     root.build();
     page(&args.folder, "runnel", &root)?;
-    for command in root.get_subcommands().filter(|command| !command.is_hide_set()) {
+    // `runnel help` prints what the pages of the others say.
+    let is_shown = |command: &&clap::Command| !command.is_hide_set() && command.get_name() != "help";
+    for command in root.get_subcommands().filter(is_shown) {
         let name = format!("runnel-{}", command.get_name());
         page(&args.folder, &name, command)?;
         // `runnel image` has commands of its own.
-        for inner in command.get_subcommands() {
+        for inner in command.get_subcommands().filter(is_shown) {
             page(&args.folder, &format!("{name}-{}", inner.get_name()), inner)?;
         }
     }

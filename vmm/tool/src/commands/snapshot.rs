@@ -1,7 +1,7 @@
 //! `runnel snapshot`: saves a machine as an image, while it runs.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use runnel_snapshot::image::Image;
@@ -23,7 +23,8 @@ use crate::state::{MachineName, StateFolder};
 const HELP: &str = "\
 IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it, whose directory
 must be there. A name is lower-case letters and digits, with '.', '_' or '-' between. Memory, disks and devices are saved as
-of one moment; the machine goes on as it was. Ctrl-C calls it off, and leaves nothing.
+of one moment. The machine stands while its memory is read, and then goes on as it was: `runnel ps` calls it \"saving\", and
+the last line here (\"pause_ms\" in JSON) says how long that was. Ctrl-C calls it off, and leaves nothing.
 
 Examples:
     runnel snapshot web web-v1
@@ -60,9 +61,10 @@ pub(crate) struct SnapshotArgs {
 
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
+    // What was typed comes before what runs.
+    let target = ImageStore::of_this_user()?.destination(&args.image)?;
     let state = StateFolder::open()?;
     let machine = state.machine(&args.machine)?;
-    let target = ImageStore::of_this_user()?.destination(&args.image)?;
     let mut body = json!({ "image_path": target });
     if !args.excluded.is_empty() {
         body["excluded_drives"] = json!(args.excluded);
@@ -100,6 +102,9 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         }
     }
     let elapsed = started.elapsed();
+    // Of a machine that was paused before it is nothing; and nobody fails for want of a figure.
+    let operation = api.progress().ok().and_then(|progress| progress.operation);
+    let pause_ms = operation.and_then(|operation| operation.pause_ms);
     let manifest = Image::open_directory(&target, &Wanted::Only)?.manifest;
     let volume_bytes: u64 = manifest
         .volumes
@@ -114,11 +119,19 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
             "volume_bytes": volume_bytes,
             "stored_bytes": stored_bytes,
             "elapsed_ms": u64::try_from(elapsed.as_millis())?,
+            "pause_ms": pause_ms,
         }))?;
         return Ok(Exit::Done);
     }
+    let stood = pause_ms.map_or(String::new(), |ms| {
+        let stood = match ms {
+            1000.. => format!("{:.1} s", Duration::from_millis(ms).as_secs_f64()),
+            _ => format!("{ms} ms"),
+        };
+        format!(", of which {} stood {stood}", args.machine)
+    });
     print(&format!(
-        "{}\n{}: {} of memory and disks in {}, after {:.1} s\n",
+        "{}\n{}: {} of memory and disks in {}, after {:.1} s{stood}\n",
         manifest.digest,
         target.display(),
         size::bytes(volume_bytes),

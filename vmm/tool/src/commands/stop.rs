@@ -11,10 +11,10 @@ use super::Failure;
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
-use crate::output::{tell, trace};
+use crate::output::{print, tell, trace};
 use crate::signals::Signals;
 use crate::size::{duration, parse_duration};
-use crate::state::{Machine, MachineName, StateError, StateFolder};
+use crate::state::{Machine, MachineFolder, MachineName, StateError, StateFolder};
 
 /// How often signals are looked for while the guest shuts down.
 const LOOK: Duration = Duration::from_millis(100);
@@ -42,6 +42,16 @@ enum StopError {
         #[source]
         source: ApiError,
     },
+    /// It stands.
+    #[error(
+        "{0} is paused, and its guest cannot shut down: `runnel unpause {0}` lets it run on first, `runnel kill {0}` ends it as it is"
+    )]
+    Paused(MachineName),
+    /// It waits.
+    #[error(
+        "{0} is stalled, and its guest cannot shut down: `runnel ps` says what it waits for, `runnel kill {0}` ends it as it is"
+    )]
+    Stalled(MachineName),
     /// One of the names is no machine's.
     #[error("no machine was ended")]
     NoneEnded(#[source] StateError),
@@ -53,7 +63,8 @@ enum StopError {
 /// Ask guests to shut down, as Ctrl-Alt-Del does, and wait until they have
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Whether a guest shuts down is its own decision. One that stands still or is stalled cannot.
+Whether a guest shuts down is its own decision. One that stands still or is stalled cannot. If one of the names is no
+machine's, none is asked.
 
 Examples:
     runnel stop web
@@ -63,7 +74,7 @@ pub(crate) struct StopArgs {
     #[arg(required = true)]
     machines: Vec<MachineName>,
 
-    /// How long each may take
+    /// How long each may take, with its unit: 30s, 2m
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     timeout: Duration,
 }
@@ -72,7 +83,8 @@ pub(crate) struct StopArgs {
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("which").required(true).args(["machines", "all"])))]
 #[command(after_help = "\
-The monitor ends in order if it can. What the guest had not written to its disks is lost.
+The monitor ends in order if it can. What the guest had not written to its disks is lost. If one of the names is no
+machine's, none is ended.
 
 Examples:
     runnel kill web
@@ -93,13 +105,9 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
     let mut failures = Vec::new();
     let mut asked = Vec::new();
     for machine in &machines {
-        let press = json!({ "action_type": "SendCtrlAltDel" });
-        match Api::new(&machine.folder.api_socket()).put("/actions", &press) {
-            Ok(_) => asked.push(machine),
-            Err(source) => {
-                let name = machine.folder.name.clone();
-                failures.push(StopError::Deaf { name, source });
-            }
+        match ask(&machine.folder) {
+            Ok(()) => asked.push(machine),
+            Err(failure) => failures.push(failure),
         }
     }
     // All were asked at once, so all share the time.
@@ -118,6 +126,7 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         };
         if has_ended {
             state.forget(&machine.folder)?;
+            print(&format!("{} has ended\n", machine.folder.name))?;
         } else {
             let (name, patience) = (machine.folder.name.clone(), args.timeout);
             failures.push(StopError::StillRuns { name, patience });
@@ -130,6 +139,28 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         tell(format_args!("runnel: {}", trace(&failure)));
     }
     Err(last.into())
+}
+
+/// Asks a guest to shut down, if it can hear.
+fn ask(machine: &MachineFolder) -> Result<(), StopError> {
+    let (api, name) = (Api::new(&machine.api_socket()), &machine.name);
+    let deaf = |source| StopError::Deaf {
+        name: name.clone(),
+        source,
+    };
+    let info = api.instance_info().map_err(deaf)?;
+    if info.stalled.is_some() {
+        return Err(StopError::Stalled(name.clone()));
+    }
+    if api.is_saving_or_loading() {
+        tell(format_args!(
+            "{name} is being saved or loaded: it is asked after that"
+        ));
+    } else if info.state == "Paused" {
+        return Err(StopError::Paused(name.clone()));
+    }
+    let press = json!({ "action_type": "SendCtrlAltDel" });
+    api.put("/actions", &press).map_err(deaf)
 }
 
 pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {
@@ -150,6 +181,14 @@ pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {
             }
         }
         state.forget(&machine.folder)?;
+    }
+    let ended: String = machines
+        .iter()
+        .map(|machine| format!("{} has ended\n", machine.folder.name))
+        .collect();
+    match ended.is_empty() {
+        true => tell("no machine runs"),
+        false => print(&ended)?,
     }
     Ok(Exit::Done)
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::Failure;
 use crate::api::Api;
 use crate::exit::Exit;
-use crate::output::tell;
+use crate::output::{print, tell};
 use crate::state::{MachineName, StateFolder};
 
 /// Let a machine stand still
@@ -30,14 +30,14 @@ pub(crate) struct UnpauseArgs {
 }
 
 pub(crate) fn pause(args: &PauseArgs) -> Result<Exit, Failure> {
-    set(&args.machine, "Paused")
+    set(&args.machine, "Paused", "is paused")
 }
 
 pub(crate) fn unpause(args: &UnpauseArgs) -> Result<Exit, Failure> {
-    set(&args.machine, "Resumed")
+    set(&args.machine, "Resumed", "runs")
 }
 
-fn set(machine: &MachineName, state: &str) -> Result<Exit, Failure> {
+fn set(machine: &MachineName, state: &str, told: &str) -> Result<Exit, Failure> {
     let machine = StateFolder::open()?.machine(machine)?;
     let api = Api::new(&machine.folder.api_socket());
     if api.is_saving_or_loading() {
@@ -47,5 +47,6 @@ fn set(machine: &MachineName, state: &str) -> Result<Exit, Failure> {
         ));
     }
     api.patch("/vm", &json!({ "state": state }))?;
+    print(&format!("{} {told}\n", machine.folder.name))?;
     Ok(Exit::Done)
 }

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Args;
+use runnel_snapshot::image::ImageError;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::verify::{Finding, Report, VerifyProgress, verify};
@@ -14,7 +15,7 @@ use serde_json::json;
 use super::Failure;
 use crate::exit::Exit;
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::{OutputArgs, print, print_json, trace};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size::{self, parse_count};
@@ -33,7 +34,8 @@ struct Remote(String);
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Reads everything: digests of all blobs, the machine state, each index against seek table and frames, each chunk against
-its digest. Ends with 3 if something is wrong, and names blob and chunk.
+its digest. Ends with 3 if something is wrong, and names blob and chunk. Where the damage is in what lists the rest
+(oci-layout, index.json, the manifest), that alone is found, and \"digest\" in JSON is null.
 
 Examples:
     runnel verify web-v1
@@ -56,7 +58,10 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
     let ImageReference::Directory { path, wanted } = &reference else {
         return Err(Remote(reference.to_string()).into());
     };
-    let layout = Layout::open(path)?;
+    let layout = match Layout::open(path) {
+        Ok(layout) => layout,
+        Err(error) => return unreadable(args, error.into()),
+    };
     let processors = thread::available_parallelism().map_or(1, NonZero::get);
     let threads = args.threads.map_or(processors, NonZero::get);
     let progress = VerifyProgress::default();
@@ -81,7 +86,11 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
         worker.join()
     });
     drop(view);
-    let report = report.map_err(|_| "the verification panicked: this is a bug in Runnel")??;
+    let report = report.map_err(|_| "the verification panicked: this is a bug in Runnel")?;
+    let report = match report {
+        Ok(report) => report,
+        Err(error) => return unreadable(args, error),
+    };
     match args.output.json {
         true => print_json(&summary(&report))?,
         false => print(&describe(&report))?,
@@ -91,6 +100,30 @@ pub(crate) fn run(args: &VerifyArgs) -> Result<Exit, Failure> {
         _ if report.is_sound() => Exit::Done,
         _ => Exit::Unsound,
     })
+}
+
+/// What cannot be verified, since what lists its parts cannot be used: damage too, unless it is something else.
+fn unreadable(args: &VerifyArgs, error: ImageError) -> Result<Exit, Failure> {
+    if !error.is_damage() {
+        return Err(error.into());
+    }
+    let found = trace(&error);
+    match args.output.json {
+        true => print_json(&json!({
+            "digest": null,
+            "sound": false,
+            "cancelled": false,
+            "chunks": 0,
+            "volume_bytes": 0,
+            "findings": [found],
+            "findings_left_out": 0,
+        }))?,
+        false => print(&format!(
+            "{found}\n{} is damaged: no more of it could be checked\n",
+            args.image
+        ))?,
+    }
+    Ok(Exit::Unsound)
 }
 
 fn summary(report: &Report) -> serde_json::Value {

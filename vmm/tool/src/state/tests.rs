@@ -72,6 +72,18 @@ fn a_running_machine_is_found_with_what_it_was_started_with() {
 }
 
 #[test]
+fn the_place_at_a_console_is_one_persons_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = state(&folder);
+    let claim = state.claim(Some(&name("web"))).unwrap();
+    let first = claim.folder().take_console().unwrap();
+    assert!(first.is_some());
+    assert!(claim.folder().take_console().unwrap().is_none());
+    drop(first);
+    assert!(claim.folder().take_console().unwrap().is_some());
+}
+
+#[test]
 fn a_name_in_use_is_refused_and_says_by_whom() {
     let folder = tempfile::tempdir().unwrap();
     let state = state(&folder);
@@ -102,11 +114,41 @@ fn an_entry_of_an_ended_machine_gives_way_and_its_log_is_kept() {
 }
 
 #[test]
+fn logs_of_earlier_machines_of_a_name_are_kept_up_to_a_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = state(&folder);
+    let ended = ended_process();
+    for number in 0..EARLIER_LOGS_MAX + 3 {
+        let claim = state.claim(None).unwrap();
+        fs::write(claim.folder().log(), number.to_string()).unwrap();
+        let machine = claim.enter(ended).unwrap();
+        state.forget(&machine).unwrap();
+    }
+    let said = |log: PathBuf| fs::read_to_string(log).unwrap();
+    assert_eq!(
+        said(state.ended_log(&name("m1"))),
+        (EARLIER_LOGS_MAX + 2).to_string()
+    );
+    assert_eq!(
+        said(state.ended_path().join("m1.1.log")),
+        (EARLIER_LOGS_MAX + 1).to_string()
+    );
+    let kept = fs::read_dir(state.ended_path()).unwrap().count();
+    assert_eq!(kept, 1 + EARLIER_LOGS_MAX as usize);
+}
+
+#[test]
 fn a_start_that_was_broken_off_or_killed_leaves_the_name_free() {
     let folder = tempfile::tempdir().unwrap();
     let state = state(&folder);
-    drop(state.claim(Some(&name("web"))).unwrap());
+    let claim = state.claim(Some(&name("web"))).unwrap();
+    fs::write(claim.folder().log(), "its only words").unwrap();
+    drop(claim);
     assert!(!state.folder(&name("web")).path.exists());
+    assert_eq!(
+        fs::read_to_string(state.ended_log(&name("web"))).unwrap(),
+        "its only words"
+    );
 
     // What a killed process leaves: a folder without a lock.
     fs::create_dir(&state.folder(&name("web")).path).unwrap();
