@@ -7,6 +7,7 @@ pub mod lab;
 pub mod monitor;
 mod program;
 pub mod served;
+pub mod user;
 
 use std::path::Path;
 

@@ -73,9 +73,6 @@ fn main() -> ExitCode {
             ("linux_6_1_on_the_time_stamp_counter_comes_back_as_it_was", || {
                 comes_back_as_it_was("6.1-cloud", 1, TIME_STAMP_COUNTER)
             }),
-            ("linux_6_1_with_4_vcpus_comes_back_as_it_was", || {
-                comes_back_as_it_was("6.1-cloud", 4, KVM_CLOCK)
-            }),
             (
                 "a_busy_linux_is_not_called_hung_by_its_own_kernel",
                 a_busy_linux_is_not_called_hung,

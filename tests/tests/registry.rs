@@ -10,11 +10,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
-use runnel_snapshot::digest::BlobDigest;
 use runnel_tests::bare::{booted, save, wait_until};
-use runnel_tests::{lab, program};
+use runnel_tests::lab;
+use runnel_tests::user::{User, succeeded};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -23,12 +23,6 @@ const PORTS_MAX: u32 = 20;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeeded(output: &Output) -> String {
-    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{}: {stdout}{stderr}", output.status);
-    stdout
 }
 
 /// Whether the program is here; if not, says that the test is skipped.
@@ -136,59 +130,6 @@ fn answers(address: SocketAddr) -> bool {
     ask().unwrap_or(false)
 }
 
-/// A user of the tool with a runtime directory of his own; machines and agent end when he goes.
-struct User {
-    folder: TempDir,
-}
-
-impl User {
-    fn new() -> Self {
-        Self {
-            folder: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(program("runnel"));
-        command
-            .args(arguments)
-            .env("XDG_RUNTIME_DIR", self.folder.path())
-            .env("RUNNEL_IMAGES", self.folder.path().join("images"))
-            .env("XDG_CACHE_HOME", self.folder.path().join("cache"))
-            .env("RUNNEL_VMM", program("runnel-vmm"))
-            .env("RUNNEL_AGENT", program("runnel-agent"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    /// Types `words` on a machine's console; gives what it has said until it ended.
-    fn converse(&self, machine: &str, words: &str) -> String {
-        let mut console = self
-            .command(&["console", machine])
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut keyboard = console.stdin.take().unwrap();
-        keyboard.write_all(words.as_bytes()).unwrap();
-        drop(keyboard);
-        succeeded(&console.wait_with_output().unwrap())
-    }
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        let _ = self.command(&["kill", "--all"]).output();
-        let _ = self.command(&["agent", "--stop"]).output();
-        // What the agent leaves in shared memory.
-        let socket = self.folder.path().join("runnel/agent/agent.sock");
-        let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
-        let user = fs::metadata(self.folder.path()).unwrap().uid();
-        let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{user}-{}", &own[..8]));
-    }
-}
-
 /// The image's manifest, and its digest, as `index.json` names it.
 fn manifest_of(image: &Path) -> (String, Value) {
     let read = |path: &Path| -> Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
@@ -222,7 +163,7 @@ fn an_image_that_skopeo_puts_into_a_registry_runs_from_there() {
         .args(["copy", "--quiet", "--dest-tls-verify=false", &source])
         .arg(format!("docker://{name}:v1"))
         .output();
-    succeeded(&copy.unwrap());
+    succeeded(copy.unwrap());
     // All that is left of it.
     fs::remove_dir_all(&image).unwrap();
 
@@ -232,7 +173,7 @@ fn an_image_that_skopeo_puts_into_a_registry_runs_from_there() {
         let resume = user
             .command(&["resume", &reference, "--detach", "--name", "far"])
             .output();
-        succeeded(&resume.unwrap());
+        succeeded(resume.unwrap());
         let heard = user.converse("far", "checkfill:8m:4m:7\ncount:1\npoweroff\n");
         assert!(heard.contains("checkfill=right"), "{reference}: {heard}");
         assert!(heard.contains("count=4"), "{reference}: {heard}");
@@ -274,7 +215,7 @@ fn skopeo_shows_an_images_manifest() {
         .args(["inspect", "--raw"])
         .arg(format!("oci:{}", image.display()))
         .output();
-    let shown: Value = serde_json::from_str(&succeeded(&inspect.unwrap())).unwrap();
+    let shown: Value = serde_json::from_str(&succeeded(inspect.unwrap())).unwrap();
     assert_eq!(shown, manifest);
     assert!(!shown["layers"].as_array().unwrap().is_empty());
 }

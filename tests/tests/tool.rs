@@ -11,85 +11,12 @@ use std::process::{Child, Command, Output, Stdio};
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::is_answering;
 use runnel_tests::bare::wait_until;
+use runnel_tests::user::{User, succeeded};
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
-use tempfile::TempDir;
-
-/// A user with a runtime directory of his own. What runs is ended when he goes.
-struct User {
-    folder: TempDir,
-}
-
-impl User {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        Self { folder }
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(program("runnel"));
-        command
-            .args(arguments)
-            .env("XDG_RUNTIME_DIR", self.folder.path())
-            .env("RUNNEL_IMAGES", self.folder.path().join("images"))
-            .env("XDG_CACHE_HOME", self.folder.path().join("cache"))
-            .env("RUNNEL_VMM", program("runnel-vmm"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    /// `run`, of a bare guest that obeys `words`.
-    fn boot(&self, words: &str, more: &[&str]) -> Command {
-        let kernel = bare_guest().to_str().unwrap();
-        let arguments = ["run", "--kernel", kernel, "--memory", "64M", "--cmdline", words];
-        self.command(&[&arguments, more].concat())
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    fn output(&self, arguments: &[&str]) -> String {
-        succeeded(self.run(arguments))
-    }
-
-    fn machines(&self) -> Vec<Value> {
-        serde_json::from_str(&self.output(&["ps", "--json"])).unwrap()
-    }
-
-    fn state_of(&self, name: &str) -> Value {
-        let machine = self
-            .machines()
-            .into_iter()
-            .find(|machine| machine["name"] == name);
-        machine.unwrap()["state"].clone()
-    }
-
-    fn machine_folder(&self, name: &str) -> PathBuf {
-        self.folder.path().join("runnel/machines").join(name)
-    }
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        let _ = self.run(&["kill", "--all"]);
-    }
-}
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeeded(output: Output) -> String {
-    assert!(
-        output.status.success(),
-        "{}: {}",
-        output.status,
-        text(&output.stderr)
-    );
-    text(&output.stdout)
 }
 
 /// Reads what a process prints, to the line that contains `words`.
@@ -214,7 +141,7 @@ fn on_a_terminal(tool: &Command) -> Child {
 fn ctrl_c_while_a_machine_starts_ends_it_and_nobody_is_told_that_it_runs() {
     let user = saved();
     // Pressed as soon as there is a monitor.
-    let monitor = user.folder.path().join("interrupting-vmm");
+    let monitor = user.folder().join("interrupting-vmm");
     let text = format!(
         "#!/bin/sh\nkill -INT $PPID\nexec '{}' \"$@\"\n",
         program("runnel-vmm").display()
@@ -302,7 +229,7 @@ fn a_monitor_that_was_killed_gives_its_name_free_and_leaves_its_log() {
 #[test]
 fn a_machine_that_cannot_be_had_leaves_nothing() {
     let user = User::new();
-    let no_kernel = user.folder.path().join("no-kernel");
+    let no_kernel = user.folder().join("no-kernel");
     fs::write(&no_kernel, "this is none").unwrap();
     let output = user.run(&["run", "--kernel", no_kernel.to_str().unwrap(), "--name", "web"]);
     assert_eq!(output.status.code(), Some(1));
@@ -325,7 +252,7 @@ fn refusal(output: &Output) -> String {
 #[test]
 fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
     let user = User::new();
-    let drive = user.folder.path().join("drive");
+    let drive = user.folder().join("drive");
     fs::write(&drive, vec![0; 1 << 20]).unwrap();
     let flag = format!("id=data,path={}", drive.display());
     let twin = format!("id=twin,path={}", drive.display());
@@ -341,7 +268,7 @@ fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
     succeeded(user.boot("count:1", &more).output().unwrap());
     let told = refusal(&user.run(&["snapshot", "web", "web", "--exclude", "nobody"]));
     assert!(told.contains("`--exclude` names nobody"), "{told}");
-    let nowhere = user.folder.path().join("no/where/web");
+    let nowhere = user.folder().join("no/where/web");
     let told = refusal(&user.run(&["snapshot", "web", nowhere.to_str().unwrap()]));
     assert!(told.contains("mkdir -p") && told.contains("no/where"), "{told}");
     let told = refusal(&user.run(&["stop", "web"]));
@@ -357,7 +284,7 @@ fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
     assert!(inspected.contains("--drive data=PATH"), "{inspected}");
     let told = refusal(&user.run(&["resume", "web", "--detach"]));
     assert!(told.contains("`--drive ID=PATH`"), "{told}");
-    let other = user.folder.path().join("other");
+    let other = user.folder().join("other");
     fs::write(&other, vec![0; 2 << 20]).unwrap();
     let other = format!("data={}", other.display());
     let told = refusal(&user.run(&["resume", "web", "--detach", "--drive", &other]));
@@ -370,7 +297,7 @@ fn refusals_of_the_monitor_come_in_the_tools_words_with_the_next_step() {
 #[test]
 fn firecrackers_configuration_file_boots() {
     let user = User::new();
-    let path = user.folder.path().join("config.json");
+    let path = user.folder().join("config.json");
     let config = serde_json::json!({
         "boot-source": { "kernel_image_path": bare_guest(), "boot_args": "count:1 poweroff" },
         "machine-config": { "vcpu_count": 2, "mem_size_mib": 64 },
@@ -394,19 +321,6 @@ fn last_count(heard: &str) -> u64 {
         .lines()
         .filter_map(|line| line.trim().strip_prefix("count="));
     lines.next_back().expect("it counted").parse().unwrap()
-}
-
-/// Types `words` on a machine's console and reads what it says until it has ended.
-fn converse(user: &User, name: &str, words: &str) -> String {
-    let mut console = user
-        .command(&["console", name])
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut keyboard = console.stdin.take().unwrap();
-    keyboard.write_all(words.as_bytes()).unwrap();
-    drop(keyboard);
-    succeeded(console.wait_with_output().unwrap())
 }
 
 /// A user with an image `web` of a machine that has counted to 5.
@@ -458,7 +372,7 @@ fn a_machine_is_saved_while_it_runs_and_goes_on_from_its_image() {
         "{}",
         text(&refused.stderr)
     );
-    assert_eq!(last_count(&converse(&user, "again", "count:2\npoweroff\n")), 7);
+    assert_eq!(last_count(&user.converse("again", "count:2\npoweroff\n")), 7);
     user.output(&["image", "rm", "web"]);
 }
 
@@ -468,7 +382,7 @@ fn a_machine_that_was_loaded_paused_stands_still_until_it_is_told() {
     succeeded(user.run(&["resume", "web", "--detach", "--paused", "--name", "again"]));
     assert_eq!(user.state_of("again"), "paused");
     user.output(&["unpause", "again"]);
-    assert_eq!(last_count(&converse(&user, "again", "count:1\npoweroff\n")), 6);
+    assert_eq!(last_count(&user.converse("again", "count:1\npoweroff\n")), 6);
 }
 
 #[test]
@@ -502,9 +416,9 @@ impl Drop for AgentOf<'_> {
 
 /// Where the user's agent keeps pages of memory.
 fn pages_of(user: &User) -> PathBuf {
-    let socket = user.folder.path().join("runnel/agent/agent.sock");
+    let socket = user.folder().join("runnel/agent/agent.sock");
     let own = BlobDigest::of(socket.as_os_str().as_encoded_bytes()).hex();
-    let uid = fs::metadata(user.folder.path()).unwrap().uid();
+    let uid = fs::metadata(user.folder()).unwrap().uid();
     format!("/dev/shm/runnel-{uid}-{}", &own[..8]).into()
 }
 
@@ -523,7 +437,7 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
         .unwrap();
     let resumed = user.run(&["resume", &format!("{url}/web"), "--detach", "--name", "far"]);
     succeeded(resumed);
-    assert_eq!(last_count(&converse(&user, "far", "count:2\npoweroff\n")), 7);
+    assert_eq!(last_count(&user.converse("far", "count:2\npoweroff\n")), 7);
 
     let status: Value = serde_json::from_str(&user.output(&["agent", "--status", "--json"])).unwrap();
     assert!(
@@ -535,13 +449,13 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
     user.output(&["agent", "--stop"]);
     assert_eq!(user.run(&["agent", "--status"]).status.code(), Some(1));
     assert!(!pages_of(&user).exists(), "nothing is left in shared memory");
-    assert!(!user.folder.path().join("cache/runnel").exists(), "nor of drives");
+    assert!(!user.folder().join("cache/runnel").exists(), "nor of drives");
 }
 
 #[test]
 fn what_a_snapshot_that_was_cut_short_left_is_named_before_it_goes() {
     let user = User::new();
-    let left = user.folder.path().join("images/.web.partial-1-1");
+    let left = user.folder().join("images/.web.partial-1-1");
     fs::create_dir_all(&left).unwrap();
     let named = user.output(&["image", "prune", "--dry-run"]);
     assert_eq!(named, format!("would remove {}\n", left.display()));
@@ -554,7 +468,7 @@ fn what_a_snapshot_that_was_cut_short_left_is_named_before_it_goes() {
 #[test]
 fn an_image_of_which_nothing_can_be_read_is_listed_and_can_be_removed() {
     let user = User::new();
-    let images = user.folder.path().join("images");
+    let images = user.folder().join("images");
     for name in ["no-list", "no-mark"] {
         fs::create_dir_all(images.join(name).join("blobs/sha256")).unwrap();
         fs::write(images.join(name).join("index.json"), "junk").unwrap();
@@ -590,11 +504,11 @@ fn where_standard_error_takes_nothing_a_failure_is_still_one_and_an_agent_still_
         assert_eq!(status.code(), Some(1), "{arguments:?}");
     }
 
-    let socket = user.folder.path().join("agent.sock");
+    let socket = user.folder().join("agent.sock");
     let agent = || {
         let mut command = Command::new(program("runnel-agent"));
         for (flag, name) in [("--memory-pages", "memory"), ("--drive-pages", "drives")] {
-            command.arg(flag).arg(user.folder.path().join(name));
+            command.arg(flag).arg(user.folder().join(name));
         }
         command.arg("--socket").arg(&socket).stderr(nowhere());
         command
@@ -648,7 +562,7 @@ fn what_cannot_be_meant_is_refused_with_what_to_do_before_anything_is_started() 
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
         assert!(told.contains(hint), "{arguments:?}: {told}");
     }
-    assert!(!user.folder.path().join("runnel/agent/agent.log").exists());
+    assert!(!user.folder().join("runnel/agent/agent.log").exists());
 }
 
 #[test]
@@ -658,7 +572,7 @@ fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
         let output = user.command(arguments).env("XDG_RUNTIME_DIR", folder).output();
         refusal(&output.unwrap())
     };
-    let missing = user.folder.path().join("missing");
+    let missing = user.folder().join("missing");
     let refused = told(&missing, &["ps"]);
     assert!(
         refused.contains("XDG_RUNTIME_DIR is") && refused.contains("mkdir"),
@@ -666,7 +580,7 @@ fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
     );
     let refused = told(Path::new("run"), &["ps"]);
     assert!(refused.contains("must be an absolute path"), "{refused}");
-    let long = user.folder.path().join("x".repeat(100));
+    let long = user.folder().join("x".repeat(100));
     fs::create_dir(&long).unwrap();
     let refused = told(&long, &["resume", "http://127.0.0.1:9/web"]);
     assert!(refused.contains("too long for a unix socket"), "{refused}");
@@ -719,7 +633,7 @@ fn an_image_is_saved_here_and_not_at_a_server_and_a_paused_console_says_so() {
 #[test]
 fn every_command_has_a_manual_page() {
     let user = User::new();
-    let pages = user.folder.path().join("man1");
+    let pages = user.folder().join("man1");
     let told = refusal(&user.run(&["man", pages.to_str().unwrap()]));
     assert!(told.contains("its folder must be there"), "{told}");
     fs::create_dir(&pages).unwrap();
@@ -774,6 +688,6 @@ fn a_monitor_that_is_killed_while_it_saves_is_said_to_have_ended_and_its_log_is_
     signal(&monitor, "KILL");
     let told = refusal(&tool.wait_with_output().unwrap());
     assert!(told.contains("web has ended while it was saved"), "{told}");
-    let log = user.folder.path().join("runnel/ended/web.log");
+    let log = user.folder().join("runnel/ended/web.log");
     assert!(told.contains(log.to_str().unwrap()) && log.is_file(), "{told}");
 }

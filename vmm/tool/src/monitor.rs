@@ -6,7 +6,7 @@
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -110,6 +110,8 @@ impl<'s> Monitor<'s> {
         let level = if is_verbose() { "Debug" } else { "Info" };
         command.args(["--level", level, "--show-level"]);
         program::detach(&mut command, &folder.log()).map_err(failed)?;
+        // Should this command be killed before the machine runs, the monitor ends too: nobody else would know of it.
+        command.arg("--lifeline").stdin(Stdio::piped());
         let mut child = command.spawn().map_err(failed)?;
         // It cannot be another one of the same number before the child is waited for.
         let id = ProcessId::of(child.id());
