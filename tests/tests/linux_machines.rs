@@ -125,9 +125,7 @@ fn comes_back_as_it_was(kernel: &str, vcpus: u8, source: &ClockSource) {
     // At once. The machine with one vCPU looks as if it had been up for a month, so that a deadline that is counted by
     // another counter than its own is as far away; Linux then mistrusts its counter, and says so.
     let is_old = vcpus == 1 && source.name == KVM_CLOCK.name;
-    // Counters are read before the clock, one vCPU after the other, and set so: where the host is emulated that takes
-    // so long with four of them that Linux may see the difference.
-    let but_for: &[&str] = if is_old || vcpus > 1 { &[" unstable "] } else { &[] };
+    let but_for: &[&str] = if is_old { &[" unstable "] } else { &[] };
     linux.sleep(Duration::from_secs(5));
     let (from, before) = (Instant::now(), linux.clock());
     let mut saved = linux.save("echo typed=$((6 * 7))");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::VcpuFd;
@@ -67,14 +68,17 @@ impl Microvm {
         let fds: Vec<VcpuFd> = fds.collect::<Result<_, _>>()?;
         let saved_clock = state::take::<Clock<'_>>(&mut sections, "")?;
         let lead = saved_clock.lead(clock);
+        let mut first = None;
         for (fd, number) in fds.iter().zip(0u32..) {
             let mut saved = state::take::<state::vcpu::Vcpu<'_>>(&mut sections, &number.to_string())?;
             saved.set_forward(lead);
+            first.get_or_insert((fd, saved.clone()));
             state::vcpu::Vcpu::restore((fd, &host), saved)?;
         }
         Interrupts::restore(&vm, state::take::<Interrupts<'_>>(&mut sections, "")?)?;
         Timer::restore(&vm, state::take::<Timer<'_>>(&mut sections, "")?)?;
-        Clock::restore((&vm, lead), saved_clock)?;
+        let since_set = first.map_or(Ok(Duration::ZERO), |(fd, set)| state::tsc::since_set(fd, &set))?;
+        Clock::restore((&vm, lead + since_set), saved_clock)?;
         if let Some(unknown) = sections.first() {
             return Err(RestoreError::UnknownSection {
                 kind: unknown.kind.clone(),

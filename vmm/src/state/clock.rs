@@ -56,7 +56,7 @@ impl<'a> Section for Clock<'a> {
     const KIND: &'static str = "clock";
     const VERSION: u32 = 1;
     type State = ClockState;
-    /// Whose, and by how much it is to be ahead: the time stamp counters are as much ahead.
+    /// Whose, and by how much it is to be ahead: the time stamp counters are as much ahead by now.
     type Deps = (&'a Vm, Duration);
     type Error = StateError;
 

@@ -10,7 +10,7 @@ mod clock;
 mod deadline;
 mod interrupts;
 mod msrs;
-mod tsc;
+pub(crate) mod tsc;
 pub mod vcpu;
 mod xsave;
 
@@ -125,7 +125,15 @@ pub fn save(
         .fds()
         .map(|fd| Vcpu { fd: &fd, host }.save(paused))
         .collect::<Result<_, _>>()?;
-    tsc::put_in_step(&mut states);
+    let read_clock = || Clock { vm }.save(paused);
+    let clock = match vcpus.fds().next() {
+        Some(first) => {
+            let (counter, clock) = tsc::with_counter(&first, read_clock)?;
+            tsc::put_in_step(&mut states, counter);
+            clock
+        }
+        None => read_clock()?,
+    };
     let mut sections: Vec<SavedSection> = states
         .iter()
         .zip(0u32..)
@@ -136,7 +144,7 @@ pub fn save(
         &Interrupts { vm }.save(paused)?,
     )?);
     sections.push(SavedSection::of::<Timer<'_>>("", &Timer { vm }.save(paused)?)?);
-    sections.push(SavedSection::of::<Clock<'_>>("", &Clock { vm }.save(paused)?)?);
+    sections.push(SavedSection::of::<Clock<'_>>("", &clock)?);
     Ok(sections)
 }
 

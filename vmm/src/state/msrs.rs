@@ -102,6 +102,14 @@ pub(super) fn read(vcpu: &VcpuFd, host: &Host) -> Result<Vec<Msr>, StateError> {
     Ok(found)
 }
 
+/// Reads one register.
+pub(super) fn read_one(vcpu: &VcpuFd, index: u32) -> Result<u64, StateError> {
+    let mut msrs = batch_of([Msr(index, 0)].into_iter())?;
+    let read = vcpu.get_msrs(&mut msrs).map_err(failed("read MSRs"))?;
+    let entry = msrs.as_slice().iter().take(read).next();
+    Ok(entry.map_or(0, |entry| entry.data))
+}
+
 /// Sets registers, in an order in which each finds what it depends on: the counter before the deadline that is
 /// counted by it.
 pub(super) fn write(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), StateError> {
