@@ -251,8 +251,9 @@ fn a_monitor_on_a_lifeline_ends_with_it_unless_it_has_a_machine() {
     runs.wait_for_log("Listening on API socket");
     boot(&runs, "count:1");
     runs.hang_up();
-    runs.wait_for_console("listening=1");
+    runs.wait_for_log("goes on without whoever started it");
     assert_eq!(state(&runs), "Running");
+    runs.wait_for_console("listening=1");
 
     // Whoever gives no such flag may close it as he likes.
     let mut without = Monitor::start();

@@ -143,6 +143,10 @@ fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {
     let (config, must_start) = configure(cli, logger)?;
     let status = Status::new(cli.id.clone());
     let inbox = Inbox::new().map_err(MonitorError::Event)?;
+    if cli.lifeline {
+        // Before anything is made at a path: another monitor may be there by the time.
+        watch_lifeline(Arc::clone(&inbox), Arc::clone(&status)).map_err(MonitorError::Lifeline)?;
+    }
     let server = serve(cli, &inbox, &status)?;
     let socket = server.is_some().then(|| cli.api_sock.clone());
     watch_signals(Arc::clone(&inbox), Arc::clone(&status), move || {
@@ -151,10 +155,6 @@ fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {
             let _ = fs::remove_file(socket);
         }
     })?;
-
-    if cli.lifeline {
-        watch_lifeline(Arc::clone(&inbox), Arc::clone(&status)).map_err(MonitorError::Lifeline)?;
-    }
 
     let logger = logger.clone();
     let set_logger = Box::new(move |body| Ok(logger.update(&body)?));

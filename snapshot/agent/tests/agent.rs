@@ -105,6 +105,19 @@ impl Machine {
         self.answers.recv_timeout(LONG).unwrap()
     }
 
+    /// Asks for a chunk until it is there.
+    fn gets(&self, chunk: u64) {
+        let begun = Instant::now();
+        loop {
+            self.ask(&[chunk]);
+            match self.answer() {
+                (_, Ok(what)) => return assert_eq!(what, Arrived::Data),
+                (_, Err(failure)) => assert!(failure.transient && begun.elapsed() < LONG, "{failure}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     fn answers(&self, count: usize) -> Vec<Answer> {
         let mut answers: Vec<Answer> = (0..count).map(|_| self.answer()).collect();
         answers.sort_by_key(|answer| answer.0);
@@ -537,7 +550,11 @@ fn an_image_is_read_where_it_was_named_last_and_elsewhere_when_that_fails() {
     let status = agent.status();
     assert_eq!(status.images.len(), 1);
     assert_eq!(status.images[0].image, format!("{}/web", new.base()));
-    assert_eq!(status.images[0].trouble, None);
+    let trouble = status.images[0].trouble.clone().unwrap();
+    assert!(
+        trouble.contains(&old.base()) && !trouble.contains(&new.base()),
+        "{trouble}"
+    );
 
     // Neither delivers: both are named, and it passes when one does again.
     gone.store(true, Ordering::SeqCst);
@@ -592,15 +609,71 @@ fn a_new_place_of_a_pinned_image_is_used_too_and_waited_for_by_nobody() {
     home.machine(&pinned("http://127.0.0.1:1")).unwrap();
     home.machine(&pinned(&format!("http://{}", new.address())))
         .unwrap();
-    let begun = Instant::now();
-    loop {
-        machine.ask(&[3]);
-        match machine.answer().1 {
-            Ok(what) => break assert_eq!(what, Arrived::Data),
-            Err(failure) => assert!(failure.transient && begun.elapsed() < LONG, "{failure}"),
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    machine.gets(3);
+}
+
+#[test]
+fn a_place_that_is_named_again_is_looked_at_again() {
+    let stored = Stored::new();
+    let (layer, sound) = stored.layer();
+    let path = stored.path().join("blobs/sha256").join(layer.digest.hex());
+    let put_in_place = |bytes: &[u8]| {
+        let beside = path.with_extension("new");
+        fs::write(&beside, bytes).unwrap();
+        fs::rename(&beside, &path).unwrap();
+    };
+    put_in_place(&vec![0x5a; sound.len()]);
+    let home = Home::new();
+    let _agent = home.start();
+    let image = stored.path();
+    let image = image.to_str().unwrap();
+    let machine = home.machine(image).unwrap();
+    machine.ask(&[3]);
+    assert!(!machine.answer().1.unwrap_err().transient);
+    put_in_place(&sound);
+    let _again = home.machine(image).unwrap();
+    machine.ask(&[3]);
+    assert_eq!(machine.answer(), (3, Ok(Arrived::Data)));
+}
+
+#[test]
+fn the_next_agent_knows_the_places_that_the_last_one_knew() {
+    let stored = Stored::new();
+    let old = serve(&[&stored.path()]);
+    let new = serve(&[&stored.path()]);
+    let home = Home::new();
+    let agent = home.start();
+    let machine = home.machine(&format!("http://{}/web", old.address())).unwrap();
+    let other = home.machine(&format!("http://{}/web", new.address())).unwrap();
+    machine.ask(&[0]);
+    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
+    // Where the machine began is gone, and so is the machine that knew of the other place.
+    old.stop();
+    agent.stop();
+    drop(other);
+    let agent = home.start();
+    machine.gets(3);
+    let status = agent.status();
+    assert_eq!(
+        status.images[0].image,
+        format!("http://{}/web@{}", new.address(), stored.manifest.digest)
+    );
+}
+
+#[test]
+fn a_machine_that_comes_back_does_not_put_its_place_before_the_one_that_delivers() {
+    let stored = Stored::new();
+    let old = serve(&[&stored.path()]);
+    let new = serve(&[&stored.path()]);
+    let home = Home::new();
+    let agent = home.start();
+    let machine = home.machine(&format!("http://{}/web", old.address())).unwrap();
+    let _other = home.machine(&format!("http://{}/web", new.address())).unwrap();
+    agent.stop();
+    let agent = home.start();
+    machine.gets(3);
+    let read_at = &agent.status().images[0].image;
+    assert!(read_at.contains(&new.address().to_string()), "{read_at}");
 }
 
 #[test]

@@ -55,7 +55,14 @@ impl ImageError {
     #[must_use]
     pub fn is_damage(&self) -> bool {
         match self {
-            Self::Layout(LayoutError::Read { source, .. }) => {
+            Self::Layout(
+                LayoutError::Read { source, .. }
+                | LayoutError::Blob {
+                    source: BlobError::Read { source, .. },
+                    ..
+                },
+            )
+            | Self::Blob(BlobError::Read { source, .. }) => {
                 use std::io::ErrorKind;
                 // Of a file that grows shorter while it is read, too.
                 matches!(source.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof)

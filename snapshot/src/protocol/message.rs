@@ -101,7 +101,7 @@ pub struct ImageStatus {
     pub bytes_received: u64,
     /// Bytes that went out for it.
     pub bytes_sent: u64,
-    /// Why the last read of it failed, if none has succeeded since.
+    /// Each place in which the last read of it failed, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
 }

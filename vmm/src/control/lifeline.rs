@@ -24,6 +24,8 @@ pub fn watch_lifeline(inbox: Arc<Inbox>, status: Arc<Status>) -> io::Result<()> 
             tracing::info!("Whoever started this monitor is gone, and there is no machine yet.");
             status.cancel_all();
             inbox.end();
+        } else {
+            tracing::debug!("The machine goes on without whoever started it.");
         }
     };
     thread::Builder::new()

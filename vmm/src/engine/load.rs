@@ -181,7 +181,10 @@ impl From<RestoreError> for LoadError {
     fn from(error: RestoreError) -> Self {
         match error {
             // The tap is the saved machine's, which may run here, or run on.
-            RestoreError::Board(BoardError::Tap { id, source }) => Self::Tap { id, source },
+            RestoreError::Board(BoardError::Tap {
+                id,
+                source: source @ TapError::Busy { .. },
+            }) => Self::Tap { id, source },
             other => Self::Restore(other),
         }
     }

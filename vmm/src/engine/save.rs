@@ -79,8 +79,12 @@ pub(super) fn save(
     let was_running = guest.is_running;
     if was_running {
         operation.enter("pausing");
-        guest.stand_still(&|| operation.is_cancelled())?;
+        // From the first vCPU that stands.
         operation.begin_pause();
+        if let Err(error) = guest.stand_still(&|| operation.is_cancelled()) {
+            operation.end_pause();
+            return Err(error);
+        }
     }
     let saved = match &create.save_as {
         SaveAs::Image {

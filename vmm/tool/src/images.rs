@@ -95,7 +95,7 @@ pub(crate) enum StoreError {
 impl StoreError {
     /// Whether no store could have what was typed.
     pub(crate) fn is_usage(&self) -> bool {
-        matches!(self, Self::NoName | Self::BadName(_))
+        matches!(self, Self::NoName | Self::BadName(_) | Self::Reference(_))
     }
 }
 

@@ -59,8 +59,20 @@ fn main() -> ExitCode {
         Err(error) if output::is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             output::tell(format_args!("runnel: {}", output::trace(error.as_ref())));
-            let is_usage = error.downcast_ref().is_some_and(StoreError::is_usage);
-            ExitCode::from(if is_usage { exit::USAGE } else { exit::FAILED })
+            ExitCode::from(if is_usage(error.as_ref()) {
+                exit::USAGE
+            } else {
+                exit::FAILED
+            })
         }
     }
+}
+
+/// Whether a name that was typed cannot be one, whatever became of the command for it.
+fn is_usage(error: &(dyn std::error::Error + 'static)) -> bool {
+    let is_usage = |error: &(dyn std::error::Error + 'static)| {
+        let error = error.downcast_ref();
+        error.is_some_and(StoreError::is_usage)
+    };
+    std::iter::successors(Some(error), |error| error.source()).any(is_usage)
 }

@@ -400,6 +400,17 @@ fn an_image_of_which_something_is_missing_is_not_served_and_alone_ends_the_comma
         reason.contains(&layer.to_string()) && reason.contains("truncated"),
         "{reason}"
     );
+    let ask = |name: &str| {
+        let address = server.announced["address"].as_str().unwrap();
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        let line =
+            format!("GET /v2/{name}/manifests/latest HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        std::io::Write::write_all(&mut stream, line.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        std::io::Read::read_to_end(&mut stream, &mut answer).unwrap();
+        text(&answer).split(' ').nth(1).unwrap().to_owned()
+    };
+    assert_eq!([ask("web"), ask("db")], ["500", "200"]);
     server.end();
 
     let output = user.run(&["serve", "web", "--listen", "127.0.0.1:0"]);

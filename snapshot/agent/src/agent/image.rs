@@ -24,7 +24,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use super::fan_out::{FanOut, MachineNumber};
 use super::line::Line;
 use super::pages::PageFolders;
-use super::places::{Place, Places};
+use super::places::{Place, Places, Rank};
 use super::settings::AgentSettings;
 use crate::remote::{RemoteError, RemoteImage};
 
@@ -135,12 +135,13 @@ impl OpenImage {
         }
         let digest = image.digest();
         let how = settings.source(&place.reference);
-        let places = Arc::new(Places::new(place));
-        image.store = Arc::clone(&places) as _;
         let state = image.state_bytes().map_err(OpenError::State)?;
         let first_chunks = MachineState::decode(&state)?.first_chunks;
+        let places = Arc::new(Places::new(place, folders.places_of(&digest)));
+        image.store = Arc::clone(&places) as _;
         let make_page_file = |volume: &_, bytes| folders.page_file(&digest, volume, bytes);
         let source = ImageSource::with_page_files(&image, &how, &make_page_file)?;
+        places.write_down();
         source.learn(&first_chunks);
         let waiting = Arc::new(FanOut::default());
         source.deliver_to(Arc::clone(&waiting) as _);
@@ -208,9 +209,9 @@ impl OpenImage {
         self.places.contain(reference)
     }
 
-    /// It was found in a place: that one is asked first from now on.
-    pub(super) fn found_again(&self, found: FoundImage) {
-        self.places.add(found.place);
+    /// It was found in a place.
+    pub(super) fn found_again(&self, found: FoundImage, rank: Rank) {
+        self.places.add(found.place, rank);
     }
 
     /// What a monitor is told of the image.

@@ -11,11 +11,20 @@ use runnel_snapshot::protocol::{AgentStatus, Hello, Refused};
 
 use super::image::{FoundImage, OpenError, OpenImage};
 use super::pages::PageFolders;
+use super::places::{Rank, written_down};
 use super::settings::AgentSettings;
 use crate::remote::with_causes;
 
 /// Places that are looked for at a time: each takes a thread.
 const SOUGHT_MAX: usize = 16;
+
+/// How long a place is given that does not answer, each time.
+const SEEK_PAUSES: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_secs(1),
+    Duration::from_secs(5),
+    Duration::from_secs(30),
+];
 
 /// The table of open images.
 pub(super) struct Images {
@@ -68,42 +77,73 @@ impl Images {
     /// Opens what a monitor wants.
     pub(super) fn open(self: &Arc<Self>, hello: &Hello) -> Result<Lease, Refused> {
         let refuse = |reason: String, transient| Refused { reason, transient };
-        let mut reference: ImageReference =
+        let reference: ImageReference =
             hello
                 .image
                 .parse()
                 .map_err(|error: runnel_snapshot::image::reference::BadReference| {
                     refuse(error.to_string(), false)
                 })?;
-        if let Some(digest) = hello.digest {
-            let (ImageReference::Directory { wanted, .. } | ImageReference::Remote { wanted, .. }) =
-                &mut reference;
+        let lease = match hello.digest {
             // A machine that runs from it already: whatever the name leads to by now.
-            *wanted = Wanted::Pinned(digest);
-        }
-        self.lease(&reference)
-            .map_err(|error| refuse(with_causes(&error), error.is_transient()))
+            Some(digest) => self.lease_again(&pinned(&reference, digest), digest),
+            None => self.lease(&reference),
+        };
+        lease.map_err(|error| refuse(with_causes(&error), error.is_transient()))
     }
 
+    /// For a machine that begins with what `reference` leads to.
     fn lease(self: &Arc<Self>, reference: &ImageReference) -> Result<Lease, OpenError> {
         let (ImageReference::Directory { wanted, .. } | ImageReference::Remote { wanted, .. }) = reference;
         // What is pinned and open needs no server: it may be away.
         if let Wanted::Pinned(digest) = wanted
             && let Some(lease) = self.lease_open(digest)
         {
-            if !lease.image.is_read_at(reference) {
-                self.look_there_too(reference, *digest);
+            self.look_there_too(reference, *digest, Rank::First);
+            return Ok(lease);
+        }
+        self.lease_found(FoundImage::find(reference, &self.settings)?)
+    }
+
+    /// For a machine that comes back, from an earlier agent or this one: where it began may be gone by now.
+    fn lease_again(self: &Arc<Self>, began: &ImageReference, digest: BlobDigest) -> Result<Lease, OpenError> {
+        if let Some(lease) = self.lease_open(&digest) {
+            if !lease.image.is_read_at(began) {
+                self.look_there_too(began, digest, Rank::Last);
             }
             return Ok(lease);
         }
-        let found = FoundImage::find(reference, &self.settings)?;
+        let mut places = written_down(&self.folders.places_of(&digest));
+        if !places.iter().any(|place| place.is_same_place(began)) {
+            places.push(began.clone());
+        }
+        let mut failure = None;
+        for (number, place) in places.iter().enumerate() {
+            match FoundImage::find(&pinned(place, digest), &self.settings)
+                .and_then(|found| self.lease_found(found))
+            {
+                Ok(lease) => {
+                    for (_, other) in places.iter().enumerate().filter(|other| other.0 != number) {
+                        self.look_there_too(&pinned(other, digest), digest, Rank::Last);
+                    }
+                    return Ok(lease);
+                }
+                // Of several failures, the one that may pass.
+                Err(error) if failure.as_ref().is_some_and(OpenError::is_transient) => drop(error),
+                Err(error) => failure = Some(error),
+            }
+        }
+        Err(failure.expect("there is a place at least, and it failed"))
+    }
+
+    fn lease_found(self: &Arc<Self>, found: FoundImage) -> Result<Lease, OpenError> {
         let digest = found.digest();
         let slot = self.use_slot(digest);
         // Only those wait here who want the same image.
         let mut image = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let opened = match &*image {
             Some(open) => {
-                open.found_again(found);
+                open.found_again(found, Rank::First);
                 Ok(Arc::clone(open))
             }
             None => OpenImage::open(found, &self.folders, &self.settings),
@@ -135,37 +175,66 @@ impl Images {
         Some(self.lease_of(open, *digest))
     }
 
-    /// Finds out whether an open image can be read in a new place too, in a thread of its own: no machine waits for
+    /// Finds out whether an open image can be read in another place too, in a thread of its own: no machine waits for
     /// that. A place that is sought already is not sought twice.
-    fn look_there_too(self: &Arc<Self>, reference: &ImageReference, digest: BlobDigest) {
-        let mut table = self.lock();
+    fn look_there_too(self: &Arc<Self>, reference: &ImageReference, digest: BlobDigest, rank: Rank) {
         let place = reference.to_string();
-        if table.sought.len() >= SOUGHT_MAX || !table.sought.insert(place.clone()) {
-            return;
+        {
+            let mut table = self.lock();
+            if table.sought.len() >= SOUGHT_MAX {
+                return tracing::warn!(
+                    place,
+                    "an image is not looked for there: {SOUGHT_MAX} others are sought"
+                );
+            }
+            if !table.sought.insert(place.clone()) {
+                return;
+            }
         }
-        drop(table);
-        let (images, reference, sought) = (Arc::clone(self), reference.clone(), place.clone());
-        let spawned = thread::Builder::new().name("seek".to_owned()).spawn(move || {
-            match FoundImage::find(&reference, &images.settings) {
-                Ok(found) => {
-                    if let Some(lease) = images.lease_open(&digest) {
-                        lease.image.found_again(found);
-                    }
-                }
-                Err(error) => {
-                    let error = &error as &dyn std::error::Error;
-                    tracing::warn!(
-                        place = sought,
-                        error,
-                        "an image is open, and is not found there too"
-                    );
+        let (images, settings) = (Arc::downgrade(self), self.settings.clone());
+        let (reference, sought) = (reference.clone(), place.clone());
+        let seek = move || {
+            for pause in SEEK_PAUSES {
+                thread::sleep(pause);
+                // The agent may end meanwhile: it is not held up.
+                let found = FoundImage::find(&reference, &settings);
+                let Some(images) = images.upgrade() else { return };
+                if images.has_ended_search(found, &reference, digest, rank) {
+                    break;
                 }
             }
-            images.lock().sought.remove(&sought);
-        });
-        if let Err(error) = spawned {
+            if let Some(images) = images.upgrade() {
+                images.lock().sought.remove(&sought);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("seek".to_owned()).spawn(seek) {
             tracing::warn!(place, %error, "an image cannot be looked for in another place");
             self.lock().sought.remove(&place);
+        }
+    }
+
+    /// Takes what was found to an image that is open; true if nothing is to be looked for any more.
+    fn has_ended_search(
+        self: &Arc<Self>,
+        found: Result<FoundImage, OpenError>,
+        reference: &ImageReference,
+        digest: BlobDigest,
+        rank: Rank,
+    ) -> bool {
+        let Some(lease) = self.lease_open(&digest) else {
+            return true;
+        };
+        match found {
+            Ok(found) => {
+                lease.image.found_again(found, rank);
+                true
+            }
+            Err(error) => {
+                let is_over = !error.is_transient();
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(place = %reference, error, "an image is open, and is not found there too");
+                is_over
+            }
         }
     }
 
@@ -271,6 +340,14 @@ impl Images {
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The image of that digest, in the place that `reference` names.
+fn pinned(reference: &ImageReference, digest: BlobDigest) -> ImageReference {
+    let mut pinned = reference.clone();
+    let (ImageReference::Directory { wanted, .. } | ImageReference::Remote { wanted, .. }) = &mut pinned;
+    *wanted = Wanted::Pinned(digest);
+    pinned
 }
 
 impl Drop for Lease {

@@ -3,6 +3,7 @@
 //! ```text
 //!   <memory folder>/lock                    locked as long as an agent uses the folder
 //!   <memory folder>/<manifest hex>/memory   on tmpfs: what machines map
+//!   <memory folder>/<manifest hex>/places   where the image can be read, a line each
 //!   <drive folder>/lock
 //!   <drive folder>/<manifest hex>/drive-<id>
 //! ```
@@ -107,6 +108,11 @@ impl PageFolders {
                 place: folder.display().to_string(),
                 source,
             })
+    }
+
+    /// Where an image's places are written down, beside its memory.
+    pub(super) fn places_of(&self, image: &BlobDigest) -> PathBuf {
+        self.memory.path.join(image.hex()).join("places")
     }
 
     /// Removes an image's page files. Machines that map them go on with what they have.

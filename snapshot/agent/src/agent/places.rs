@@ -1,8 +1,13 @@
 //! The places where one image can be read: each URL and directory that led to it, the one to ask first in front.
 //!
-//! Whoever names a new place has a reason to: the old one is gone, or slow, or broken. So the newest is asked first, and
-//! the others where it fails or its bytes are wrong. The one that delivers is asked first from then on.
+//! Whoever names a new place has a reason to: the old one is gone or broken. So the newest is asked first, and the others
+//! where it fails or its bytes are wrong. The one that delivers is asked first from then on. A monitor that comes back
+//! to a new agent names the place that it began with, which says nothing of the others.
+//!
+//! The places are written down beside the page files, for the next agent: by then the first ones may be gone.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -31,11 +36,27 @@ struct Health {
     trouble: Mutex<Option<String>>,
 }
 
-/// All places of an image: a [`BlobStore`] over their stores. There is at least one.
+/// All places of an image: a [`BlobStore`] over their stores.
 pub(super) struct Places {
-    list: Mutex<Vec<Arc<Place>>>,
-    /// Of those that were forgotten: bytes received and sent.
-    forgotten: Mutex<(u64, u64)>,
+    known: Mutex<Known>,
+    /// Where they are written down.
+    record: PathBuf,
+}
+
+struct Known {
+    /// At least one.
+    list: Vec<Arc<Place>>,
+    /// Bytes received and sent, of stores that are not asked any more.
+    past: (u64, u64),
+}
+
+/// Where a place that was found belongs among those that are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rank {
+    /// Somebody chose it.
+    First,
+    /// A machine has come back from it.
+    Last,
 }
 
 impl Place {
@@ -72,82 +93,130 @@ impl Health {
 }
 
 impl Places {
-    pub(super) fn new(first: Place) -> Self {
+    /// With one place. They will be written down at `record`.
+    pub(super) fn new(first: Place, record: PathBuf) -> Self {
         Self {
-            list: Mutex::new(vec![Arc::new(first)]),
-            forgotten: Mutex::default(),
+            known: Mutex::new(Known {
+                list: vec![Arc::new(first)],
+                past: (0, 0),
+            }),
+            record,
         }
     }
 
-    /// Whether `reference` names a place that is among these.
+    /// Whether there is one of that reference.
     pub(super) fn contain(&self, reference: &ImageReference) -> bool {
-        self.list()
-            .iter()
-            .any(|place| place.reference.is_same_place(reference))
+        let mut places = self.list().into_iter();
+        places.any(|place| place.reference.is_same_place(reference))
     }
 
-    /// Adds a place, to be asked first. One that is there already stays, with what it knows of its server.
-    pub(super) fn add(&self, place: Place) {
-        let mut list = lock(&self.list);
-        let known = list
-            .iter()
-            .position(|other| other.reference.is_same_place(&place.reference));
-        let place = match known {
-            Some(known) => list.remove(known),
-            None => {
-                tracing::info!(place = %place.reference, "an image can be read in another place too");
-                Arc::new(place)
+    /// Adds a place. Of one that is there already the new store is used: the old one may have come to know files, or a
+    /// server, that have been replaced since.
+    pub(super) fn add(&self, place: Place, rank: Rank) {
+        let mut known = lock(&self.known);
+        let is_same = |other: &Arc<Place>| other.reference.is_same_place(&place.reference);
+        let at = match (known.list.iter().position(is_same), rank) {
+            (Some(old), rank) => {
+                let old_place = known.list.remove(old);
+                known.forget(&old_place);
+                if rank == Rank::First { 0 } else { old }
             }
+            (None, Rank::First) => 0,
+            (None, Rank::Last) => known.list.len(),
         };
-        list.insert(0, place);
-        if list.len() > PLACES_MAX
-            && let Some(last) = list.pop()
+        tracing::info!(place = %place.reference, "an image can be read there");
+        known.list.insert(at, Arc::new(place));
+        if known.list.len() > PLACES_MAX
+            && let Some(last) = known.list.pop()
         {
-            let (received, sent) = last.bytes();
-            let mut forgotten = lock(&self.forgotten);
-            forgotten.0 += received;
-            forgotten.1 += sent;
+            known.forget(&last);
         }
+        drop(known);
+        self.write_down();
     }
 
     /// Where the image is read.
     pub(super) fn reference(&self) -> ImageReference {
-        lock(&self.list)[0].reference.clone()
+        lock(&self.known).list[0].reference.clone()
     }
 
-    /// Why the last read of that place failed, if none has succeeded since.
+    /// Why the last read failed in each place where it did.
     pub(super) fn trouble(&self) -> Option<String> {
-        let first = Arc::clone(&lock(&self.list)[0]);
-        lock(&first.health.trouble).clone()
+        let trouble = |place: &Arc<Place>| {
+            let trouble = lock(&place.health.trouble).clone()?;
+            Some(format!("{}: {trouble}", place.reference))
+        };
+        let troubles: Vec<String> = self.list().iter().filter_map(trouble).collect();
+        (!troubles.is_empty()).then(|| troubles.join("; "))
     }
 
     /// Bytes received and sent for the image, in all places.
     pub(super) fn bytes(&self) -> (u64, u64) {
-        let forgotten = *lock(&self.forgotten);
-        let all = self.list().into_iter().map(|place| place.bytes());
-        all.fold(forgotten, |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1))
+        let known = lock(&self.known);
+        let all = known.list.iter().map(|place| place.bytes());
+        all.fold(known.past, add)
     }
 
     fn list(&self) -> Vec<Arc<Place>> {
-        lock(&self.list).clone()
+        lock(&self.known).list.clone()
+    }
+
+    /// The first that is none of `failed`.
+    fn next_beside(&self, failed: &[Arc<Place>]) -> Option<Arc<Place>> {
+        let known = lock(&self.known);
+        let has_failed = |place: &Arc<Place>| failed.iter().any(|other| Arc::ptr_eq(other, place));
+        known.list.iter().find(|place| !has_failed(place)).cloned()
     }
 
     /// Asks `place` first from now on, in place of `failed`: unless another took its place meanwhile.
     fn prefer(&self, place: &Arc<Place>, failed: &Arc<Place>) {
-        let mut list = lock(&self.list);
-        if !Arc::ptr_eq(&list[0], failed) {
-            return;
+        {
+            let mut known = lock(&self.known);
+            let position = known.list.iter().position(|other| Arc::ptr_eq(other, place));
+            let (true, Some(position)) = (Arc::ptr_eq(&known.list[0], failed), position) else {
+                return;
+            };
+            known.list[..=position].rotate_right(1);
         }
-        let position = list.iter().position(|other| Arc::ptr_eq(other, place));
-        if let Some(position) = position {
-            list[..=position].rotate_right(1);
-            tracing::warn!(
-                from = %failed.reference,
-                to = %place.reference,
-                "an image is read in another place from now on"
-            );
+        let trouble = lock(&failed.health.trouble).clone().unwrap_or_default();
+        tracing::warn!(
+            from = %failed.reference,
+            to = %place.reference,
+            trouble,
+            "an image is read in another place from now on"
+        );
+        self.write_down();
+    }
+
+    /// Tells the next agent. One that is not told only finds less.
+    pub(super) fn write_down(&self) {
+        let lines = self.list();
+        let lines: String = lines
+            .iter()
+            .map(|place| format!("{}\n", place.reference))
+            .collect();
+        if let Err(error) = fs::write(&self.record, lines) {
+            tracing::debug!(path = %self.record.display(), %error, "an image's places cannot be written down");
         }
     }
+}
+
+/// The places that an earlier agent wrote down.
+pub(super) fn written_down(record: &Path) -> Vec<ImageReference> {
+    let text = fs::read_to_string(record).unwrap_or_default();
+    // Half a line of one that was killed makes no reference, or one that leads nowhere.
+    let places = text.lines().filter_map(|line| line.parse().ok());
+    places.take(PLACES_MAX).collect()
+}
+
+impl Known {
+    fn forget(&mut self, place: &Place) {
+        self.past = add(self.past, place.bytes());
+    }
+}
+
+fn add(sum: (u64, u64), bytes: (u64, u64)) -> (u64, u64) {
+    (sum.0 + bytes.0, sum.1 + bytes.1)
 }
 
 impl BlobStore for Places {
@@ -162,17 +231,18 @@ impl BlobStore for Places {
         into: &mut [u8],
         are_right: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<bool, BlobError> {
-        let places = self.list();
+        let mut failed: Vec<Arc<Place>> = Vec::new();
         let mut troubles = Vec::new();
         let mut last = Ok(false);
         let mut transient = false;
-        for place in &places {
+        // Looked at anew each time: one may have been named while another was waited for.
+        while let Some(place) = self.next_beside(&failed) {
             let read = place.store.read_right(blob, offset, into, are_right);
             let trouble = match &read {
                 Ok(true) => {
                     place.health.is_well();
-                    if !Arc::ptr_eq(place, &places[0]) {
-                        self.prefer(place, &places[0]);
+                    if let Some(first) = failed.first() {
+                        self.prefer(&place, first);
                     }
                     return read;
                 }
@@ -188,9 +258,10 @@ impl BlobStore for Places {
             if last.is_ok() {
                 last = read;
             }
+            failed.push(place);
         }
         match last {
-            Err(_) if places.len() > 1 => Err(BlobError::Unavailable {
+            Err(_) if failed.len() > 1 => Err(BlobError::Unavailable {
                 digest: blob.digest,
                 reason: troubles.join("; "),
                 transient,

@@ -8,7 +8,7 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::manifest::{MANIFEST, MANIFEST_BYTES_MAX};
+use runnel_snapshot::image::manifest::MANIFEST;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::units::ByteRange;
 use rustix::fs::{Mode, OFlags};
@@ -17,7 +17,7 @@ use serde_json::json;
 use super::access::Token;
 use super::body::AnswerBody;
 use super::range::{self, Asked};
-use super::repositories::Repositories;
+use super::repositories::{Repositories, read_manifest};
 use super::route::{self, BadPath, Reference, Route};
 
 const DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
@@ -164,11 +164,12 @@ impl Registry {
             let message = format!("image {name} has no such manifest: ask for /v2/{name}/tags/list");
             return Err(Refusal::new(StatusCode::NOT_FOUND, "MANIFEST_UNKNOWN", message));
         };
-        let bytes = layout.read(&manifest, MANIFEST_BYTES_MAX).map_err(|error| {
+        // Whoever gets a manifest runs a machine from it: one that would stop somewhere is better not started.
+        let bytes = read_manifest(&layout, &manifest).map_err(|error| {
             tracing::warn!(
                 name,
                 error = &error as &dyn std::error::Error,
-                "a manifest cannot be read"
+                "an image is not whole"
             );
             unreadable(name)
         })?;

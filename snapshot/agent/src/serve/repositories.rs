@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use runnel_snapshot::blobs::BlobError;
+use runnel_snapshot::blobs::{Blob, BlobError};
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::{Descriptor, MANIFEST_BYTES_MAX};
 use runnel_snapshot::image::reference::is_name;
@@ -205,7 +205,7 @@ impl Inventory {
 
 /// Why nobody could run an image.
 #[derive(Debug, thiserror::Error)]
-enum UnusableImage {
+pub(super) enum UnusableImage {
     /// What lists its parts.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -228,16 +228,20 @@ struct Parts {
 /// are for those who read it.
 fn look_for_parts(path: &Path) -> Result<(), UnusableImage> {
     let layout = Layout::open(path)?.with_images()?;
-    let look = |blob| {
-        let parts: Parts = serde_json::from_slice(&layout.read(&blob, MANIFEST_BYTES_MAX)?)?;
-        for part in [parts.config].iter().chain(&parts.layers) {
-            layout.open_blob(&part.blob())?;
-        }
-        Ok(())
-    };
+    let look = |blob| read_manifest(&layout, &blob).map(drop);
     let images = layout.images().map(|(blob, _)| look(blob));
     // One that is sound is served; with none, what is wrong with the last says enough.
     images.reduce(Result::or).unwrap_or(Ok(()))
+}
+
+/// Reads a manifest of whose parts none is missing or truncated.
+pub(super) fn read_manifest(layout: &Layout, manifest: &Blob) -> Result<Vec<u8>, UnusableImage> {
+    let bytes = layout.read(manifest, MANIFEST_BYTES_MAX)?;
+    let parts: Parts = serde_json::from_slice(&bytes)?;
+    for part in [parts.config].iter().chain(&parts.layers) {
+        layout.open_blob(&part.blob())?;
+    }
+    Ok(bytes)
 }
 
 /// A name that a repository can have, and that is as near to `name` as can be.

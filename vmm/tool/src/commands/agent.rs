@@ -189,7 +189,7 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
     for image in &status.images {
         if let Some(trouble) = &image.trouble {
             let name = one_line(&image.image, 60);
-            print(&format!("{name} cannot be read: {}\n", one_line(trouble, 400)))?;
+            print(&format!("{name} cannot be read at {}\n", one_line(trouble, 400)))?;
         }
     }
     Ok(Exit::Done)

@@ -214,10 +214,19 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
             .into());
         }
     }
+    let mut removed = String::new();
+    let mut done = Ok(());
     for path in &paths {
-        folder::remove(path)?;
-        print(&format!("removed {}\n", path.display()))?;
+        done = folder::remove(path);
+        if done.is_err() {
+            break;
+        }
+        removed += &format!("removed {}\n", path.display());
     }
+    // At the end: where nobody reads it, the work is done all the same.
+    let told = print(&removed);
+    done?;
+    told?;
     Ok(Exit::Done)
 }
 

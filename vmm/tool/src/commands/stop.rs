@@ -110,6 +110,7 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
             Err(failure) => failures.push(failure),
         }
     }
+    let mut ended = String::new();
     // All were asked at once, so all share the time.
     let deadline = Instant::now() + args.timeout;
     for machine in asked {
@@ -126,13 +127,16 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         };
         if has_ended {
             state.forget(&machine.folder)?;
-            print(&format!("{} has ended\n", machine.folder.name))?;
+            ended += &format!("{} has ended\n", machine.folder.name);
         } else {
             let (name, patience) = (machine.folder.name.clone(), args.timeout);
             failures.push(StopError::StillRuns { name, patience });
         }
     }
+    // At the end: where nobody reads it, the others are waited for all the same.
+    let told = print(&ended);
     let Some(last) = failures.pop() else {
+        told?;
         return Ok(Exit::Done);
     };
     for failure in failures {
@@ -149,15 +153,19 @@ fn ask(machine: &MachineFolder) -> Result<(), StopError> {
         source,
     };
     let info = api.instance_info().map_err(deaf)?;
-    if info.stalled.is_some() {
-        return Err(StopError::Stalled(name.clone()));
+    if info.state == "Paused" {
+        return Err(StopError::Paused(name.clone()));
+    }
+    match &info.stalled {
+        Some(stalled) if stalled.needs_repair => return Err(StopError::Stalled(name.clone())),
+        // It hears of it when what it waits for has come.
+        Some(_) => tell(format_args!("{name} is stalled: it is asked, and waited for")),
+        None => {}
     }
     if api.is_saving_or_loading() {
         tell(format_args!(
             "{name} is being saved or loaded: it is asked after that"
         ));
-    } else if info.state == "Paused" {
-        return Err(StopError::Paused(name.clone()));
     }
     let press = json!({ "action_type": "SendCtrlAltDel" });
     api.put("/actions", &press).map_err(deaf)
