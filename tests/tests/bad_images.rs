@@ -145,6 +145,14 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[!byte[0]], at).unwrap();
 }
 
+/// As `rsync` and `install` do it: another file takes the place.
+fn flip_in_another_file(path: &Path, at: u64) {
+    let beside = path.with_extension("new");
+    fs::copy(path, &beside).unwrap();
+    flip(&beside, at);
+    fs::rename(&beside, path).unwrap();
+}
+
 fn middle(path: &Path) -> u64 {
     fs::metadata(path).unwrap().len() / 2
 }
@@ -320,7 +328,13 @@ fn a_directory_that_is_no_image_and_none_at_all_are_refused() {
 }
 
 /// The guest waits for a chunk that is damaged; then it is repaired, and the guest goes on with the right bytes.
-fn stalls_until_repaired(victim: &Victim, blob: &BlobDigest, at: u64, chunk: Option<ChunkIndex>) {
+fn stalls_until_repaired(
+    victim: &Victim,
+    blob: &BlobDigest,
+    at: u64,
+    chunk: Option<ChunkIndex>,
+    repair: fn(&Path, u64),
+) {
     let path = victim.blob(blob);
     flip(&path, at);
     let mut machine = resumed(&victim.path);
@@ -354,7 +368,7 @@ fn stalls_until_repaired(victim: &Victim, blob: &BlobDigest, at: u64, chunk: Opt
     assert!(!again.exists());
     assert_eq!(about(&machine)["state"], "Running");
 
-    flip(&path, at);
+    repair(&path, at);
     hear(&mut machine, "checkfill=right");
     wait_until("it is stalled no more", || about(&machine)["stalled"].is_null());
     tell(&mut machine, "count:1", "count=4");
@@ -367,7 +381,13 @@ fn stalls_until_repaired(victim: &Victim, blob: &BlobDigest, at: u64, chunk: Opt
 fn a_flipped_byte_in_a_frame_stalls_the_machine_which_goes_on_when_it_is_repaired() {
     let victim = Victim::new();
     let (chunk, start, len) = victim.frame_holding(9 << 20);
-    stalls_until_repaired(&victim, &victim.layer(), start + len / 2, Some(chunk));
+    stalls_until_repaired(
+        &victim,
+        &victim.layer(),
+        start + len / 2,
+        Some(chunk),
+        flip_in_another_file,
+    );
 }
 
 #[test]
@@ -375,7 +395,7 @@ fn a_flipped_byte_in_the_index_stalls_the_machine_which_goes_on_when_it_is_repai
     let victim = Victim::new();
     let index = victim.open().volume(&VolumeName::Memory).unwrap().index.digest;
     let at = middle(&victim.blob(&index));
-    stalls_until_repaired(&victim, &index, at, None);
+    stalls_until_repaired(&victim, &index, at, None, flip);
 }
 
 /// The guest waits for what an index, forged with all its digests, places where it cannot be.

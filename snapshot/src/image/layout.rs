@@ -4,8 +4,9 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -267,14 +268,14 @@ impl Layout {
         &self,
         blobs: impl IntoIterator<Item = Blob>,
     ) -> Result<DirectoryBlobs, BlobError> {
-        let open = |blob: Blob| Ok((blob.digest, self.open_blob(&blob)?));
+        let open = |blob: Blob| Ok((blob.digest, Arc::new(self.open_blob(&blob)?)));
         let files = blobs
             .into_iter()
             .map(open)
             .collect::<Result<HashMap<_, _>, BlobError>>()?;
         Ok(DirectoryBlobs {
-            path: self.path.clone(),
-            files,
+            layout: self.path.clone(),
+            files: RwLock::new(files),
         })
     }
 
@@ -283,41 +284,7 @@ impl Layout {
     /// # Errors
     /// When it is missing or has another length.
     pub fn open_blob(&self, blob: &Blob) -> Result<File, BlobError> {
-        let path = self.blob_path(&blob.digest);
-        let store = || self.path.display().to_string();
-        let file = match open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(BlobError::Missing {
-                    digest: blob.digest,
-                    store: store(),
-                });
-            }
-            Err(source) => {
-                let range = ByteRange {
-                    start: 0,
-                    len: blob.bytes,
-                };
-                return Err(BlobError::Read {
-                    digest: blob.digest,
-                    store: store(),
-                    range,
-                    source,
-                });
-            }
-        };
-        let found = file
-            .metadata()
-            .map_or(0, |meta| if meta.is_file() { meta.len() } else { 0 });
-        if found != blob.bytes {
-            return Err(BlobError::WrongLength {
-                digest: blob.digest,
-                store: store(),
-                expected: blob.bytes,
-                found,
-            });
-        }
-        Ok(file)
+        open_blob(&self.path, blob)
     }
 
     /// Where a blob lies.
@@ -333,11 +300,34 @@ impl Layout {
     }
 }
 
-/// Blobs of a layout, open for reading: an image that is removed while it is in use stays readable.
+/// Blobs of a layout, open for reading: an image that is removed while it is in use stays readable, and one that is
+/// damaged can be repaired by another file in the place of the damaged one.
 #[derive(Debug)]
 pub struct DirectoryBlobs {
-    path: PathBuf,
-    files: HashMap<BlobDigest, File>,
+    layout: PathBuf,
+    files: RwLock<HashMap<BlobDigest, Arc<File>>>,
+}
+
+impl DirectoryBlobs {
+    fn file(&self, blob: &Blob) -> Option<Arc<File>> {
+        let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
+        files.get(&blob.digest).cloned()
+    }
+
+    /// Opens a blob anew if another file has taken its place; whether one has.
+    fn take_replacement(&self, blob: &Blob) -> bool {
+        let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino())).ok();
+        let (Some(old), Ok(new)) = (self.file(blob), open_blob(&self.layout, blob)) else {
+            return false;
+        };
+        if identity(&old) == identity(&new) {
+            return false;
+        }
+        tracing::info!(digest = %blob.digest, "a blob has been replaced");
+        let mut files = self.files.write().unwrap_or_else(PoisonError::into_inner);
+        files.insert(blob.digest, Arc::new(new));
+        true
+    }
 }
 
 impl BlobStore for DirectoryBlobs {
@@ -352,9 +342,8 @@ impl BlobStore for DirectoryBlobs {
                 range,
             });
         }
-        let store = || self.path.display().to_string();
-        let file = self.files.get(&blob.digest);
-        let file = file.ok_or_else(|| BlobError::Missing {
+        let store = || self.layout.display().to_string();
+        let file = self.file(blob).ok_or_else(|| BlobError::Missing {
             digest: blob.digest,
             store: store(),
         })?;
@@ -366,6 +355,59 @@ impl BlobStore for DirectoryBlobs {
                 source,
             })
     }
+
+    fn read_right(
+        &self,
+        blob: &Blob,
+        offset: u64,
+        into: &mut [u8],
+        are_right: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> Result<bool, BlobError> {
+        let read = self.read_range(blob, offset, into).map(|()| are_right(into));
+        if matches!(read, Ok(true)) || !self.take_replacement(blob) {
+            return read;
+        }
+        self.read_range(blob, offset, into)?;
+        Ok(are_right(into))
+    }
+}
+
+fn open_blob(layout: &Path, blob: &Blob) -> Result<File, BlobError> {
+    let path = layout.join(BLOBS).join(blob.digest.hex());
+    let store = || layout.display().to_string();
+    let file = match open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(BlobError::Missing {
+                digest: blob.digest,
+                store: store(),
+            });
+        }
+        Err(source) => {
+            let range = ByteRange {
+                start: 0,
+                len: blob.bytes,
+            };
+            return Err(BlobError::Read {
+                digest: blob.digest,
+                store: store(),
+                range,
+                source,
+            });
+        }
+    };
+    let found = file
+        .metadata()
+        .map_or(0, |meta| if meta.is_file() { meta.len() } else { 0 });
+    if found != blob.bytes {
+        return Err(BlobError::WrongLength {
+            digest: blob.digest,
+            store: store(),
+            expected: blob.bytes,
+            found,
+        });
+    }
+    Ok(file)
 }
 
 /// Opens a regular file for reading; not a link, and without waiting for a FIFO's writer.

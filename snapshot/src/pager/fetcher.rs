@@ -379,6 +379,11 @@ impl Fetcher {
                     queue.fill.got_one();
                     queue.news = true;
                 }
+                if pending.is_hopeless() {
+                    // Somebody has repaired the image.
+                    queue.fill.hurry();
+                    queue.news = true;
+                }
                 if let Some(since) = pending.demanded {
                     self.waits.add(since.elapsed());
                 }
@@ -422,15 +427,13 @@ impl Fetcher {
         }
         let attempts = pending.failed.as_ref().map_or(0, |(_, attempts)| *attempts) + 1;
         // A failure that asking again cannot cure now may be cured by somebody who repairs the store: it is asked
-        // for again too, at the longest pause.
-        let pause = if failure.transient {
-            self.settings
-                .retry_min
-                .saturating_mul(1 << (attempts - 1).min(16))
-                .min(self.settings.retry_max)
+        // for again too, after longer pauses.
+        let (first, last) = if failure.transient {
+            (self.settings.retry_min, self.settings.retry_max)
         } else {
-            self.settings.retry_max
+            (self.settings.retry_max, self.settings.retry_max * 4)
         };
+        let pause = first.saturating_mul(1 << (attempts - 1).min(16)).min(last);
         pending.failed = Some((failure, attempts));
         pending.retry_at = Some(now + pause);
         queue.news = true;

@@ -55,6 +55,14 @@ impl Fill {
         }
     }
 
+    /// What could not be had can be: goes on at once, with what was left behind too.
+    pub(super) fn hurry(&mut self) {
+        self.paused_until = None;
+        if self.has_begun && self.has_gaps {
+            self.begin();
+        }
+    }
+
     /// Begins another round, after a pause, if one is over that left something behind.
     pub(super) fn begin_again_if_need_be(&mut self, now: Instant, settings: &FetcherSettings) {
         let begins = self.has_begun && self.next.is_none() && self.under_way == 0 && self.has_gaps;
@@ -62,5 +70,30 @@ impl Fill {
             self.begin();
             self.paused_until = Some(now + settings.fill_pause);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_fill_that_stands_goes_on_at_once_when_the_image_is_repaired() {
+        let settings = FetcherSettings::default();
+        let now = Instant::now();
+        let mut fill = Fill::default();
+        fill.hurry();
+        assert_eq!(fill.next, None, "nobody has told it to begin");
+        fill.begin();
+        fill.next = None;
+        fill.has_gaps = true;
+        fill.begin_again_if_need_be(now, &settings);
+        assert!(fill.paused_until > Some(now + Duration::from_secs(1)));
+        fill.next = None;
+        fill.has_gaps = true;
+        fill.hurry();
+        assert_eq!((fill.next, fill.paused_until), (Some(FIRST_CHUNK), None));
     }
 }

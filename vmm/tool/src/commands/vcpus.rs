@@ -47,6 +47,11 @@ fn set(machine: &MachineName, state: &str, told: &str) -> Result<Exit, Failure> 
         ));
     }
     api.patch("/vm", &json!({ "state": state }))?;
-    print(&format!("{} {told}\n", machine.folder.name))?;
+    let name = &machine.folder.name;
+    let is_stalled = state == "Resumed" && api.instance_info().is_ok_and(|info| info.stalled.is_some());
+    print(&match is_stalled {
+        true => format!("{name} runs as soon as what it waits for is here: `runnel ps` says what\n"),
+        false => format!("{name} {told}\n"),
+    })?;
     Ok(Exit::Done)
 }
