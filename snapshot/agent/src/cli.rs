@@ -56,7 +56,7 @@ pub struct AgentArguments {
     pub credentials: Option<PathBuf>,
 
     /// Bytes that background fill reads a second, for each image [default: no limit]
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
     pub fill_rate: Option<NonZeroU64>,
 
     /// Seconds that a server may be silent in the middle of an answer
@@ -168,6 +168,12 @@ fn default_drive_folder() -> Option<PathBuf> {
         false => Some(folder_of("HOME")?.join(".cache")),
     })?;
     Some(cache.join("runnel"))
+}
+
+/// A rate in bytes a second, as somebody writes it.
+fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    let rate = text.parse().ok().and_then(NonZeroU64::new);
+    rate.ok_or_else(|| "give bytes a second, without a unit and at least 1, as in 10000000; without --fill-rate there is no limit".to_owned())
 }
 
 #[cfg(test)]

@@ -54,7 +54,9 @@ enum AgentCommandError {
     #[error("no agent answers at {0}: start one with `runnel agent --socket {0}`, or leave --agent out")]
     NotThere(PathBuf),
     /// None runs.
-    #[error("no agent runs: `runnel resume` starts one when it needs one")]
+    #[error(
+        "no agent runs: `runnel resume` starts one when it needs one, and `runnel agent` one for machines that wait for it"
+    )]
     NoneRuns,
     /// One runs already.
     #[error("an agent runs already at {0}: `runnel agent --stop` ends it")]

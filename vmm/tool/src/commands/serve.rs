@@ -32,7 +32,7 @@ Examples:
     runnel serve
     runnel serve web-v1 db-v1
     runnel serve web=./web-v1 --listen 10.0.0.1:5000 --token-file token --tls-cert cert.pem --tls-key key.pem
-    openssl rand -hex 32 > token        makes a token";
+    (umask 077; openssl rand -hex 32 > token)   makes a token that nobody else can read";
 
 /// A name without an image, or the other way round.
 #[derive(Debug, thiserror::Error)]
