@@ -137,6 +137,16 @@ impl Monitor {
         self.console.wait_for_silence(silence)
     }
 
+    /// Types a line, and waits for a line that begins as `answer` does, up to its `=`: it must be `answer`.
+    ///
+    /// # Panics
+    /// When it is another, or none comes.
+    pub fn converse(&mut self, words: &str, answer: &str) {
+        let (key, _) = answer.split_once('=').expect("an answer is key=value");
+        self.type_line(words);
+        assert_eq!(self.wait_for_console(&format!("{key}=")), answer);
+    }
+
     /// Types `text` on the guest's console.
     ///
     /// # Panics

@@ -44,7 +44,7 @@ fn a_guest_goes_on_from_its_image_under_whichever_kernel_the_host_has() {
     match lab::carried().filter(|carried| carried.join("image").exists()) {
         None => {
             let mut guest = booted(folder.path());
-            say(&mut guest, "number=40", "exit=0");
+            guest.converse("number=40", "exit=0");
             save(&guest, &out, 40);
             println!("saved under {}", here.trim());
         }
@@ -64,16 +64,11 @@ fn a_guest_goes_on_from_its_image_under_whichever_kernel_the_host_has() {
 fn booted(folder: &Path) -> Monitor {
     let disk = folder.join("disk");
     File::create(&disk).unwrap().set_len(8 << 20).unwrap();
-    let config = folder.join("config.json");
-    let guest = LinuxGuest::new("6.12-cloud", "kernel,write:vda:runnel,shell")
+    let mut monitor = LinuxGuest::new("6.12-cloud", "kernel,write:vda:runnel,shell")
         .vcpus(2)
         .drive("data", &disk, false)
-        .entropy();
-    fs::write(&config, guest.config().to_string()).unwrap();
-    let mut monitor = Monitor::start_at(
-        &folder.join("boot.sock"),
-        &["--config-file", config.to_str().unwrap()],
-    );
+        .entropy()
+        .start_with_api(folder);
     assert_eq!(monitor.wait_for_console("kernel.cpus="), "kernel.cpus=2");
     assert_eq!(monitor.wait_for_console("write.vda="), "write.vda=ok");
     monitor.wait_for_console("shell=ready");
@@ -87,16 +82,14 @@ fn go_on(from: &Path, folder: &Path, number: u32) -> Monitor {
     monitor.wait_for_log("Listening on API socket");
     let load = json!({"image": from.join("image"), "resume_vm": true});
     monitor.demand("PUT", "/snapshot/load", &load);
-    say(
-        &mut monitor,
+    monitor.converse(
         "number=$((number + 1)); echo number=$number",
         &format!("number={number}"),
     );
     let of_pattern = "p=$(yes runnel | head -c 1048576 | md5sum | cut -d' ' -f1)";
     let of_disk = "d=$(dd if=/dev/vda bs=64k skip=16 count=16 2>/dev/null | md5sum | cut -d' ' -f1)";
     let compare = "[ $p = $d ] && echo disk=same || echo disk=differs";
-    say(
-        &mut monitor,
+    monitor.converse(
         &format!("echo 3 >/proc/sys/vm/drop_caches; {of_pattern}; {of_disk}; {compare}"),
         "disk=same",
     );
@@ -116,10 +109,4 @@ fn saved_number(folder: &Path) -> u32 {
         .unwrap()
         .parse()
         .unwrap()
-}
-
-fn say(monitor: &mut Monitor, words: &str, answer: &str) {
-    let (key, _) = answer.split_once('=').unwrap();
-    monitor.type_line(words);
-    assert_eq!(monitor.wait_for_console(&format!("{key}=")), answer);
 }

@@ -8,7 +8,7 @@
     reason = "without the standard harness clippy takes this for no test"
 )]
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -92,11 +92,7 @@ fn a_guest_goes_on_from_another_hosts_image_before_it_has_arrived() {
     guest.demand("PUT", "/snapshot/load", &load);
 
     // It runs on from where it was, and knows what time it is, before the rest is here.
-    say(
-        &mut guest,
-        "number=$((number + 1)); echo number=$number",
-        "number=41",
-    );
+    guest.converse("number=$((number + 1)); echo number=$number", "number=41");
     let arrived = hosts.target().bytes_received() - arrived_before;
     println!("its first words needed {} KiB", arrived >> 10);
     let passed = wall(&mut guest) - saved_at;
@@ -114,11 +110,7 @@ fn a_guest_goes_on_from_another_hosts_image_before_it_has_arrived() {
     server.stop();
     drop(agent);
     assert_eq!(content(&mut guest), before);
-    say(
-        &mut guest,
-        "number=$((number + 1)); echo number=$number",
-        "number=42",
-    );
+    guest.converse("number=$((number + 1)); echo number=$number", "number=42");
     assert!(guest.demand("GET", "/", &Value::Null)["stalled"].is_null());
 }
 
@@ -138,21 +130,15 @@ fn booted(folder: &Path) -> Monitor {
         .unwrap()
         .set_len((HELD_MIB + 8) << 20)
         .unwrap();
-    let config = folder.join("config.json");
-    let guest = LinuxGuest::new("6.12-cloud", "kernel,shell")
+    let mut monitor = LinuxGuest::new("6.12-cloud", "kernel,shell")
         .vcpus(2)
         .drive("data", &disk, false)
-        .entropy();
-    fs::write(&config, guest.config().to_string()).unwrap();
-    let mut monitor = Monitor::start_at(
-        &folder.join("boot.sock"),
-        &["--config-file", config.to_str().unwrap()],
-    );
+        .entropy()
+        .start_with_api(folder);
     monitor.wait_for_console("shell=ready");
     let random = format!("dd if=/dev/urandom bs=1M count={HELD_MIB} 2>/dev/null");
-    say(
-        &mut monitor,
-        &format!("{random} of=/held; {random} of=/dev/vda; sync; number=40; echo held=$?"),
+    monitor.converse(
+        &format!("number=40; {random} of=/held && {random} of=/dev/vda && sync; echo held=$?"),
         "held=0",
     );
     monitor
@@ -180,10 +166,4 @@ fn wall(guest: &mut Monitor) -> Duration {
     guest.type_line("echo wall=$(date +%s)");
     let shown = guest.wait_for_console("wall=");
     Duration::from_secs(shown.strip_prefix("wall=").unwrap().parse().unwrap())
-}
-
-fn say(guest: &mut Monitor, words: &str, answer: &str) {
-    let (key, _) = answer.split_once('=').unwrap();
-    guest.type_line(words);
-    assert_eq!(guest.wait_for_console(&format!("{key}=")), answer);
 }

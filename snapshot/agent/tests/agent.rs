@@ -4,186 +4,22 @@
 
 mod wire;
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
-use runnel_agent::agent::{Agent, AgentError, AgentSettings, PagesError};
-use runnel_agent::remote::RemoteSettings;
+use runnel_agent::agent::{Agent, AgentError, PagesError};
 use runnel_snapshot::index::SEGMENT_VOLUME_BYTES;
-use runnel_snapshot::protocol::{self, AgentSource, ConnectError, Opening};
-use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, Urgency, VolumeId};
-use runnel_snapshot::units::ChunkIndex;
-use tempfile::TempDir;
+use runnel_snapshot::protocol::{self, ConnectError};
+use runnel_snapshot::source::{Arrived, PageSource, Urgency};
 use wire::fixture::{CHUNK, chunk_of};
-use wire::scripted::{Reply, Request, Scripted};
+use wire::host::{Home, LONG, ids, registry, registry_at_times};
+use wire::scripted::Reply;
 use wire::{Stored, serve};
-
-/// Longer than anything takes: only a test that has failed waits for it.
-const LONG: Duration = Duration::from_secs(60);
-
-/// An agent's directories, which outlive it.
-struct Home(TempDir);
-
-impl Home {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.0.path().join("agent.sock")
-    }
-
-    fn settings(&self) -> AgentSettings {
-        let folder = |name| self.0.path().join(name);
-        AgentSettings {
-            remote: RemoteSettings {
-                connections_ahead: 0,
-                idle_deadline: LONG,
-                ..RemoteSettings::default()
-            },
-            ..AgentSettings::new(self.socket(), folder("memory"), folder("drives"))
-        }
-    }
-
-    fn start(&self) -> Agent {
-        Agent::start(self.settings()).unwrap()
-    }
-
-    fn machine(&self, image: &str) -> Result<Machine, ConnectError> {
-        let source = AgentSource::open(Opening {
-            agent: self.socket(),
-            image: image.to_owned(),
-            machine: "test".to_owned(),
-            deadline: LONG,
-        })?;
-        let (sender, answers) = channel();
-        source.deliver_to(Arc::new(Answers(Mutex::new(sender))));
-        Ok(Machine { source, answers })
-    }
-}
-
-type Answer = (u64, Result<Arrived, ChunkFailure>);
-
-struct Answers(Mutex<Sender<Answer>>);
-
-impl ChunkSink for Answers {
-    fn arrived(&self, chunk: ChunkId, what: Arrived) {
-        let _ = self.0.lock().unwrap().send((chunk.chunk.0, Ok(what))); // the test may have ended
-    }
-
-    fn failed(&self, chunk: ChunkId, failure: ChunkFailure) {
-        let _ = self.0.lock().unwrap().send((chunk.chunk.0, Err(failure)));
-    }
-}
-
-/// A monitor, as far as the agent can tell.
-struct Machine {
-    source: AgentSource,
-    answers: Receiver<Answer>,
-}
-
-fn ids(chunks: &[u64]) -> Vec<ChunkId> {
-    let id = |number: &u64| ChunkId {
-        volume: VolumeId(0),
-        chunk: ChunkIndex(*number),
-    };
-    chunks.iter().map(id).collect()
-}
-
-impl Machine {
-    fn ask(&self, chunks: &[u64]) {
-        self.source.ask(&ids(chunks), Urgency::Demand);
-    }
-
-    fn answer(&self) -> Answer {
-        self.answers.recv_timeout(LONG).unwrap()
-    }
-
-    /// Asks for a chunk until it is there.
-    fn gets(&self, chunk: u64) {
-        let begun = Instant::now();
-        loop {
-            self.ask(&[chunk]);
-            match self.answer() {
-                (_, Ok(what)) => return assert_eq!(what, Arrived::Data),
-                (_, Err(failure)) => assert!(failure.transient && begun.elapsed() < LONG, "{failure}"),
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    fn answers(&self, count: usize) -> Vec<Answer> {
-        let mut answers: Vec<Answer> = (0..count).map(|_| self.answer()).collect();
-        answers.sort_by_key(|answer| answer.0);
-        answers
-    }
-
-    fn page_file(&self) -> Arc<File> {
-        self.source.page_file(VolumeId(0))
-    }
-
-    /// Whether the page file has the chunk.
-    fn has(&self, chunk: u64, content: u8) -> bool {
-        let mut bytes = vec![0; CHUNK];
-        self.page_file()
-            .read_exact_at(&mut bytes, chunk * CHUNK as u64)
-            .unwrap();
-        bytes == chunk_of(content)
-    }
-}
-
-/// A registry of one image, all of whose volumes come with wrong bytes: layers and indexes.
-fn damaged_registry(stored: &Stored) -> Scripted {
-    let image = stored.open();
-    let blobs = image.manifest.blobs();
-    let files: Vec<_> = blobs
-        .iter()
-        .map(|blob| {
-            let mut bytes = stored.bytes_of(blob);
-            if blob.digest != image.manifest.state.digest {
-                bytes.iter_mut().for_each(|byte| *byte ^= 0x10);
-            }
-            (format!("/v2/web/blobs/{}", blob.digest), bytes)
-        })
-        .collect();
-    let manifest = stored.bytes_of(&stored.manifest);
-    Scripted::start(move |request| {
-        if request.target.starts_with("/v2/web/manifests/") {
-            return Reply::ok(&manifest);
-        }
-        match files.iter().find(|(path, _)| *path == request.target) {
-            Some((_, bytes)) => Reply::part(request, bytes),
-            None => Reply::status("404 Not Found", &[]),
-        }
-    })
-}
-
-/// A registry of one image, whose layer is answered as the script says.
-fn registry(stored: &Stored, layer: impl Fn(&Request, &[u8]) -> Reply + Send + Sync + 'static) -> Scripted {
-    let image = stored.open();
-    let mut files: Vec<(String, Vec<u8>)> = Vec::new();
-    for blob in image.manifest.blobs() {
-        files.push((format!("/v2/web/blobs/{}", blob.digest), stored.bytes_of(&blob)));
-    }
-    let layer_path = format!("/v2/web/blobs/{}", image.manifest.volumes[0].layers[0].digest);
-    let manifest = stored.bytes_of(&stored.manifest);
-    Scripted::start(move |request| {
-        if request.target.starts_with("/v2/web/manifests/") {
-            return Reply::ok(&manifest);
-        }
-        match files.iter().find(|(path, _)| *path == request.target) {
-            Some((path, bytes)) if *path == layer_path => layer(request, bytes),
-            Some((_, bytes)) => Reply::part(request, bytes),
-            None => Reply::status("404 Not Found", &[]),
-        }
-    })
-}
 
 #[test]
 fn a_machine_gets_the_image_of_a_server_over_the_socket() {
@@ -403,7 +239,7 @@ struct Program(Child);
 
 impl Program {
     fn start(home: &Home) -> Self {
-        let folder = |name: &str| home.0.path().join(name);
+        let folder = |name: &str| home.path().join(name);
         let child = Command::new(env!("CARGO_BIN_EXE_runnel-agent"))
             .arg("--socket")
             .arg(home.socket())
@@ -465,10 +301,10 @@ fn half_a_chunk_that_a_killed_agent_left_is_fetched_anew() {
     let stored = Stored::new();
     let server = serve(&[&stored.path()]);
     let home = Home::new();
-    let folder = home.0.path().join("memory").join(stored.manifest.digest.hex());
+    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
     fs::create_dir_all(&folder).unwrap();
     let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    fs::set_permissions(home.0.path().join("memory"), private).unwrap();
+    fs::set_permissions(home.path().join("memory"), private).unwrap();
     // As if it had been killed in the middle of writing.
     fs::write(folder.join("memory"), &chunk_of(1)[..CHUNK / 3]).unwrap();
     let _agent = home.start();
@@ -505,14 +341,8 @@ fn wrong_bytes_never_reach_the_page_file() {
 #[test]
 fn a_server_that_goes_away_is_a_transient_failure_and_the_chunk_comes_when_it_is_back() {
     let stored = Stored::new();
-    let away = Arc::new(AtomicBool::new(true));
-    let is_away = Arc::clone(&away);
-    let server = registry(&stored, move |request, bytes| {
-        match is_away.load(Ordering::SeqCst) {
-            true => Reply::Close(Vec::new()),
-            false => Reply::part(request, bytes),
-        }
-    });
+    let (server, away) = registry_at_times(&stored);
+    away.store(true, Ordering::SeqCst);
     let home = Home::new();
     let _agent = home.start();
     let machine = home.machine(&format!("{}/web", server.base())).unwrap();
@@ -522,158 +352,6 @@ fn a_server_that_goes_away_is_a_transient_failure_and_the_chunk_comes_when_it_is
     away.store(false, Ordering::SeqCst);
     machine.ask(&[3]);
     assert_eq!(machine.answer(), (3, Ok(Arrived::Data)));
-}
-
-#[test]
-fn an_image_is_read_where_it_was_named_last_and_elsewhere_when_that_fails() {
-    let stored = Stored::new();
-    let gone = Arc::new(AtomicBool::new(false));
-    let is_gone = Arc::clone(&gone);
-    let old = registry(&stored, |_, _| Reply::Close(Vec::new()));
-    let new = registry(&stored, move |request, bytes| {
-        match is_gone.load(Ordering::SeqCst) {
-            true => Reply::Close(Vec::new()),
-            false => Reply::part(request, bytes),
-        }
-    });
-    let home = Home::new();
-    let agent = home.start();
-    let first = home.machine(&format!("{}/web", old.base())).unwrap();
-    first.ask(&[3]);
-    assert!(first.answer().1.unwrap_err().transient);
-    assert!(agent.status().images[0].trouble.is_some());
-
-    // Another machine, and the same image in a place that delivers.
-    let second = home.machine(&format!("{}/web", new.base())).unwrap();
-    first.ask(&[3]);
-    assert_eq!(first.answer(), (3, Ok(Arrived::Data)));
-    let status = agent.status();
-    assert_eq!(status.images.len(), 1);
-    assert_eq!(status.images[0].image, format!("{}/web", new.base()));
-    let trouble = status.images[0].trouble.clone().unwrap();
-    assert!(
-        trouble.contains(&old.base()) && !trouble.contains(&new.base()),
-        "{trouble}"
-    );
-
-    // Neither delivers: both are named, and it passes when one does again.
-    gone.store(true, Ordering::SeqCst);
-    second.ask(&[4]);
-    let failure = second.answer().1.unwrap_err();
-    assert!(failure.transient);
-    for server in [&old, &new] {
-        assert!(failure.reason.contains(&server.base()), "{failure}");
-    }
-    gone.store(false, Ordering::SeqCst);
-    second.ask(&[4]);
-    assert_eq!(second.answer(), (4, Ok(Arrived::Data)));
-}
-
-#[test]
-fn wrong_bytes_of_one_place_are_read_again_in_another() {
-    let stored = Stored::new();
-    let damaged = damaged_registry(&stored);
-    let sound = serve(&[&stored.path()]);
-    let sound = format!("http://{}/web", sound.address());
-    for newest_is_damaged in [false, true] {
-        let home = Home::new();
-        let agent = home.start();
-        let machine = home.machine(&format!("{}/web", damaged.base())).unwrap();
-        machine.ask(&[0, 4]);
-        for (_, answer) in machine.answers(2) {
-            assert!(!answer.unwrap_err().transient);
-        }
-        let _second = home.machine(&sound).unwrap();
-        if newest_is_damaged {
-            let _third = home.machine(&format!("{}/web", damaged.base())).unwrap();
-        }
-        machine.ask(&[0, 3, 4]);
-        let data = |chunk| (chunk, Ok(Arrived::Data));
-        assert_eq!(machine.answers(3), [data(0), data(3), data(4)]);
-        assert!(machine.has(0, 1) && machine.has(3, 2));
-        // Where right bytes came from is asked first from then on.
-        assert_eq!(agent.status().images[0].image, sound);
-    }
-}
-
-#[test]
-fn a_new_place_of_a_pinned_image_is_used_too_and_waited_for_by_nobody() {
-    let stored = Stored::new();
-    let old = registry(&stored, |_, _| Reply::Close(Vec::new()));
-    let new = serve(&[&stored.path()]);
-    let home = Home::new();
-    let _agent = home.start();
-    let machine = home.machine(&format!("{}/web", old.base())).unwrap();
-    let pinned = |base: &str| format!("{base}/web@{}", stored.manifest.digest);
-    // Nobody is there, and the machine is none the worse for it.
-    home.machine(&pinned("http://127.0.0.1:1")).unwrap();
-    home.machine(&pinned(&format!("http://{}", new.address())))
-        .unwrap();
-    machine.gets(3);
-}
-
-#[test]
-fn a_place_that_is_named_again_is_looked_at_again() {
-    let stored = Stored::new();
-    let (layer, sound) = stored.layer();
-    let path = stored.path().join("blobs/sha256").join(layer.digest.hex());
-    let put_in_place = |bytes: &[u8]| {
-        let beside = path.with_extension("new");
-        fs::write(&beside, bytes).unwrap();
-        fs::rename(&beside, &path).unwrap();
-    };
-    put_in_place(&vec![0x5a; sound.len()]);
-    let home = Home::new();
-    let _agent = home.start();
-    let image = stored.path();
-    let image = image.to_str().unwrap();
-    let machine = home.machine(image).unwrap();
-    machine.ask(&[3]);
-    assert!(!machine.answer().1.unwrap_err().transient);
-    put_in_place(&sound);
-    let _again = home.machine(image).unwrap();
-    machine.ask(&[3]);
-    assert_eq!(machine.answer(), (3, Ok(Arrived::Data)));
-}
-
-#[test]
-fn the_next_agent_knows_the_places_that_the_last_one_knew() {
-    let stored = Stored::new();
-    let old = serve(&[&stored.path()]);
-    let new = serve(&[&stored.path()]);
-    let home = Home::new();
-    let agent = home.start();
-    let machine = home.machine(&format!("http://{}/web", old.address())).unwrap();
-    let other = home.machine(&format!("http://{}/web", new.address())).unwrap();
-    machine.ask(&[0]);
-    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
-    // Where the machine began is gone, and so is the machine that knew of the other place.
-    old.stop();
-    agent.stop();
-    drop(other);
-    let agent = home.start();
-    machine.gets(3);
-    let status = agent.status();
-    assert_eq!(
-        status.images[0].image,
-        format!("http://{}/web@{}", new.address(), stored.manifest.digest)
-    );
-}
-
-#[test]
-fn a_machine_that_comes_back_does_not_put_its_place_before_the_one_that_delivers() {
-    let stored = Stored::new();
-    let old = serve(&[&stored.path()]);
-    let new = serve(&[&stored.path()]);
-    let home = Home::new();
-    let agent = home.start();
-    let machine = home.machine(&format!("http://{}/web", old.address())).unwrap();
-    let _other = home.machine(&format!("http://{}/web", new.address())).unwrap();
-    agent.stop();
-    let agent = home.start();
-    machine.gets(3);
-    let read_at = &agent.status().images[0].image;
-    assert!(read_at.contains(&new.address().to_string()), "{read_at}");
 }
 
 #[test]
@@ -699,7 +377,7 @@ fn two_agents_do_not_share_their_directories() {
     let home = Home::new();
     let _agent = home.start();
     let mut settings = home.settings();
-    settings.socket = home.0.path().join("other.sock");
+    settings.socket = home.path().join("other.sock");
     assert!(matches!(
         Agent::start(settings),
         Err(AgentError::Pages(PagesError::InUse(_)))
@@ -717,7 +395,7 @@ fn an_image_that_no_machine_uses_is_dropped_and_its_page_files_are_removed() {
     let machine = home.machine(&image).unwrap();
     machine.ask(&[0]);
     assert_eq!(machine.answer().0, 0);
-    let folder = home.0.path().join("memory").join(stored.manifest.digest.hex());
+    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
     let page_file = machine.page_file();
     assert!(folder.join("memory").is_file());
     drop(machine.source);
@@ -740,7 +418,7 @@ fn a_stopped_agent_leaves_the_files_of_machines_and_nothing_else() {
     let home = Home::new();
     let agent = home.start();
     let image = stored.path().to_str().unwrap().to_owned();
-    let folder = home.0.path().join("memory").join(stored.manifest.digest.hex());
+    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
     let machine = home.machine(&image).unwrap();
     agent.stop();
     assert!(folder.exists(), "the machine comes back for it");

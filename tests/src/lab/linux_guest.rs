@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::{evidence, program, thing};
+use crate::monitor::Monitor;
 
 /// How long a line may take: a software CPU that shares its cores boots a kernel in half a minute.
 const LINE_DEADLINE: Duration = Duration::from_secs(120);
@@ -116,6 +117,18 @@ impl LinuxGuest {
             config["entropy"] = json!({});
         }
         config
+    }
+
+    /// Starts it with an API, in `folder`; its console is the monitor's standard input and output.
+    ///
+    /// # Panics
+    /// When the monitor cannot be started.
+    #[must_use]
+    pub fn start_with_api(&self, folder: &Path) -> Monitor {
+        let config = folder.join("config.json");
+        std::fs::write(&config, self.config().to_string()).expect("the configuration is written");
+        let config = config.to_str().expect("its path is text");
+        Monitor::start_at(&folder.join("boot.sock"), &["--config-file", config])
     }
 
     /// Starts it, without an API; its console is the monitor's standard input and output.

@@ -7,6 +7,7 @@
 
 #[path = "../../../tests/fixture/mod.rs"]
 pub(crate) mod fixture;
+pub(crate) mod host;
 pub(crate) mod scripted;
 
 use std::io::{Read, Write};
