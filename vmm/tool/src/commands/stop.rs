@@ -63,7 +63,7 @@ enum StopError {
 /// Ask guests to shut down, as Ctrl-Alt-Del does, and wait until they have
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Whether a guest shuts down is its own decision. One that stands still or is stalled cannot. If one of the names is no
+Whether a guest shuts down is its own decision. One that is paused, or stalled for good, cannot. If one of the names is no
 machine's, none is asked.
 
 Examples:
