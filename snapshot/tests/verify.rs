@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::digest::ChunkDigest;
+use runnel_snapshot::image::ImageError;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::manifest::{ImageVolume, ManifestDraft};
 use runnel_snapshot::image::publication::Publication;
@@ -34,7 +35,10 @@ fn check(target: &Path) -> Report {
 
 /// Everything that was found, as people read it.
 fn findings(target: &Path) -> String {
-    let report = check(target);
+    findings_of(&check(target))
+}
+
+fn findings_of(report: &Report) -> String {
     report
         .findings
         .iter()
@@ -164,6 +168,8 @@ struct Forgery {
     frames: Vec<(Vec<u8>, usize)>,
     entries: Vec<Entry>,
     first_chunk: Option<StoredChunk>,
+    /// The format version of the machine state.
+    state_version: u32,
 }
 
 fn zeros(content: usize) -> (Vec<u8>, usize) {
@@ -200,6 +206,7 @@ impl Forgery {
             frames,
             entries,
             first_chunk: None,
+            state_version: MachineState::new(0, Vec::new()).format_version,
         }
     }
 
@@ -239,6 +246,7 @@ impl Forgery {
             .first_chunk
             .map(|stored| FirstChunk::new(VolumeName::Memory, ChunkIndex(0), stored));
         state.first_chunks.extend(first);
+        state.format_version = self.state_version;
         let state = publication.add(&state.encode().unwrap()).unwrap();
         let draft = ManifestDraft {
             state,
@@ -283,6 +291,28 @@ fn forged_images_are_found_out_although_every_digest_is_right() {
     };
     forgery.first_chunk = Some(stored);
     assert!(forgery.findings().contains("chunk 0 of memory"));
+}
+
+#[test]
+fn an_image_of_a_newer_runnel_is_not_judged_and_not_called_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut forgery = Forgery::honest();
+    forgery.state_version += 1;
+    let target = forgery.write(folder.path());
+    let refusal = |what: &str| {
+        let layout = Layout::open(&target).map_err(ImageError::from);
+        let report = layout.and_then(|layout| verify(&layout, &Wanted::Only, 2, &VerifyProgress::default()));
+        let error = report.map(|report| findings_of(&report)).unwrap_err();
+        let reason = error.to_string();
+        assert!(
+            reason.contains(what) && reason.contains("newer Runnel"),
+            "{reason}"
+        );
+        assert!(!error.is_damage(), "{reason}");
+    };
+    refusal("format version 2");
+    fs::write(target.join("oci-layout"), r#"{"imageLayoutVersion":"1.1.0"}"#).unwrap();
+    refusal("layout of version \"1.1.0\"");
 }
 
 #[test]

@@ -316,7 +316,7 @@ fn answers_in_chunks_are_put_together() {
 #[test]
 fn wrong_answers_are_failures_with_a_reason() {
     type Script = fn(&Request, &[u8]) -> Reply;
-    let wrong: [(&str, bool, Script); 13] = [
+    let wrong: [(&str, bool, Script); 14] = [
         ("too early", true, |_, bytes| {
             let range = format!("Content-Range: bytes 5-24/{}", bytes.len());
             let whole = message("206 Partial Content", &[&range], &bytes[5..25]);
@@ -330,6 +330,12 @@ fn wrong_answers_are_failures_with_a_reason() {
         ("reading an answer", true, |_, bytes| {
             let range = format!("Content-Range: bytes 5-24/{}", bytes.len());
             Reply::Hang(message("206 Partial Content", &[&range], &bytes[5..25])[..100].to_vec())
+        }),
+        ("too slowly", true, |request, bytes| {
+            let (Reply::Keep(part) | Reply::Close(part)) = Reply::part(request, bytes) else {
+                unreachable!("a part is sent at once");
+            };
+            Reply::Trickle(part, Duration::from_millis(50))
         }),
         ("0 to 19", true, |_, bytes| {
             let range = format!("Content-Range: bytes 0-19/{}", bytes.len());

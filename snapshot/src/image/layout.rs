@@ -30,6 +30,8 @@ pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// The longest `oci-layout`.
 const MARKER_BYTES_MAX: u64 = 4 << 10;
+/// The version that [`MARKER`] gives.
+const LAYOUT_VERSION: &str = "1.0.0";
 /// The longest `index.json`: some thousands of images.
 pub const INDEX_JSON_BYTES_MAX: u64 = 4 << 20;
 
@@ -52,6 +54,16 @@ pub enum LayoutError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// The layout is of another version of the OCI image specification.
+    #[error(
+        "{path} is of an image layout of version {found:?}, and this Runnel reads {LAYOUT_VERSION:?}: use a newer Runnel"
+    )]
+    Newer {
+        /// The file that says so.
+        path: PathBuf,
+        /// Which version.
+        found: String,
     },
     /// No image, or not the one that was asked for.
     #[error("{path} holds no image {wanted}: it has {present}")]
@@ -184,12 +196,10 @@ impl Layout {
     pub fn open(path: &Path) -> Result<Self, LayoutError> {
         let (file, _) = MARKER;
         let marker: Marker = read_json(&path.join(file), MARKER_BYTES_MAX)?;
-        if marker.image_layout_version != "1.0.0" {
-            let found: String = marker.image_layout_version.chars().take(40).collect();
-            let reason = format!("layout version {found:?} is not 1.0.0");
-            return Err(LayoutError::Malformed {
+        if marker.image_layout_version != LAYOUT_VERSION {
+            return Err(LayoutError::Newer {
                 path: path.join(file),
-                reason,
+                found: marker.image_layout_version.chars().take(40).collect(),
             });
         }
         Ok(Self {

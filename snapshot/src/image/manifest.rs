@@ -77,6 +77,14 @@ pub enum ManifestError {
         /// What is wrong.
         reason: String,
     },
+    /// A descriptor is of a kind that a later version brings.
+    #[error("blob {digest} of the manifest: {what}, which this Runnel does not read: use a newer one")]
+    Newer {
+        /// The blob.
+        digest: BlobDigest,
+        /// What it is.
+        what: String,
+    },
     /// A volume lacks something.
     #[error("volume {volume} of the manifest: {reason}")]
     Volume {
@@ -408,15 +416,19 @@ fn read_descriptor(
             reason,
         })
     };
+    let newer = |what: String| {
+        Err(ManifestError::Newer {
+            digest: descriptor.digest,
+            what,
+        })
+    };
     match descriptor.media_type.as_str() {
         LAYER => match descriptor.annotations.get(LAYER_KIND).map(String::as_str) {
             Some(FULL) if parts.layers.is_empty() => parts.layers.push(descriptor.blob()),
             Some(FULL) => return refuse(format!("it is a second full layer of volume {volume}")),
             kind => {
                 let kind = kind.unwrap_or("no").chars().take(40).collect::<String>();
-                return refuse(format!(
-                    "it is a layer of {kind} kind, which this Runnel does not read: use a newer one"
-                ));
+                return newer(format!("it is a layer of {kind} kind"));
             }
         },
         INDEX => {
@@ -431,9 +443,7 @@ fn read_descriptor(
         }
         other => {
             let other: String = other.chars().take(100).collect();
-            return refuse(format!(
-                "its media type is {other:?}, which this Runnel does not read: use a newer one"
-            ));
+            return newer(format!("its media type is {other:?}"));
         }
     }
     Ok(())

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use crate::blobs::{BlobError, BlobStore, read_verified};
 use crate::digest::BlobDigest;
-use crate::index::IndexReader;
+use crate::index::{IndexReader, RootError};
 use crate::state::{MachineState, STATE_BYTES_MAX, StateError};
 use crate::volume::VolumeName;
 pub use first_chunks::MisplacedChunk;
@@ -69,7 +69,16 @@ impl ImageError {
             }
             Self::Layout(LayoutError::NoSuchImage { .. } | LayoutError::Empty(_)) => false,
             // It is of another kind, or newer.
-            Self::Manifest(ManifestError::Kind { .. }) => false,
+            Self::Layout(LayoutError::Newer { .. })
+            | Self::Manifest(
+                ManifestError::Kind { .. }
+                | ManifestError::Newer { .. }
+                | ManifestError::Root {
+                    source: RootError::Newer(_),
+                    ..
+                },
+            )
+            | Self::State(StateError::Newer { .. }) => false,
             _ => true,
         }
     }

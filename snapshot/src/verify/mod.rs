@@ -200,7 +200,7 @@ struct Verification<'a> {
 /// Verifies one image of a layout with so many threads.
 ///
 /// # Errors
-/// When there is no manifest to begin with; everything else is a finding.
+/// When there is no manifest to begin with, or a newer Runnel wrote the image; everything else is a finding.
 pub fn verify(
     layout: &Layout,
     wanted: &Wanted,
@@ -209,6 +209,7 @@ pub fn verify(
 ) -> Result<Report, ImageError> {
     let descriptor = layout.choose(wanted)?;
     let manifest = ImageManifest::parse(&layout.read(&descriptor, MANIFEST_BYTES_MAX)?)?;
+    refuse_newer_state(layout, &manifest.state)?;
     let blobs = manifest.blobs();
     let layers = manifest.volumes.iter().flat_map(|volume| &volume.layers);
     let total = blobs
@@ -248,6 +249,18 @@ pub fn verify(
         volume_bytes: verification.volume_bytes.into_inner(),
         cancelled: progress.is_cancelled(),
     })
+}
+
+/// Fails if the machine state is sound as a blob and of a version that this Runnel cannot judge.
+fn refuse_newer_state(layout: &Layout, state: &Blob) -> Result<(), ImageError> {
+    let read = layout
+        .open_blobs_or_missing([*state])
+        .and_then(|store| read_verified(&store, state, STATE_BYTES_MAX));
+    match read.map(|bytes| MachineState::decode(&bytes)) {
+        Ok(Err(newer @ StateError::Newer { .. })) => Err(newer.into()),
+        // What else is wrong is found when it is looked at.
+        _ => Ok(()),
+    }
 }
 
 impl Verification<'_> {

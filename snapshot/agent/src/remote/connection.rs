@@ -19,6 +19,10 @@ use crate::traffic::Traffic;
 /// The most addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
 
+/// What a server sends a second at least, on each connection, beyond what it may be silent for: one that trickles is as
+/// useless as one that is silent. A link that crawls at 100 kB/s gives each of 24 readers four times as much.
+const SLOWEST_BYTES_PER_SECOND: u64 = 1 << 10;
+
 /// What a connection is opened with.
 #[derive(Clone)]
 pub(super) struct Dial {
@@ -38,6 +42,44 @@ pub(super) struct Connection {
     /// Whether a request was answered on it before: then it may have been closed meanwhile, which means nothing.
     pub(super) used: bool,
     window: Window,
+    pace: Pace,
+}
+
+/// How fast an answer comes.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    /// How long nothing need come.
+    idle_deadline: Duration,
+    asked_at: Instant,
+    bytes: u64,
+}
+
+impl Pace {
+    fn new(idle_deadline: Duration, now: Instant) -> Self {
+        Self {
+            idle_deadline,
+            asked_at: now,
+            bytes: 0,
+        }
+    }
+
+    /// Something is asked for.
+    fn begin(&mut self, now: Instant) {
+        *self = Self::new(self.idle_deadline, now);
+    }
+
+    /// So many bytes more have come; fails if that was too slow.
+    fn received(&mut self, bytes: usize, now: Instant) -> io::Result<()> {
+        self.bytes = self.bytes.saturating_add(bytes as u64);
+        let earned = Duration::from_secs_f64(self.bytes as f64 / SLOWEST_BYTES_PER_SECOND as f64);
+        let passed = now.saturating_duration_since(self.asked_at);
+        if passed <= self.idle_deadline.saturating_add(earned) {
+            return Ok(());
+        }
+        let (bytes, seconds) = (self.bytes, passed.as_secs());
+        let reason = format!("it sends too slowly: {bytes} bytes in {seconds} s");
+        Err(io::Error::new(io::ErrorKind::TimedOut, reason))
+    }
 }
 
 /// How much a server may have sent and not yet acknowledged, as far as it can be guessed from here: its congestion
@@ -121,6 +163,7 @@ impl Dial {
             ahead: Vec::new(),
             used: false,
             window: Window::new(Instant::now()),
+            pace: Pace::new(self.idle_deadline, Instant::now()),
         })
     }
 
@@ -233,6 +276,7 @@ impl Connection {
 
     /// Sends a request's head in one piece.
     pub(super) fn send(&mut self, head: &[u8]) -> io::Result<()> {
+        self.pace.begin(Instant::now());
         self.stream.write_all(head)?;
         self.stream.flush()
     }
@@ -255,7 +299,11 @@ impl Connection {
                         "nothing came for too long",
                     ));
                 }
-                read => return read,
+                Ok(count) => {
+                    self.pace.received(count, Instant::now())?;
+                    return Ok(count);
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -329,6 +377,22 @@ impl Write for Counted {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trickle_is_too_slow_once_silence_would_be() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut pace = Pace::new(Duration::from_secs(10), start);
+        pace.received(1, at(9)).unwrap();
+        let error = pace.received(1, at(18)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(error.to_string(), "it sends too slowly: 2 bytes in 18 s");
+        // Another answer on the same connection begins anew; a slow link is none too slow.
+        pace.begin(at(20));
+        for second in 21..120 {
+            pace.received(1025, at(second)).unwrap();
+        }
+    }
 
     #[test]
     fn a_window_grows_with_what_was_read_and_is_forgotten_when_nothing_is() {

@@ -10,6 +10,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// A request as it came.
 #[derive(Clone, Debug)]
@@ -45,6 +46,8 @@ pub(crate) enum Reply {
     Close(Vec<u8>),
     /// Send these bytes, and nothing more while the client waits.
     Hang(Vec<u8>),
+    /// Send these bytes one by one, that much apart, as long as the client takes them.
+    Trickle(Vec<u8>, Duration),
 }
 
 impl Reply {
@@ -177,6 +180,14 @@ impl Shared {
                     let _ = stream.write_all(&bytes);
                     let _ = stream.read(&mut [0]); // until the client gives up
                     return;
+                }
+                Reply::Trickle(bytes, apart) => {
+                    for byte in bytes {
+                        if stream.write_all(&[byte]).is_err() {
+                            return;
+                        }
+                        thread::sleep(apart);
+                    }
                 }
             }
         }
