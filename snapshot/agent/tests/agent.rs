@@ -239,8 +239,25 @@ struct Program(Child);
 
 impl Program {
     fn start(home: &Home) -> Self {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_runnel-agent")), home)
+    }
+
+    /// With a file system of that size, its alone, for pages of memory.
+    fn start_with_little_room(home: &Home, size: &str) -> Self {
+        let memory = home.path().join("memory");
+        fs::create_dir(&memory).unwrap();
+        let mut mounting = Command::new("unshare");
+        mounting.args(["--mount", "sh", "-ec"]);
+        mounting.arg(format!(
+            "mount -t tmpfs -o size={size},mode=700 none \"$0\"; exec \"$@\""
+        ));
+        mounting.arg(&memory).arg(env!("CARGO_BIN_EXE_runnel-agent"));
+        Self::start_by(mounting, home)
+    }
+
+    fn start_by(mut command: Command, home: &Home) -> Self {
         let folder = |name: &str| home.path().join(name);
-        let child = Command::new(env!("CARGO_BIN_EXE_runnel-agent"))
+        let child = command
             .arg("--socket")
             .arg(home.socket())
             .arg("--memory-pages")
@@ -294,6 +311,45 @@ fn what_was_asked_of_a_killed_agent_comes_from_the_next_one() {
     // It may be reported as away again before it comes, but nobody has to ask for it again.
     while machine.answer() != (3, Ok(Arrived::Data)) {}
     assert!(machine.has(3, 2));
+}
+
+#[test]
+fn what_cannot_be_kept_is_named_and_not_fetched_again_and_again() {
+    if !rustix::process::geteuid().is_root() {
+        assert!(
+            std::env::var_os("RUNNEL_LAB").is_none_or(|lab| lab != "full"),
+            "a full page folder needs root to be tested"
+        );
+        eprintln!("skipped: a full page folder needs root to be tested");
+        return;
+    }
+    let stored = Stored::new();
+    let fetched = Arc::new(AtomicUsize::new(0));
+    let fetching = Arc::clone(&fetched);
+    let server = registry(&stored, move |request, bytes| {
+        fetching.fetch_add(1, Ordering::SeqCst);
+        Reply::part(request, bytes)
+    });
+    let home = Home::new();
+    // Room for one chunk, and for where the image was found.
+    let _agent = Program::start_with_little_room(&home, "96k");
+    let machine = home.machine(&format!("{}/web", server.base())).unwrap();
+    machine.ask(&[0]);
+    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
+
+    for _ in 0..10 {
+        machine.ask(&[3]);
+        let failure = machine.answer().1.unwrap_err();
+        assert!(
+            failure.transient && failure.reason.contains("No space left"),
+            "{failure}"
+        );
+    }
+    let fetched = fetched.load(Ordering::SeqCst);
+    assert!(fetched < 10, "{fetched} times");
+    let status = protocol::status(&home.socket(), LONG).unwrap();
+    let trouble = status.images[0].trouble.as_deref().unwrap();
+    assert!(trouble.contains("page files: No space left"), "{trouble}");
 }
 
 #[test]

@@ -277,8 +277,17 @@ impl OpenImage {
             machines: self.waiting.machines() as u64,
             bytes_received,
             bytes_sent,
-            trouble: self.places.trouble(),
+            trouble: self.trouble(),
         }
+    }
+
+    /// What is wrong with where it is read, and with where it is kept.
+    fn trouble(&self) -> Option<String> {
+        let kept = self.source.trouble();
+        let kept =
+            kept.map(|error| format!("what arrives cannot be kept in the agent's page files: {error}"));
+        let troubles: Vec<String> = self.places.trouble().into_iter().chain(kept).collect();
+        (!troubles.is_empty()).then(|| troubles.join("; "))
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {

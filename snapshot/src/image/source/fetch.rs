@@ -4,10 +4,12 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use super::chunk_set::ChunkSet;
 use super::page_file::PageFile;
 use super::queue::{AskQueue, Hand, Run};
+use super::room::Room;
 use crate::blobs::{Blob, BlobError, BlobStore};
 use crate::decode::{ChunkDecoder, DecodeError};
 use crate::digest::BlobDigest;
@@ -87,6 +89,8 @@ pub(super) struct Shared {
     /// Stored bytes that are read at once.
     pub(super) read_bytes_max: u64,
     pub(super) sink: OnceLock<Arc<dyn ChunkSink>>,
+    /// Of all page files together: which of them is short of it is soon found again.
+    pub(super) room: Room,
 }
 
 impl Shared {
@@ -193,14 +197,17 @@ impl Shared {
         // Each length was capped as it was parsed, and so was their sum as they were joined.
         let bytes = last.frame.start + last.frame.len - start;
         let found = self.volume(*first).ok_or(FetchError::NoVolume);
-        let found = found.and_then(|volume| Ok((volume, volume.layer(number)?)));
+        let found = found.and_then(|volume| {
+            self.room.check(Instant::now()).map_err(FetchError::PageFile)?;
+            Ok((volume, volume.layer(number)?))
+        });
         let (volume, layer) = match found {
             Ok(found) => found,
             Err(error) => {
                 together
                     .drain(..)
                     .for_each(|(id, _)| self.answer(id, Err(&error)));
-                return bytes;
+                return 0;
             }
         };
         let mut frames = std::mem::take(&mut hands.frames);
@@ -211,7 +218,7 @@ impl Shared {
             together.retain(|(id, stored)| {
                 let at = (stored.frame.start - start) as usize;
                 let frame = &frames[at..at + stored.frame.len as usize];
-                match hands.install(volume, layer, *id, stored, frame) {
+                match hands.install(volume, layer, *id, stored, frame, &self.room) {
                     // Those are read again if there is another place to read them from.
                     Err(error @ FetchError::Decode { .. }) => damaged.push(error),
                     installed => {
@@ -319,6 +326,7 @@ impl Hands {
         id: ChunkId,
         stored: &StoredChunk,
         frame: &[u8],
+        room: &Room,
     ) -> Result<(), FetchError> {
         let range = volume.range_of(id.chunk);
         self.plain.resize(range.len as usize, 0);
@@ -333,10 +341,9 @@ impl Hands {
                 frame: stored.frame,
                 source: Box::new(source),
             })?;
-        volume
-            .pages
-            .write(&self.plain, range.start)
-            .map_err(FetchError::PageFile)?;
+        let written = volume.pages.write(&self.plain, range.start);
+        room.tried(&written, Instant::now());
+        written.map_err(FetchError::PageFile)?;
         volume.present.insert(id.chunk);
         Ok(())
     }

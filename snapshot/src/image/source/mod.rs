@@ -7,6 +7,7 @@ mod chunk_set;
 mod fetch;
 mod page_file;
 mod queue;
+mod room;
 
 pub use page_file::PageFile;
 
@@ -27,6 +28,7 @@ use crate::volume::VolumeName;
 use chunk_set::ChunkSet;
 use fetch::{Shared, Volume};
 use queue::{AskQueue, Hand, Rules};
+use room::Room;
 
 /// Chunks that are handed out together at most: what waits for the last of them is answered late.
 const RUN_CHUNKS_MAX: usize = 64;
@@ -147,6 +149,7 @@ impl ImageSource {
             queue: AskQueue::new(settings.rules()),
             read_bytes_max: settings.read_bytes_max,
             sink: OnceLock::new(),
+            room: Room::default(),
         });
         let mut source = Self {
             volumes: described,
@@ -182,6 +185,12 @@ impl ImageSource {
             // A second time changes nothing.
             let _ = volume.first.set(entries);
         }
+    }
+
+    /// Why chunks cannot be kept, if the last one could not: a full file system, most often.
+    #[must_use]
+    pub fn trouble(&self) -> Option<io::Error> {
+        self.shared.room.trouble()
     }
 
     /// Reads the part of the index that tells of `chunk`, unless it is at hand.
