@@ -106,6 +106,8 @@ impl Line {
 
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
+        // Whoever has knocked and was not let in yet hears what is left: a guest may have ended that soon.
+        drop(self.line());
         // It may have been removed by whoever made its folder.
         let _ = fs::remove_file(&self.path);
     }
@@ -198,6 +200,20 @@ mod tests {
 
         drop((sink, socket));
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_client_that_came_just_before_the_end_is_told_what_was_printed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console");
+        let socket = Arc::new(ConsoleSocket::bind(&path).unwrap());
+        let mut sink = SocketSink(Arc::clone(&socket));
+        sink.write_all(b"and off").unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        drop((sink, socket));
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).unwrap();
+        assert_eq!(heard, "and off");
     }
 
     #[test]
