@@ -229,7 +229,7 @@ impl BlobStore for RemoteBlobs {
             return Ok(());
         }
         let parts = match range.len {
-            ..=CUT_BYTES_MAX => self.client.parts_for(range.len).min(PARTS_MAX),
+            ..=CUT_BYTES_MAX => self.client.parts_for(range.len, PARTS_MAX),
             _ => 1,
         };
         match parts {

@@ -67,7 +67,7 @@ impl Default for RemoteSettings {
     fn default() -> Self {
         Self {
             connections: 32,
-            connections_ahead: 8,
+            connections_ahead: 16,
             connect_deadline: Duration::from_secs(5),
             idle_deadline: Duration::from_secs(10),
             near: Duration::from_millis(3),
@@ -224,9 +224,9 @@ impl Client {
     }
 
     /// Into how many parts a read of the base should be cut.
-    pub(super) fn parts_for(&self, bytes: u64) -> u64 {
+    pub(super) fn parts_for(&self, bytes: u64, parts_max: u64) -> u64 {
         match self.pool(&self.base) {
-            Ok(pool) => pool.parts_for(bytes, self.settings.near),
+            Ok(pool) => pool.parts_for(bytes, self.settings.near, parts_max),
             Err(_) => 1, // the read itself will say it
         }
     }

@@ -114,7 +114,14 @@ impl Window {
     }
 
     fn received(&mut self, bytes: u64, now: Instant) {
-        self.bytes = self.bytes(now).saturating_add(bytes).min(Self::BYTES_MAX);
+        let before = self.bytes(now);
+        // A window that was not half used does not grow: Linux's `tcp_is_cwnd_limited`, after RFC 7661.
+        let grown = if bytes.saturating_mul(2) > before {
+            bytes
+        } else {
+            0
+        };
+        self.bytes = before.saturating_add(grown).min(Self::BYTES_MAX);
         self.at = now;
     }
 }
@@ -406,6 +413,11 @@ mod tests {
         );
         assert_eq!(
             window.bytes(soon + Duration::from_millis(200)),
+            Window::FIRST_BYTES
+        );
+        window.received(Window::FIRST_BYTES / 2, soon + Duration::from_millis(300));
+        assert_eq!(
+            window.bytes(soon + Duration::from_millis(300)),
             Window::FIRST_BYTES
         );
         window.received(u64::MAX, soon);

@@ -89,20 +89,24 @@ impl Pool {
         self.open(traffic)
     }
 
-    /// Into how many parts a read should be cut so that it takes one round trip: as many as there are connections, if
-    /// none of them can carry it alone. One, where a round trip costs less than `near`.
-    pub(super) fn parts_for(&self, bytes: u64, near: Duration) -> u64 {
+    /// Into how many parts a read should be cut so that each comes within one round trip: as few as do, or as many as
+    /// there are connections, up to `parts_max`. One, where a round trip costs less than `near`.
+    pub(super) fn parts_for(&self, bytes: u64, near: Duration, parts_max: u64) -> u64 {
         let state = self.lock();
-        let is_far = state.round_trip.is_some_and(|round_trip| round_trip >= near);
-        let Some(best) = state.idle.last().filter(|_| is_far) else {
+        if state.round_trip.is_none_or(|round_trip| round_trip < near) {
             return 1;
-        };
-        // The others are no better: they were used before it.
-        match bytes.div_ceil(best.window_bytes().max(1)) {
-            0 | 1 => 1,
-            parts if parts <= state.idle.len() as u64 => parts,
-            _ => state.idle.len() as u64,
         }
+        let mut narrowest = u64::MAX;
+        let mut parts = 0;
+        // They will be borrowed in this order.
+        for connection in state.idle.iter().rev().take(parts_max as usize) {
+            parts += 1;
+            narrowest = narrowest.min(connection.window_bytes());
+            if bytes.div_ceil(parts) <= narrowest {
+                break;
+            }
+        }
+        parts.max(1)
     }
 
     /// A new connection, whatever is there.
