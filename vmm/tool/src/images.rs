@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::folder::looks_like_image;
 use runnel_snapshot::image::reference::{BadReference, ImageReference, is_name};
+use runnel_snapshot::shell::shell_word;
 
 /// Why an image cannot be found.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +40,7 @@ pub(crate) enum StoreError {
     )]
     Pushed(String),
     /// A directory where an image's name should be.
-    #[error("{0} is a directory, and the image needs a name of its own in it, as in {example}", example = in_folder(.0))]
+    #[error("{0} is a directory, and the image needs a name of its own in it, as in {example}", example = shell_word(in_folder(.0)))]
     NoNameIn(String),
     /// Something that only begins like a URL.
     #[error("{0:?} is neither a directory nor a URL: an image of a server begins with http:// or https://")]
@@ -51,7 +52,7 @@ pub(crate) enum StoreError {
     #[error("{0} is no image: it has neither oci-layout nor index.json and blobs")]
     NoImage(PathBuf),
     /// The images are one folder further down.
-    #[error("{folder} is a folder of images: give one of them, as in {example}", folder = .folder.display(), example = .example.display())]
+    #[error("{folder} is a folder of images: give one of them, as in {example}", folder = .folder.display(), example = shell_word(.example))]
     Folder {
         /// The folder.
         folder: PathBuf,
@@ -59,16 +60,18 @@ pub(crate) enum StoreError {
         example: PathBuf,
     },
     /// A server's image without what says so.
-    #[error("there is no directory {0}: an image of a server begins with its scheme, as in http://{0}")]
+    #[error("there is no directory {0}: an image of a server begins with its scheme, as in {example}", example = shell_word(format!("http://{}", .0)))]
     NoScheme(String),
     /// The name cannot be one.
     #[error(
-        "{0:?} cannot be an image's name: lower-case letters and digits, with '.', '_' or '-' between; a directory is written with a slash, as in ./{0}"
+        "{0:?} cannot be an image's name: lower-case letters and digits, with '.', '_' or '-' between; a directory is written with a slash, as in {example}",
+        example = beside(.0)
     )]
     BadName(String),
     /// No such image.
     #[error(
-        "no image named {name} in {store}: `runnel image ls` lists them; a directory is written with a slash, as in ./{name}"
+        "no image named {name} in {store}: `runnel image ls` lists them; a directory is written with a slash, as in {example}",
+        example = beside(name)
     )]
     Unknown {
         /// The name.
@@ -278,6 +281,11 @@ fn in_folder(folder: &str) -> String {
     format!("{}/web", folder.trim_end_matches('/'))
 }
 
+/// The path of a directory here, for an example.
+fn beside(name: &str) -> String {
+    shell_word(format!("./{name}"))
+}
+
 /// Whether `text` begins with a host and a port, as in `10.0.0.1:5000/web`.
 fn lacks_scheme(text: &str) -> bool {
     let port = text
@@ -366,11 +374,29 @@ mod tests {
         let store = ImageStore::at(folder.path().to_owned());
         for text in ["10.0.0.1:5000/web", "localhost:5000/team/web", "[::1]:80/web"] {
             let told = store.resolve(text).unwrap_err().to_string();
-            assert!(told.ends_with(&format!("http://{text}")), "{told}");
+            assert!(told.ends_with(&shell_word(format!("http://{text}"))), "{told}");
         }
         for text in ["./a:5000/web", "/srv/a:5000/web", "a:b/web", ":5000/web"] {
             let reference = store.resolve(text);
             assert!(matches!(reference, Err(StoreError::NotThere(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn advice_can_be_typed_as_it_is_also_where_a_name_has_blanks() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store_with(&folder, "my web");
+        let told = store
+            .resolve(folder.path().to_str().unwrap())
+            .unwrap_err()
+            .to_string();
+        assert!(told.ends_with("/my web'"), "{told}");
+        for refused in [
+            store.resolve("my db"),
+            store.destination("my db").map(|_| unreachable!()),
+        ] {
+            let told = refused.unwrap_err().to_string();
+            assert!(told.ends_with("as in './my db'"), "{told}");
         }
     }
 

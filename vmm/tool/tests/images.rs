@@ -243,6 +243,33 @@ fn images_are_listed_removed_and_nothing_else_is() {
 }
 
 #[test]
+fn what_is_to_be_typed_is_quoted_for_a_shell() {
+    let user = User::new();
+    let name = "it's broken";
+    fs::create_dir_all(user.store().join(name)).unwrap();
+    fs::write(user.store().join(name).join("oci-layout"), "").unwrap();
+    let told = text(&user.run(&["image", "ls"]).stderr);
+    assert!(told.contains(r"`runnel image rm 'it'\''s broken'`"), "{told}");
+    let away = user.folder.path().join("no agent");
+    let away = away.to_str().unwrap();
+    let told = text(
+        &user
+            .run(&["resume", "http://127.0.0.1:9/web", "--agent", away])
+            .stderr,
+    );
+    assert!(
+        told.contains(&format!("`runnel agent --socket '{away}'`")),
+        "{told}"
+    );
+    let told = text(
+        &user
+            .run(&["resume", "http://127.0.0.1:9/web", "--overlay-directory", away])
+            .stderr,
+    );
+    assert!(told.contains(&format!("`mkdir -p '{away}'`")), "{told}");
+}
+
+#[test]
 fn prune_takes_old_images_only_when_told_and_says_what_it_would_do() {
     let user = User::new();
     user.capture("web", None);

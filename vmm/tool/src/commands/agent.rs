@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::{AgentArguments, tidy_up};
 use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
+use runnel_snapshot::shell::shell_word;
 use rustix::process::Signal;
 
 use super::Failure;
@@ -51,7 +52,10 @@ Examples:
 #[derive(Debug, thiserror::Error)]
 enum AgentCommandError {
     /// The one that was named does not answer.
-    #[error("no agent answers at {0}: start one with `runnel agent --socket {0}`, or leave --agent out")]
+    #[error(
+        "no agent answers at {0}: start one with `runnel agent --socket {word}`, or leave --agent out",
+        word = shell_word(.0)
+    )]
     NotThere(PathBuf),
     /// None runs.
     #[error(

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use clap::{Args, Subcommand};
 use runnel_snapshot::image::folder::{self, ListedImage, Listing};
 use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -167,7 +168,7 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
         tell(format_args!(
             "{} is no usable image (`runnel image rm {}` removes it): {}",
             path.display(),
-            name_of(path),
+            shell_word(name_of(path)),
             trace(error)
         ));
     }

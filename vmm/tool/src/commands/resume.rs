@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -36,7 +37,8 @@ Examples:
 /// `--overlay-directory` names none.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "there is no directory {0} for what the machine writes: make it (`mkdir -p`), or give another --overlay-directory"
+    "there is no directory {0} for what the machine writes: make it (`mkdir -p {word}`), or give another --overlay-directory",
+    word = shell_word(.0)
 )]
 struct NoOverlayDirectory(PathBuf);
 
