@@ -5,7 +5,7 @@ pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
     0  done
     1  something failed; standard error says what
-    2  the command line cannot be understood, or a name in it cannot be one
+    2  the command line cannot be understood, or a name or URL in it cannot be one
     3  verify found damage, or doctor found something that Runnel cannot do without
   130  called off with Ctrl-C (128 and the signal's number for any other)
 run and resume in the foreground end with the monitor's own code once the machine has ended (`runnel-vmm --help`

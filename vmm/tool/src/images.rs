@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use runnel_agent::remote::{BadUrl, Origin};
 use runnel_snapshot::image::folder::looks_like_image;
 use runnel_snapshot::image::reference::{BadReference, ImageReference, is_name};
 use runnel_snapshot::shell::shell_word;
@@ -82,6 +83,9 @@ pub(crate) enum StoreError {
     /// The text names no image.
     #[error(transparent)]
     Reference(#[from] BadReference),
+    /// Nor does it name a server.
+    #[error(transparent)]
+    Server(#[from] BadUrl),
     /// The system refused.
     #[error("{what} {path} failed")]
     Io {
@@ -98,7 +102,10 @@ pub(crate) enum StoreError {
 impl StoreError {
     /// Whether no store could have what was typed.
     pub(crate) fn is_usage(&self) -> bool {
-        matches!(self, Self::NoName | Self::BadName(_) | Self::Reference(_))
+        matches!(
+            self,
+            Self::NoName | Self::BadName(_) | Self::HalfUrl(_) | Self::Reference(_) | Self::Server(_)
+        )
     }
 }
 
@@ -192,8 +199,13 @@ impl ImageStore {
     /// When it is neither.
     pub(crate) fn resolve(&self, text: &str) -> Result<ImageReference, StoreError> {
         let reference: ImageReference = text.parse()?;
-        let ImageReference::Directory { path, wanted } = reference else {
-            return Ok(reference);
+        let (path, wanted) = match reference {
+            ImageReference::Directory { path, wanted } => (path, wanted),
+            ImageReference::Remote { ref base, .. } => {
+                // Whoever mistyped a server is told so before anything is started for it.
+                Origin::parse(base)?;
+                return Ok(reference);
+            }
         };
         let path = match bare_name(&path) {
             None if lacks_scheme(text) && !path.exists() => {

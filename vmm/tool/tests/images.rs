@@ -540,6 +540,29 @@ fn an_image_that_cannot_be_named_so_is_no_failure_of_a_snapshot_but_of_its_comma
 }
 
 #[test]
+fn a_url_that_cannot_be_one_ends_every_command_that_takes_one_with_2_and_nothing_is_started() {
+    let user = User::new();
+    for url in [
+        "http://127.0.0.1:99999/web",
+        "http://a b/web",
+        "http://h",
+        "http://h/Web",
+        "http://u:secret@h/web",
+        "http:/h/web",
+        "ftp://h/web",
+    ] {
+        for command in ["inspect", "verify", "resume"] {
+            let output = user.run(&[command, url]);
+            let told = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{command} {url}: {told}");
+            assert!(!told.contains("secret"), "{told}");
+        }
+    }
+    let logs = user.folder.path().join("run/runnel");
+    assert!(!logs.join("agent/agent.log").exists() && !logs.join("ended/m1.log").exists());
+}
+
+#[test]
 fn killing_nobody_is_told_how_to_kill_all() {
     let user = User::new();
     let output = user.run(&["kill"]);
