@@ -22,6 +22,12 @@ pub(crate) enum StoreError {
     /// The variable means another folder in each directory.
     #[error("RUNNEL_IMAGES is {0:?}: it must be an absolute path")]
     Relative(PathBuf),
+    /// What the variable names is not there.
+    #[error(
+        "RUNNEL_IMAGES is {0}, and there is no such folder: set it right if it is mistyped; else make it (`mkdir -p {word}`), or let the first snapshot do so",
+        word = shell_word(.0)
+    )]
+    NoStore(PathBuf),
     /// There is no name.
     #[error("the image has no name: give one, or a path with a slash in it")]
     NoName,
@@ -121,6 +127,8 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 #[derive(Clone, Debug)]
 pub(crate) struct ImageStore {
     path: PathBuf,
+    /// Whether somebody has said where it is.
+    is_named: bool,
 }
 
 impl ImageStore {
@@ -135,7 +143,7 @@ impl ImageStore {
         };
         if let Some(path) = folder("RUNNEL_IMAGES") {
             return match path.is_absolute() {
-                true => Ok(Self::at(path)),
+                true => Ok(Self { path, is_named: true }),
                 false => Err(StoreError::Relative(path)),
             };
         }
@@ -150,7 +158,10 @@ impl ImageStore {
     }
 
     fn at(path: PathBuf) -> Self {
-        Self { path }
+        Self {
+            path,
+            is_named: false,
+        }
     }
 
     /// Its folder.
@@ -178,10 +189,10 @@ impl ImageStore {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("looking into the store for", &path)(source))
             }
-            _ => Err(StoreError::Unknown {
+            _ => Err(self.missing().unwrap_or_else(|| StoreError::Unknown {
                 name: name.to_owned(),
                 store: self.path.clone(),
-            }),
+            })),
         }
     }
 
@@ -191,6 +202,12 @@ impl ImageStore {
     /// When that cannot be seen.
     pub(crate) fn is_there(&self) -> Result<bool, StoreError> {
         self.path.try_exists().map_err(io_error("finding", &self.path))
+    }
+
+    /// That there is no store where somebody has said that one is.
+    pub(crate) fn missing(&self) -> Option<StoreError> {
+        let is_missing = self.is_named && !self.path.exists();
+        is_missing.then(|| StoreError::NoStore(self.path.clone()))
     }
 
     /// What `text` refers to: a URL, a path, or an image of the store, with a tag or a digest if it has one.

@@ -466,6 +466,103 @@ fn a_store_at_a_relative_path_is_refused() {
 }
 
 #[test]
+fn a_store_that_was_named_and_is_not_there_is_said_to_be_missing() {
+    let user = User::new();
+    let missing = user.folder.path().join("no images");
+    let run = |arguments: &[&str]| {
+        let mut command = user.command(arguments);
+        command.env("RUNNEL_IMAGES", &missing).output().unwrap()
+    };
+    let advice = format!("`mkdir -p '{}'`", missing.display());
+    for arguments in [
+        &["image", "ls"][..],
+        &["image", "prune", "--older-than", "1d"],
+        &["image", "rm", "web"],
+        &["inspect", "web"],
+    ] {
+        let told = text(&run(arguments).stderr);
+        assert!(
+            told.contains("no such folder") && told.contains(&advice),
+            "{arguments:?}: {told}"
+        );
+    }
+    assert!(!missing.exists());
+    // Nobody has said where the usual one is: it is made when it is needed.
+    let usual = user
+        .command(&["image", "ls"])
+        .env_remove("RUNNEL_IMAGES")
+        .env("XDG_DATA_HOME", &missing)
+        .output();
+    assert_eq!(text(&usual.unwrap().stderr), "");
+}
+
+#[test]
+fn directories_that_are_no_images_are_listed_as_such_and_stay() {
+    let user = User::new();
+    user.capture("web", None);
+    let index = fs::read(user.store().join("web/index.json")).unwrap();
+    let index: Value = serde_json::from_slice(&index).unwrap();
+    let mut other = index["manifests"][0].clone();
+    other["artifactType"] = "application/vnd.somebody".into();
+    let list = |manifests: &[&Value]| {
+        let mut list = index.clone();
+        list["manifests"] = serde_json::json!(manifests);
+        list.to_string()
+    };
+    let (others, both) = (list(&[&other]), list(&[&index["manifests"][0], &other]));
+    for (name, list) in [("container", &others), ("both", &both)] {
+        fs::create_dir_all(user.store().join(name).join("blobs/sha256")).unwrap();
+        fs::copy(
+            user.store().join("web/oci-layout"),
+            user.store().join(name).join("oci-layout"),
+        )
+        .unwrap();
+        fs::write(user.store().join(name).join("index.json"), list).unwrap();
+    }
+    fs::create_dir(user.store().join("half")).unwrap();
+    fs::write(user.store().join("half/index.json"), "junk").unwrap();
+    fs::create_dir(user.store().join("notes")).unwrap();
+    let listed = user.run(&["image", "ls"]);
+    let told = text(&listed.stderr);
+    for (name, reason) in [
+        ("container", "another kind"),
+        ("half", "cut short"),
+        ("notes", "neither oci-layout"),
+    ] {
+        let line = format!("{} is no image", user.store().join(name).display());
+        let line = told.lines().find(|said| said.starts_with(&line));
+        assert!(line.is_some_and(|line| line.contains(reason)), "{name}: {told}");
+    }
+    let json = user.json(&["image", "ls", "--json"]);
+    assert_eq!(json["others"].as_array().unwrap().len(), 3, "{json}");
+
+    let refused = text(&user.run(&["image", "rm", "both", "web"]).stderr);
+    assert!(
+        refused.contains("nothing was removed") && refused.contains("another kind"),
+        "{refused}"
+    );
+    user.output(&["image", "prune", "--older-than", "0s"]);
+    assert!(!user.store().join("web").exists());
+    for name in ["container", "both", "half", "notes"] {
+        let refused = user.run(&["image", "rm", "--force", name]);
+        assert_eq!(refused.status.code(), Some(1), "{name}");
+        assert!(user.store().join(name).is_dir(), "{name}");
+    }
+}
+
+#[test]
+fn of_an_image_that_lies_elsewhere_the_link_alone_is_removed() {
+    let user = User::new();
+    user.capture("web", None);
+    let elsewhere = user.folder.path().join("elsewhere");
+    fs::rename(user.store().join("web"), &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, user.store().join("web")).unwrap();
+    user.output(&["image", "rm", "web"]);
+    assert!(user.store().join("web").symlink_metadata().is_err());
+    user.output(&["verify", elsewhere.to_str().unwrap()]);
+}
+
+#[test]
 fn serving_beyond_loopback_is_refused_with_what_is_missing() {
     let user = User::new();
     let output = user.run(&["serve", "--listen", "0.0.0.0:0"]);
