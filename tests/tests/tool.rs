@@ -50,13 +50,23 @@ fn a_foreground_machine_is_heard_to_its_last_word_and_gives_its_exit_code() {
         "{heard}"
     );
 
-    let output = user.boot("triplefault", &[]).output().unwrap();
-    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
-    assert!(
-        text(&output.stderr).contains("its log is"),
-        "{}",
-        text(&output.stderr)
-    );
+    for (words, code, ending) in [
+        ("poweroff", 0, "m1 has ended: the guest switched itself off\n"),
+        ("reset", 0, "m1 has ended: the guest asked for a reset\n"),
+        (
+            "triplefault",
+            3,
+            "m1 has ended with code 3: the guest ended in a triple fault; its log is",
+        ),
+    ] {
+        let output = user.boot(words, &[]).output().unwrap();
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{words}: {told}");
+        assert!(
+            told.contains(ending) && told.lines().count() == 1,
+            "{words}: {told}"
+        );
+    }
     assert_eq!(user.machines(), Vec::<Value>::new());
 }
 
@@ -157,7 +167,143 @@ fn ctrl_c_while_a_machine_starts_ends_it_and_nobody_is_told_that_it_runs() {
         let shown = String::from_utf8_lossy(&output.stdout);
         assert_eq!(output.status.code(), Some(130), "{tool:?}: {shown}");
         assert!(!shown.contains("leaves its console"), "{tool:?}: {shown}");
+        assert!(shown.contains("called off:"), "{tool:?}: {shown}");
     }
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn ctrl_c_while_an_image_is_opened_says_that_nothing_was_started() {
+    let user = User::new();
+    let _agent = AgentOf(&user);
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/web", server.local_addr().unwrap());
+    let resuming = user
+        .command(&["resume", &url, "--name", "far", "--detach"])
+        .spawn()
+        .unwrap();
+    // It is asked for the image, and does not answer.
+    let _connection = server.accept().unwrap();
+    signal(resuming.id(), "INT");
+    let output = resuming.wait_with_output().unwrap();
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{told}");
+    assert!(told.contains("called off: far was not started"), "{told}");
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn a_log_is_printed_and_followed_to_the_end_of_its_machine_and_found_afterwards() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let begun = user.output(&["logs", "web"]);
+    assert!(begun.contains("Running Runnel"), "{begun}");
+    let following = user.command(&["logs", "web", "--follow"]).spawn().unwrap();
+    let _ = user.converse("web", "poweroff\n");
+    let followed = succeeded(following.wait_with_output().unwrap());
+    assert!(followed.starts_with(&begun), "{followed}");
+    assert!(followed.contains("Runnel exiting"), "{followed}");
+    assert_eq!(user.output(&["logs", "web", "--follow"]), followed);
+    let told = refusal(&user.run(&["logs", "nobody"]));
+    assert!(told.contains("no machine named nobody"), "{told}");
+
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let mut following = user.command(&["logs", "web", "-f"]).spawn().unwrap();
+    read_to(&mut following, "/actions");
+    signal(following.id(), "INT");
+    assert_eq!(following.wait().unwrap().code(), Some(130));
+    assert_eq!(user.state_of("web"), "running");
+}
+
+#[test]
+fn machines_are_waited_for_until_they_have_ended_or_the_time_is_over() {
+    let user = User::new();
+    for name in ["web", "db"] {
+        succeeded(
+            user.boot("count:1", &["--detach", "--name", name])
+                .output()
+                .unwrap(),
+        );
+    }
+    let told = refusal(&user.run(&["wait", "web", "nobody"]));
+    assert!(told.contains("no machine was waited for"), "{told}");
+
+    let waiting = user.command(&["wait", "web", "db", "web"]).spawn().unwrap();
+    let _ = user.converse("web", "poweroff\n");
+    let over = user.run(&["wait", "web", "db", "--timeout", "100ms", "--json"]);
+    assert_eq!(over.status.code(), Some(3));
+    let shown: Value = serde_json::from_slice(&over.stdout).unwrap();
+    assert_eq!(
+        (&shown[0]["name"], &shown[0]["code"]),
+        (&"web".into(), &0.into()),
+        "{shown}"
+    );
+    assert_eq!(
+        (&shown[1]["name"], &shown[1]["ended"]),
+        (&"db".into(), &false.into()),
+        "{shown}"
+    );
+    assert!(
+        text(&over.stderr).contains("db did not end within"),
+        "{}",
+        text(&over.stderr)
+    );
+
+    let _ = user.converse("db", "triplefault\n");
+    let told = succeeded(waiting.wait_with_output().unwrap());
+    assert_eq!(
+        told,
+        "web has ended: the guest switched itself off\ndb has ended with code 3: the guest ended in a triple fault\n"
+    );
+    // Those that have ended are.
+    assert_eq!(
+        user.output(&["wait", "web"]),
+        "web has ended: the guest switched itself off\n"
+    );
+}
+
+#[test]
+fn where_standard_output_takes_nothing_it_is_named_and_where_it_is_closed_nothing_is_said() {
+    let user = User::new();
+    let nowhere = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for arguments in [
+        &["ps"][..],
+        &["ps", "--json"],
+        &["image", "ls"],
+        &["doctor"],
+        &["completions", "bash"],
+    ] {
+        let output = user.command(arguments).stdout(nowhere()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let told = text(&output.stderr);
+        assert!(
+            told.contains("standard output") && told.contains("No space left"),
+            "{arguments:?}: {told}"
+        );
+
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = user.command(arguments).stdout(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(
+            !text(&output.stderr).contains("ipe"),
+            "{arguments:?}: {}",
+            text(&output.stderr)
+        );
+    }
+    // A console, too: its machine goes with it.
+    let output = user
+        .boot("count:1", &["--name", "web"])
+        .stdout(nowhere())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("standard output"),
+        "{}",
+        text(&output.stderr)
+    );
     assert_eq!(user.machines(), Vec::<Value>::new());
 }
 
@@ -659,9 +805,10 @@ fn a_machine_that_stands_while_it_is_saved_is_said_to_be_saving() {
         .output();
     succeeded(boot.unwrap());
     let saving = user.command(&["snapshot", "web", "web"]).spawn().unwrap();
-    wait_until("it stands to be saved", || user.state_of("web") == "saving");
-    let machine = user.machines().remove(0);
-    assert_eq!(machine["operation"]["phase"], "copying", "{machine}");
+    wait_until("it stands to be saved", || {
+        user.machines()[0]["operation"]["phase"] == "copying"
+    });
+    assert_eq!(user.state_of("web"), "saving");
     let listed = user.output(&["ps"]);
     assert!(
         listed.contains("web is being saved, and stands meanwhile"),

@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    Failure, agent, console, doctor, image, inspect, ps, resume, run, serve, shell, snapshot, stop, vcpus,
-    verify,
+    Failure, agent, console, doctor, image, inspect, logs, ps, resume, run, serve, shell, snapshot, stop,
+    vcpus, verify, wait,
 };
 use crate::exit::{EXIT_CODES, Exit};
 
@@ -45,9 +45,11 @@ pub(crate) enum Command {
     Resume(resume::ResumeArgs),
     Ps(ps::PsArgs),
     Console(console::ConsoleArgs),
+    Logs(logs::LogsArgs),
     Pause(vcpus::PauseArgs),
     Unpause(vcpus::UnpauseArgs),
     Snapshot(snapshot::SnapshotArgs),
+    Wait(wait::WaitArgs),
     Stop(stop::StopArgs),
     Kill(stop::KillArgs),
     Serve(serve::ServeArgs),
@@ -68,9 +70,11 @@ impl Command {
             Self::Resume(args) => resume::run(args),
             Self::Ps(args) => ps::run(args),
             Self::Console(args) => console::run(args),
+            Self::Logs(args) => logs::run(args),
             Self::Pause(args) => vcpus::pause(args),
             Self::Unpause(args) => vcpus::unpause(args),
             Self::Snapshot(args) => snapshot::run(args),
+            Self::Wait(args) => wait::run(args),
             Self::Stop(args) => stop::stop(args),
             Self::Kill(args) => stop::kill(args),
             Self::Serve(args) => serve::run(args),

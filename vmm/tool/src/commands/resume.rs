@@ -160,15 +160,16 @@ fn load(
     body: Value,
     record: Record,
     signals: &Signals,
-) -> Result<Option<Exit>, Failure> {
+) -> Result<Option<i32>, Failure> {
     let api = monitor.api();
     let before = HostInterfaces::now();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
     let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
+    drop(view);
     match outcome.map_err(|error| monitor.refused(&error))? {
         // The monitor ends with this command, whatever it is doing.
         Outcome::Cancelled(signal) | Outcome::Abandoned(signal) | Outcome::Overtaken(signal) => {
-            Ok(Some(Exit::Signal(signal)))
+            Ok(Some(signal))
         }
         Outcome::Done => {
             // A machine that has ended already has nothing to tell.
