@@ -307,6 +307,43 @@ fn where_standard_output_takes_nothing_it_is_named_and_where_it_is_closed_nothin
     assert_eq!(user.machines(), Vec::<Value>::new());
 }
 
+/// A server of the user's images, and its URL.
+fn server_of(user: &User) -> (Child, String) {
+    let mut server = user
+        .command(&["serve", "--listen", "127.0.0.1:0"])
+        .spawn()
+        .unwrap();
+    let line = read_to(&mut server, "serving at");
+    let mut words = line.split([' ', ';']);
+    let url = words.find(|word| word.starts_with("http://")).unwrap();
+    (server, url.to_owned())
+}
+
+#[test]
+fn a_machine_is_shown_from_where_its_agent_reads_now() {
+    let user = saved();
+    let _agent = AgentOf(&user);
+    let servers = [server_of(&user), server_of(&user)];
+    let urls = servers.each_ref().map(|(_, url)| format!("{url}/web"));
+    for (url, name) in urls.iter().zip(["first", "second"]) {
+        succeeded(user.run(&["resume", url, "--detach", "--name", name]));
+    }
+    let first = user.machines().remove(0);
+    assert_eq!(
+        (first["image"].as_str(), first["read_at"].as_str()),
+        (Some(&*urls[0]), Some(&*urls[1]))
+    );
+    let listed = user.output(&["ps"]);
+    assert!(
+        listed.contains(&format!("first was resumed from {}", urls[0])),
+        "{listed}"
+    );
+    for (mut server, _) in servers {
+        signal(server.id(), "TERM");
+        server.wait().unwrap();
+    }
+}
+
 #[test]
 fn a_second_console_is_told_of_the_first_and_comes_after_it() {
     let user = User::new();

@@ -28,6 +28,7 @@ mod progress;
 mod remote;
 mod signals;
 mod size;
+mod stall;
 mod state;
 mod table;
 mod taps;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::protocol::status;
 use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
@@ -33,6 +34,9 @@ Examples:
     runnel resume web-v1
     runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
     runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
+
+/// How long an agent may take to say what it has open.
+const AGENT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// `--overlay-directory` names none.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +150,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let monitor = Monitor::start(&state, args.name.as_ref())?;
     let record = Record {
         image: Some(image.to_string()),
+        agent: agent.clone(),
         ..Record::now()
     };
     monitor.folder().record(&record)?;
@@ -174,7 +179,7 @@ fn load(
         Outcome::Done => {
             // A machine that has ended already has nothing to tell.
             if let Ok(config) = api.configuration() {
-                record_size(monitor, &config, record)?;
+                record_loaded(monitor, &config, record)?;
                 before.warn_of_new(taps_of(&config));
             }
             Ok(None)
@@ -188,13 +193,23 @@ fn taps_of(config: &Value) -> impl Iterator<Item = &str> {
 }
 
 /// Notes what the image turned out to be.
-fn record_size(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
+fn record_loaded(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
     let number = |field: &str| config["machine-config"][field].as_u64().unwrap_or(0);
     monitor.folder().record(&Record {
         vcpus: number("vcpu_count"),
         memory_mib: number("mem_size_mib"),
+        digest: digest_of(&record),
         ..record
     })
+}
+
+/// The digest of the image that was loaded just now, as its agent knows it: by that, it is found again when it is read
+/// elsewhere.
+fn digest_of(record: &Record) -> Option<String> {
+    let images = status(record.agent.as_ref()?, AGENT_PATIENCE).ok()?.images;
+    let mut images = images.into_iter();
+    let image = images.find(|image| Some(&image.image) == record.image.as_ref())?;
+    Some(image.digest.to_string())
 }
 
 #[cfg(test)]

@@ -21,6 +21,10 @@ pub(crate) struct Record {
     pub(crate) started_at_unix_ms: u64,
     /// The image that it came from, if it was not booted.
     pub(crate) image: Option<String>,
+    /// That image's digest, and the socket of the agent that reads it, if one does and has said so.
+    pub(crate) digest: Option<String>,
+    /// See there.
+    pub(crate) agent: Option<PathBuf>,
     /// Its kernel, if it was booted.
     pub(crate) kernel: Option<String>,
     /// How many vCPUs; 0 while that is not known.
