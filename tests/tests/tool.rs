@@ -11,6 +11,7 @@ use std::process::{Child, Command, Output, Stdio};
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::is_answering;
 use runnel_tests::bare::wait_until;
+use runnel_tests::served::Served;
 use runnel_tests::user::{User, succeeded};
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
@@ -342,6 +343,32 @@ fn a_machine_is_shown_from_where_its_agent_reads_now() {
         signal(server.id(), "TERM");
         server.wait().unwrap();
     }
+}
+
+#[test]
+fn a_snapshot_of_what_has_not_arrived_says_once_what_is_missing_and_what_to_do() {
+    let user = User::new();
+    let mut served = Served::new();
+    let _agent = AgentOf(&user);
+    let mut agent = user.command(&["agent", "--fill-rate", "256"]).spawn().unwrap();
+    read_to(&mut agent, "listens at");
+    let stalls = ["--stall-after", "200ms", "--detach", "--name", "web"];
+    succeeded(user.run(&[&["resume", &served.url()], &stalls[..]].concat()));
+    served.stop_server();
+    let told = refusal(&user.run(&["snapshot", "web", "web"]));
+    assert!(
+        told.contains("Connection refused") && told.matches("of memory cannot be had").count() == 1,
+        "{told}"
+    );
+    assert_eq!(told.matches("chunk ").count(), 1, "{told}");
+    assert!(
+        told.contains("try again") && told.contains("`runnel resume http://OTHER/bare`"),
+        "{told}"
+    );
+    assert_eq!(user.state_of("web"), "running");
+    user.output(&["kill", "web"]);
+    user.output(&["agent", "--stop"]);
+    agent.wait().unwrap();
 }
 
 #[test]

@@ -41,7 +41,7 @@ pub(crate) fn cure(name: &str, image: Option<&str>, stalled: &Stalled) -> String
 }
 
 /// The other way: an agent reads an image in all places that it was told of, for all machines that run from it.
-fn elsewhere(name: &str, image: Option<&str>) -> String {
+pub(crate) fn elsewhere(name: &str, image: Option<&str>) -> String {
     match image.and_then(|image| image.parse().ok()) {
         Some(ImageReference::Remote { name: image, .. }) => format!(
             ", as when its server is back; or once the same image is resumed from another URL of it (`runnel resume \

@@ -25,6 +25,13 @@ impl FromStr for MachineName {
     }
 }
 
+impl MachineName {
+    /// It, as text.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 impl std::fmt::Display for MachineName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.0)
