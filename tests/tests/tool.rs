@@ -793,6 +793,27 @@ fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
         refused.contains("XDG_RUNTIME_DIR is") && refused.contains("mkdir"),
         "{refused}"
     );
+    let open = user.folder().join("open to all");
+    fs::create_dir(&open).unwrap();
+    let mine = fs::metadata(&open).unwrap().uid();
+    for mode in [0o777, 0o1777, 0o770] {
+        fs::set_permissions(&open, fs::Permissions::from_mode(mode)).unwrap();
+        let refused = told(&open, &["ps"]);
+        let found = format!("of user {mine} with mode {mode:o}");
+        let advice = format!("`chmod 700 '{}'`", open.display());
+        assert!(refused.contains(&found) && refused.contains(&advice), "{refused}");
+        assert!(!open.join("runnel").exists());
+    }
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o700)).unwrap();
+    // Only root can make it somebody else's.
+    if std::os::unix::fs::chown(&open, Some(mine + 1), None).is_ok() {
+        let refused = told(&open, &["ps"]);
+        assert!(
+            refused.contains(&format!("of user {}", mine + 1))
+                && refused.contains(&format!("must be of user {mine}")),
+            "{refused}"
+        );
+    }
     let refused = told(Path::new("run"), &["ps"]);
     assert!(refused.contains("must be an absolute path"), "{refused}");
     let long = user.folder().join("x".repeat(100));

@@ -9,7 +9,7 @@
 //! lock               held while a machine is entered or removed
 //! ```
 //!
-//! All of it is its owner's alone. An entry whose process has ended is stale, whatever ended it; every command removes
+//! All of it is its owner's alone, and so is the folder around it to write. An entry whose process has ended is stale, whatever ended it; every command removes
 //! the stale ones that it meets. Nothing here ends a process.
 
 mod ended;
@@ -32,7 +32,7 @@ pub(crate) use name::MachineName;
 
 use crate::process::{Process, ProcessId};
 use error::io_error;
-use files::{private_folder, try_lock, write_whole};
+use files::{check_parent, private_folder, try_lock, write_whole};
 
 /// Names that are tried for a machine that was given none.
 const NUMBERS_MAX: u32 = 100_000;
@@ -88,13 +88,16 @@ impl StateFolder {
         match runtime.filter(|path| !path.as_os_str().is_empty()) {
             // Passed over, what is started would not be where whoever set it looks.
             Some(runtime) if !runtime.is_absolute() => Err(StateError::Relative(runtime)),
-            Some(runtime) => Self::at(runtime.join("runnel")).map_err(|error| match error {
-                StateError::Io { source, .. } => StateError::Runtime {
-                    path: runtime,
-                    source,
-                },
-                other => other,
-            }),
+            Some(runtime) => {
+                let state = check_parent(&runtime).and_then(|()| Self::at(runtime.join("runnel")));
+                state.map_err(|error| match error {
+                    StateError::Io { source, .. } => StateError::Runtime {
+                        path: runtime,
+                        source,
+                    },
+                    other => other,
+                })
+            }
             None if rustix::process::geteuid().is_root() => Self::at("/run/runnel".into()),
             None => Err(StateError::NoPlace),
         }

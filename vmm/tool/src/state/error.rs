@@ -3,7 +3,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::files::SOCKET_PATH_BYTES_MAX;
+use runnel_snapshot::shell::shell_word;
+
+use super::files::{SOCKET_PATH_BYTES_MAX, own_uid};
 use super::name::MachineName;
 
 /// Why the folder cannot be used, or a machine not be found.
@@ -21,7 +23,8 @@ pub(crate) enum StateError {
     Relative(PathBuf),
     /// What the variable names is not there, or somebody else's.
     #[error(
-        "XDG_RUNTIME_DIR is {path}, and nothing can be kept there: set it to a directory that is there and yours alone (`mkdir -m 700`), as a login session does"
+        "XDG_RUNTIME_DIR is {path}, and nothing can be kept there: set it to a directory that is there and yours alone (`mkdir -m 700 {word}`), as a login session does",
+        word = shell_word(path)
     )]
     Runtime {
         /// What it names.
@@ -30,9 +33,25 @@ pub(crate) enum StateError {
         #[source]
         source: io::Error,
     },
+    /// Others could put something there.
+    #[error(
+        "XDG_RUNTIME_DIR is {word}, of user {owner} with mode {mode:o}, so that others could put machines and sockets there: it must be of user {own}, and nobody else's to write, as that which a login session makes (mode 700): `chmod 700 {word}` if it is yours, or set it to another",
+        word = shell_word(path),
+        own = own_uid()
+    )]
+    Shared {
+        /// What the variable names.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Its permissions.
+        mode: u32,
+    },
     /// Others could come in.
     #[error(
-        "{path} must be yours and nobody else's, and is of user {owner} with mode {mode:o}: `chown` and `chmod 700` it, or remove it"
+        "{path} must be yours and nobody else's, and is of user {owner} with mode {mode:o}: `chmod 700 {word}` if it is yours (user {own}), or have it removed",
+        word = shell_word(path),
+        own = own_uid()
     )]
     Exposed {
         /// Which folder.

@@ -30,6 +30,25 @@ pub(super) fn try_lock(folder: &Path) -> io::Result<File> {
     Ok(folder)
 }
 
+/// Sees to it that nobody else can put anything into a folder, under whatever name.
+pub(super) fn check_parent(path: &Path) -> Result<(), StateError> {
+    let found = fs::metadata(path).map_err(io_error("reading", path))?;
+    let (owner, mode) = (found.uid(), found.mode() & 0o7777);
+    // A sticky bit keeps others from removing what is there, and not from making what is not.
+    if owner != own_uid() || mode & 0o022 != 0 {
+        return Err(StateError::Shared {
+            path: path.to_owned(),
+            owner,
+            mode,
+        });
+    }
+    Ok(())
+}
+
+pub(super) fn own_uid() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
 /// Makes a folder, or sees to it that one which is there is nobody else's.
 pub(super) fn private_folder(path: &Path) -> Result<(), StateError> {
     let made = DirBuilder::new().mode(0o700).create(path);
@@ -40,7 +59,7 @@ pub(super) fn private_folder(path: &Path) -> Result<(), StateError> {
     }
     let found = fs::symlink_metadata(path).map_err(io_error("reading", path))?;
     let (owner, mode) = (found.uid(), found.mode() & 0o7777);
-    if !found.is_dir() || owner != rustix::process::geteuid().as_raw() || mode & 0o077 != 0 {
+    if !found.is_dir() || owner != own_uid() || mode & 0o077 != 0 {
         return Err(StateError::Exposed {
             path: path.to_owned(),
             owner,
