@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -335,6 +335,49 @@ fn an_image_of_a_server_is_inspected_without_fetching_it() {
     );
     let shown = user.json(&["inspect", &server.url_of("web"), "--json"]);
     assert_eq!(shown["digest"], captured.manifest.digest.to_string());
+    server.end();
+}
+
+#[test]
+fn a_server_that_wants_to_know_who_asks_says_how_credentials_for_it_are_made_and_given() {
+    let user = User::new();
+    user.capture("web", None);
+    let token = user.folder.path().join("token");
+    fs::write(&token, "a-token-of-thirty-two-characters").unwrap();
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
+    let server = Server::start(&user, &["--token-file", "token"]);
+    let address = server.announced["address"].as_str().unwrap().to_owned();
+    let inspect = |credentials: Option<&str>| {
+        let mut inspect = user.command(&["inspect", &server.url_of("web")]);
+        if let Some(credentials) = credentials {
+            let file = user.folder.path().join("auth.json");
+            fs::write(&file, credentials).unwrap();
+            inspect.env("REGISTRY_AUTH_FILE", &file);
+        }
+        inspect.output().unwrap()
+    };
+    let login = |password: &str| {
+        serde_json::json!({ "auths": { &address: { "username": "u", "password": password } } }).to_string()
+    };
+    for (credentials, reason) in [
+        (None, "it wants credentials"),
+        (Some(login("wrong")), "does not take these"),
+    ] {
+        let refused = inspect(credentials.as_deref());
+        assert_eq!(refused.status.code(), Some(1));
+        let told = text(&refused.stderr);
+        let advice = format!("`skopeo login --tls-verify=false --authfile FILE {address}`");
+        for expected in [
+            reason,
+            &advice,
+            &format!("`docker login {address}`"),
+            "REGISTRY_AUTH_FILE",
+        ] {
+            assert!(told.contains(expected), "{told}");
+        }
+    }
+    let let_in = inspect(Some(&login("a-token-of-thirty-two-characters")));
+    assert!(let_in.status.success(), "{}", text(&let_in.stderr));
     server.end();
 }
 
