@@ -22,7 +22,8 @@ Environment:
     RUNNEL_IMAGES       the local store of images, an absolute path (`runnel image --help`)
     RUNNEL_VMM          the monitor; else runnel-vmm beside this program, else in PATH
     REGISTRY_AUTH_FILE  passwords and tokens of registries (`runnel agent --help`)
-    XDG_RUNTIME_DIR     what runs is remembered below it, in runnel; root without it uses /run/runnel
+    XDG_RUNTIME_DIR     what runs is remembered below it, in runnel: it must be yours, and nobody else's to write; root
+                        without it uses /run/runnel
 ";
 
 /// Runs microVMs that can be saved, streamed and resumed elsewhere.

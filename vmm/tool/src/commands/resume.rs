@@ -28,7 +28,7 @@ const HELP: &str = "\
 IMAGE is the name of an image of the local store, a directory (with a slash in it), or http(s)://host:port/name, each
 with @sha256:… to pin it. Images of other hosts come through the agent, which is started if none runs. The machine runs
 at once; its memory and disks arrive while it does, and `runnel ps` shows how much is there. --credentials and --tls-ca
-are for an agent that is started now; one that runs keeps its own.
+are for an agent that is started now; one that runs keeps its own. Console and exit code are as `runnel run --help` says.
 
 Examples:
     runnel resume web-v1
