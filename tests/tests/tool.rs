@@ -305,6 +305,14 @@ fn where_standard_output_takes_nothing_it_is_named_and_where_it_is_closed_nothin
         "{}",
         text(&output.stderr)
     );
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut closed = user.boot("count:1", &["--name", "web"]);
+    let output = closed.stdout(writer).output().unwrap();
+    assert_eq!(
+        (output.status.code(), text(&output.stderr)),
+        (Some(0), String::new())
+    );
     assert_eq!(user.machines(), Vec::<Value>::new());
 }
 

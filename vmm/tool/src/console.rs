@@ -40,8 +40,8 @@ pub(crate) enum ConsoleError {
     #[error("the console broke off")]
     Broken(#[from] io::Error),
     /// What the guest says can be shown no more.
-    #[error(transparent)]
-    Output(OutputError),
+    #[error("what the guest says cannot be shown")]
+    Output(#[source] OutputError),
 }
 
 /// Why a console is no longer shown.
