@@ -34,8 +34,12 @@ pub(crate) fn reworded(fault: &str) -> String {
 
 /// Whether a request failed for want of a chunk of the image that a machine came from.
 pub(crate) fn is_of_a_chunk(fault: &str) -> bool {
-    let mut causes = fault.split(": ");
-    causes.any(|cause| cause.starts_with("chunk ") && cause.ends_with(" cannot be had"))
+    // That it is stalled is said with what to do.
+    let is_it = |cause: &str| {
+        let rest = cause.strip_prefix("chunk ");
+        rest.is_some_and(|rest| rest.ends_with(" cannot be had") && !rest.contains('('))
+    };
+    fault.split(": ").any(is_it)
 }
 
 /// A reason and its causes, none of which only begins again what the one before it said, as in «chunk 7 of memory cannot be
@@ -66,6 +70,18 @@ fn without_position(reason: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_chunk_that_is_missing_is_told_from_a_machine_that_is_stalled_already() {
+        let missing = "reading volume memory failed: chunk 7 of memory cannot be had: blob sha256:00 cannot be had: away";
+        assert!(is_of_a_chunk(missing));
+        for other in [
+            "the machine is stalled: chunk 7 of memory is missing (blob sha256:00 cannot be had: away); try again",
+            "blob sha256:00 cannot be had: away",
+        ] {
+            assert!(!is_of_a_chunk(other), "{other}");
+        }
+    }
 
     #[test]
     fn fields_become_flags_and_reasons_are_not_called_internal() {
