@@ -14,6 +14,9 @@ const VOLUME_CHARS_MAX: usize = 80;
 /// How the monitor ends a reason which says what to do itself: a file system is full.
 const ROOM: &str = ": make room in ";
 
+/// What mostly has to happen before an image of another host can be read again.
+const SERVER: &str = ", as when its server is back";
+
 /// What it waits for, and the whole reason why that is not here.
 pub(crate) fn cause(stalled: &Stalled) -> String {
     format!(
@@ -30,13 +33,14 @@ pub(crate) fn cure(name: &str, image: Option<&str>, stalled: &Stalled) -> String
         return format!("{name} goes on by itself once there is room");
     }
     let elsewhere = elsewhere(name, image);
+    let server = if elsewhere.is_empty() { "" } else { SERVER };
     match stalled.needs_repair {
         // The same reason will come again and again.
         true => format!(
             "{name} goes on once that is repaired where the image lies (`runnel verify` there names all damage, and the \
              blobs of a sound copy can take the damaged ones' place){elsewhere}; or `runnel kill {name}` ends it"
         ),
-        false => format!("{name} goes on by itself once that can be read again{elsewhere}"),
+        false => format!("{name} goes on by itself once that can be read again{server}{elsewhere}"),
     }
 }
 
@@ -44,7 +48,7 @@ pub(crate) fn cure(name: &str, image: Option<&str>, stalled: &Stalled) -> String
 pub(crate) fn elsewhere(name: &str, image: Option<&str>) -> String {
     match image.and_then(|image| image.parse().ok()) {
         Some(ImageReference::Remote { name: image, .. }) => format!(
-            ", as when its server is back; or once the same image is resumed from another URL of it (`runnel resume \
+            "; or once the same image is resumed from another URL of it (`runnel resume \
              http://OTHER/{image}`), since its agent reads there for {name} too"
         ),
         _ => String::new(),
@@ -91,7 +95,7 @@ mod tests {
                 "damaged",
                 true,
                 ["`runnel verify`", "`runnel resume http://OTHER/team/web`"],
-                "by itself",
+                "server is back",
             ),
             (
                 Some("/images/web"),

@@ -47,7 +47,7 @@ struct Ended {
 
 /// A chunk of the image that the machine came from, which the snapshot needs too.
 #[derive(Debug, thiserror::Error)]
-#[error("{refusal}; {machine} goes on as it was: try again once that can be read{elsewhere}")]
+#[error("{refusal}; {machine} goes on as it was: try again once that can be read again{elsewhere}")]
 struct NotArrived {
     refusal: ApiError,
     machine: MachineName,
