@@ -21,6 +21,7 @@ pub mod overlay;
 pub mod pager;
 pub mod protocol;
 pub mod section;
+pub mod shell;
 pub mod source;
 pub mod state;
 pub mod units;

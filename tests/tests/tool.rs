@@ -11,6 +11,7 @@ use std::process::{Child, Command, Output, Stdio};
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::is_answering;
 use runnel_tests::bare::wait_until;
+use runnel_tests::served::Served;
 use runnel_tests::user::{User, succeeded};
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
@@ -50,13 +51,23 @@ fn a_foreground_machine_is_heard_to_its_last_word_and_gives_its_exit_code() {
         "{heard}"
     );
 
-    let output = user.boot("triplefault", &[]).output().unwrap();
-    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
-    assert!(
-        text(&output.stderr).contains("its log is"),
-        "{}",
-        text(&output.stderr)
-    );
+    for (words, code, ending) in [
+        ("poweroff", 0, "m1 has ended: the guest switched itself off\n"),
+        ("reset", 0, "m1 has ended: the guest asked for a reset\n"),
+        (
+            "triplefault",
+            3,
+            "m1 has ended with code 3: the guest ended in a triple fault; its log is",
+        ),
+    ] {
+        let output = user.boot(words, &[]).output().unwrap();
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{words}: {told}");
+        assert!(
+            told.contains(ending) && told.lines().count() == 1,
+            "{words}: {told}"
+        );
+    }
     assert_eq!(user.machines(), Vec::<Value>::new());
 }
 
@@ -157,8 +168,215 @@ fn ctrl_c_while_a_machine_starts_ends_it_and_nobody_is_told_that_it_runs() {
         let shown = String::from_utf8_lossy(&output.stdout);
         assert_eq!(output.status.code(), Some(130), "{tool:?}: {shown}");
         assert!(!shown.contains("leaves its console"), "{tool:?}: {shown}");
+        assert!(shown.contains("called off:"), "{tool:?}: {shown}");
     }
     assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn ctrl_c_while_an_image_is_opened_says_that_nothing_was_started() {
+    let user = User::new();
+    let _agent = AgentOf(&user);
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/web", server.local_addr().unwrap());
+    let resuming = user
+        .command(&["resume", &url, "--name", "far", "--detach"])
+        .spawn()
+        .unwrap();
+    // It is asked for the image, and does not answer.
+    let _connection = server.accept().unwrap();
+    signal(resuming.id(), "INT");
+    let output = resuming.wait_with_output().unwrap();
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{told}");
+    assert!(told.contains("called off: far was not started"), "{told}");
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+#[test]
+fn a_log_is_printed_and_followed_to_the_end_of_its_machine_and_found_afterwards() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let begun = user.output(&["logs", "web"]);
+    assert!(begun.contains("Running Runnel"), "{begun}");
+    let following = user.command(&["logs", "web", "--follow"]).spawn().unwrap();
+    let _ = user.converse("web", "poweroff\n");
+    let followed = succeeded(following.wait_with_output().unwrap());
+    assert!(followed.starts_with(&begun), "{followed}");
+    assert!(followed.contains("Runnel exiting"), "{followed}");
+    assert_eq!(user.output(&["logs", "web", "--follow"]), followed);
+    let told = refusal(&user.run(&["logs", "nobody"]));
+    assert!(told.contains("no machine named nobody"), "{told}");
+
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    let mut following = user.command(&["logs", "web", "-f"]).spawn().unwrap();
+    read_to(&mut following, "/actions");
+    signal(following.id(), "INT");
+    assert_eq!(following.wait().unwrap().code(), Some(130));
+    assert_eq!(user.state_of("web"), "running");
+}
+
+#[test]
+fn machines_are_waited_for_until_they_have_ended_or_the_time_is_over() {
+    let user = User::new();
+    for name in ["web", "db"] {
+        succeeded(
+            user.boot("count:1", &["--detach", "--name", name])
+                .output()
+                .unwrap(),
+        );
+    }
+    let told = refusal(&user.run(&["wait", "web", "nobody"]));
+    assert!(told.contains("no machine was waited for"), "{told}");
+
+    let waiting = user.command(&["wait", "web", "db", "web"]).spawn().unwrap();
+    let _ = user.converse("web", "poweroff\n");
+    let over = user.run(&["wait", "web", "db", "--timeout", "100ms", "--json"]);
+    assert_eq!(over.status.code(), Some(3));
+    let shown: Value = serde_json::from_slice(&over.stdout).unwrap();
+    assert_eq!(
+        (&shown[0]["name"], &shown[0]["code"]),
+        (&"web".into(), &0.into()),
+        "{shown}"
+    );
+    assert_eq!(
+        (&shown[1]["name"], &shown[1]["ended"]),
+        (&"db".into(), &false.into()),
+        "{shown}"
+    );
+    assert!(
+        text(&over.stderr).contains("db did not end within"),
+        "{}",
+        text(&over.stderr)
+    );
+
+    let _ = user.converse("db", "triplefault\n");
+    let told = succeeded(waiting.wait_with_output().unwrap());
+    assert_eq!(
+        told,
+        "web has ended: the guest switched itself off\ndb has ended with code 3: the guest ended in a triple fault\n"
+    );
+    // Those that have ended are.
+    assert_eq!(
+        user.output(&["wait", "web"]),
+        "web has ended: the guest switched itself off\n"
+    );
+}
+
+#[test]
+fn where_standard_output_takes_nothing_it_is_named_and_where_it_is_closed_nothing_is_said() {
+    let user = User::new();
+    let nowhere = || fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for arguments in [
+        &["ps"][..],
+        &["ps", "--json"],
+        &["image", "ls"],
+        &["doctor"],
+        &["completions", "bash"],
+    ] {
+        let output = user.command(arguments).stdout(nowhere()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let told = text(&output.stderr);
+        assert!(
+            told.contains("standard output") && told.contains("No space left"),
+            "{arguments:?}: {told}"
+        );
+
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = user.command(arguments).stdout(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}");
+        assert!(
+            !text(&output.stderr).contains("ipe"),
+            "{arguments:?}: {}",
+            text(&output.stderr)
+        );
+    }
+    // A console, too: its machine goes with it.
+    let output = user
+        .boot("count:1", &["--name", "web"])
+        .stdout(nowhere())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stderr).contains("standard output"),
+        "{}",
+        text(&output.stderr)
+    );
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut closed = user.boot("count:1", &["--name", "web"]);
+    let output = closed.stdout(writer).output().unwrap();
+    assert_eq!(
+        (output.status.code(), text(&output.stderr)),
+        (Some(0), String::new())
+    );
+    assert_eq!(user.machines(), Vec::<Value>::new());
+}
+
+/// A server of the user's images, and its URL.
+fn server_of(user: &User) -> (Child, String) {
+    let mut server = user
+        .command(&["serve", "--listen", "127.0.0.1:0"])
+        .spawn()
+        .unwrap();
+    let line = read_to(&mut server, "serving at");
+    let mut words = line.split([' ', ';']);
+    let url = words.find(|word| word.starts_with("http://")).unwrap();
+    (server, url.to_owned())
+}
+
+#[test]
+fn a_machine_is_shown_from_where_its_agent_reads_now() {
+    let user = saved();
+    let _agent = AgentOf(&user);
+    let servers = [server_of(&user), server_of(&user)];
+    let urls = servers.each_ref().map(|(_, url)| format!("{url}/web"));
+    for (url, name) in urls.iter().zip(["first", "second"]) {
+        succeeded(user.run(&["resume", url, "--detach", "--name", name]));
+    }
+    let first = user.machines().remove(0);
+    assert_eq!(
+        (first["image"].as_str(), first["read_at"].as_str()),
+        (Some(&*urls[0]), Some(&*urls[1]))
+    );
+    let listed = user.output(&["ps"]);
+    assert!(
+        listed.contains(&format!("first was resumed from {}", urls[0])),
+        "{listed}"
+    );
+    for (mut server, _) in servers {
+        signal(server.id(), "TERM");
+        server.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_snapshot_of_what_has_not_arrived_says_once_what_is_missing_and_what_to_do() {
+    let user = User::new();
+    let mut served = Served::new();
+    let _agent = AgentOf(&user);
+    let mut agent = user.command(&["agent", "--fill-rate", "256"]).spawn().unwrap();
+    read_to(&mut agent, "listens at");
+    let stalls = ["--stall-after", "200ms", "--detach", "--name", "web"];
+    succeeded(user.run(&[&["resume", &served.url()], &stalls[..]].concat()));
+    served.stop_server();
+    let told = refusal(&user.run(&["snapshot", "web", "web"]));
+    assert!(
+        told.contains("Connection refused") && told.matches("of memory cannot be had").count() == 1,
+        "{told}"
+    );
+    assert_eq!(told.matches("chunk ").count(), 1, "{told}");
+    assert!(
+        told.contains("try again") && told.contains("`runnel resume http://OTHER/bare`"),
+        "{told}"
+    );
+    assert_eq!(user.state_of("web"), "running");
+    user.output(&["kill", "web"]);
+    user.output(&["agent", "--stop"]);
+    agent.wait().unwrap();
 }
 
 #[test]
@@ -583,6 +801,27 @@ fn a_runtime_directory_that_cannot_be_used_is_named_with_what_to_do() {
         refused.contains("XDG_RUNTIME_DIR is") && refused.contains("mkdir"),
         "{refused}"
     );
+    let open = user.folder().join("open to all");
+    fs::create_dir(&open).unwrap();
+    let mine = fs::metadata(&open).unwrap().uid();
+    for mode in [0o777, 0o1777, 0o770] {
+        fs::set_permissions(&open, fs::Permissions::from_mode(mode)).unwrap();
+        let refused = told(&open, &["ps"]);
+        let found = format!("of user {mine} with mode {mode:o}");
+        let advice = format!("`chmod 700 '{}'`", open.display());
+        assert!(refused.contains(&found) && refused.contains(&advice), "{refused}");
+        assert!(!open.join("runnel").exists());
+    }
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o700)).unwrap();
+    // Only root can make it somebody else's.
+    if std::os::unix::fs::chown(&open, Some(mine + 1), None).is_ok() {
+        let refused = told(&open, &["ps"]);
+        assert!(
+            refused.contains(&format!("of user {}", mine + 1))
+                && refused.contains(&format!("must be of user {mine}")),
+            "{refused}"
+        );
+    }
     let refused = told(Path::new("run"), &["ps"]);
     assert!(refused.contains("must be an absolute path"), "{refused}");
     let long = user.folder().join("x".repeat(100));
@@ -659,9 +898,10 @@ fn a_machine_that_stands_while_it_is_saved_is_said_to_be_saving() {
         .output();
     succeeded(boot.unwrap());
     let saving = user.command(&["snapshot", "web", "web"]).spawn().unwrap();
-    wait_until("it stands to be saved", || user.state_of("web") == "saving");
-    let machine = user.machines().remove(0);
-    assert_eq!(machine["operation"]["phase"], "copying", "{machine}");
+    wait_until("it stands to be saved", || {
+        user.machines()[0]["operation"]["phase"] == "copying"
+    });
+    assert_eq!(user.state_of("web"), "saving");
     let listed = user.output(&["ps"]);
     assert!(
         listed.contains("web is being saved, and stands meanwhile"),

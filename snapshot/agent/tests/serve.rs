@@ -86,6 +86,43 @@ fn an_image_without_a_name_is_listed_as_what_it_is_answered_for() {
 }
 
 #[test]
+fn the_catalog_names_what_is_served_in_pages_and_tags_come_in_pages_too() {
+    let stored = Stored::new();
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["db", "web", "a.b"] {
+        std::os::unix::fs::symlink(stored.path(), folder.path().join(name)).unwrap();
+    }
+    fs::create_dir(folder.path().join("notes")).unwrap();
+    fs::create_dir(folder.path().join("broken")).unwrap();
+    fs::write(folder.path().join("broken/oci-layout"), "junk").unwrap();
+    let server = serve(&[folder.path()]);
+    let get = |target: &str| request(server.address(), &format!("GET {target}"), &[]);
+    let all = get("/v2/_catalog");
+    assert_eq!((all.status, all.header("link")), (200, None));
+    assert_eq!(
+        all.json(),
+        serde_json::json!({ "repositories": ["a.b", "db", "web"] })
+    );
+
+    let first = get("/v2/_catalog?n=2");
+    assert_eq!(first.json()["repositories"], serde_json::json!(["a.b", "db"]));
+    assert_eq!(
+        first.header("link"),
+        Some("</v2/_catalog?n=2&last=db>; rel=\"next\"")
+    );
+    let rest = get("/v2/_catalog?n=2&last=db");
+    assert_eq!(
+        (rest.json()["repositories"].clone(), rest.header("link")),
+        (serde_json::json!(["web"]), None)
+    );
+    assert_eq!(get("/v2/_catalog?n=many").status, 400);
+    assert_eq!(
+        get("/v2/web/tags/list?last=latest").json()["tags"],
+        serde_json::json!([])
+    );
+}
+
+#[test]
 fn ranges_are_cut_exactly_and_those_behind_the_end_are_refused() {
     let stored = Stored::new();
     let server = serve(&[&stored.path()]);

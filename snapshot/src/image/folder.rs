@@ -60,7 +60,7 @@ pub enum FolderError {
     /// It is no image, and only images are removed.
     #[error("{0} is not removed, since it is no image: it has neither oci-layout nor index.json and blobs")]
     NoImage(PathBuf),
-    /// It is a layout of something else.
+    /// It is a layout of something else, or of something else too.
     #[error("{0} is not removed, since it holds images of another kind: remove the directory yourself")]
     Foreign(PathBuf),
     /// It has something that does not belong to an image, and would be lost.
@@ -90,9 +90,25 @@ pub struct Listing {
     pub images: Vec<ListedImage>,
     /// Directories that should hold an image, and what is wrong with it.
     pub broken: Vec<(PathBuf, ImageError)>,
+    /// Directories of something else, which nobody but their owner removes.
+    pub others: Vec<(PathBuf, NoImage)>,
 }
 
-/// The images right in `folder`. What does not even look like an image is passed over.
+/// Why a directory is not taken for an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoImage {
+    /// It has something of an image.
+    #[error("it lacks oci-layout, and has not both index.json and blobs: a copy that was cut short, perhaps")]
+    Incomplete,
+    /// It has nothing of an image.
+    #[error("it has neither oci-layout nor index.json and blobs")]
+    Unlike,
+    /// It is somebody else's layout.
+    #[error("it holds images of another kind")]
+    Foreign,
+}
+
+/// What is right in `folder`. Files and hidden directories are passed over.
 ///
 /// # Errors
 /// When the folder cannot be read.
@@ -101,6 +117,12 @@ pub fn list(folder: &Path) -> Result<Listing, FolderError> {
     for path in visible(folder)? {
         if looks_like_image(&path) {
             listing.look_at(path);
+        } else if path.is_dir() {
+            let reason = match [INDEX_JSON, BLOBS_OF_ALL].iter().any(|part| has(&path, part)) {
+                true => NoImage::Incomplete,
+                false => NoImage::Unlike,
+            };
+            listing.others.push((path, reason));
         }
     }
     Ok(listing)
@@ -109,8 +131,11 @@ pub fn list(folder: &Path) -> Result<Listing, FolderError> {
 /// Whether a directory was meant to be an image, whatever became of it: it has a layout's marker, or its list and blobs.
 #[must_use]
 pub fn looks_like_image(path: &Path) -> bool {
-    let has = |name: &str| path.join(name).symlink_metadata().is_ok();
-    path.is_dir() && (has(MARKER.0) || has(INDEX_JSON) && has(BLOBS))
+    path.is_dir() && (has(path, MARKER.0) || has(path, INDEX_JSON) && has(path, BLOBS))
+}
+
+fn has(path: &Path, name: &str) -> bool {
+    path.join(name).symlink_metadata().is_ok()
 }
 
 impl Listing {
@@ -118,7 +143,7 @@ impl Listing {
         let opened = Layout::open(&path);
         if opened.as_ref().is_ok_and(Layout::is_foreign) {
             // Nothing is wrong with it.
-            return;
+            return self.others.push((path, NoImage::Foreign));
         }
         let layout = match opened.and_then(Layout::with_images) {
             Ok(layout) => layout,
@@ -152,23 +177,32 @@ pub fn find(folder: &Path, digest: &BlobDigest) -> Result<Option<Image>, FolderE
 /// # Errors
 /// When it is no image, or cannot be removed.
 pub fn remove(path: &Path) -> Result<(), FolderError> {
-    if !looks_like_image(path) {
-        return Err(FolderError::NoImage(path.to_owned()));
-    }
-    if Layout::open(path).is_ok_and(|layout| layout.is_foreign()) {
-        return Err(FolderError::Foreign(path.to_owned()));
-    }
-    if let Some(stranger) = stranger_in(path)? {
-        return Err(FolderError::Stranger {
-            path: path.to_owned(),
-            stranger,
-        });
-    }
+    check_removal(path)?;
     let hidden =
         path_beside(path).ok_or_else(|| io_error("removing", path)(io::ErrorKind::InvalidInput.into()))?;
     // From here on it is an unfinished image like that of a killed writer: if this is cut short, the next sweep ends it.
     fs::rename(path, &hidden).map_err(io_error("removing", path))?;
     fs::remove_dir_all(&hidden).map_err(io_error("removing", &hidden))
+}
+
+/// Sees to it that nothing but an image would go with a directory.
+///
+/// # Errors
+/// When it is no image, or has something else in it.
+pub fn check_removal(path: &Path) -> Result<(), FolderError> {
+    if !looks_like_image(path) {
+        return Err(FolderError::NoImage(path.to_owned()));
+    }
+    if Layout::open(path).is_ok_and(|layout| layout.has_foreign()) {
+        return Err(FolderError::Foreign(path.to_owned()));
+    }
+    match stranger_in(path)? {
+        None => Ok(()),
+        Some(stranger) => Err(FolderError::Stranger {
+            path: path.to_owned(),
+            stranger,
+        }),
+    }
 }
 
 /// Something in an image's directory that no image has there: besides the layout's two files there are blobs alone,

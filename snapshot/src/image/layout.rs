@@ -225,6 +225,12 @@ impl Layout {
         self.listing.manifests.is_empty() && self.listing.others > 0
     }
 
+    /// Whether it holds images of another kind, alone or beside others.
+    #[must_use]
+    pub fn has_foreign(&self) -> bool {
+        self.listing.others > 0
+    }
+
     /// The images, each with its name if it has one.
     pub fn images(&self) -> impl Iterator<Item = (Blob, Option<&str>)> {
         self.listing.images()

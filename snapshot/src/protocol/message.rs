@@ -109,8 +109,11 @@ pub struct ImageStatus {
 /// The most images that a [`AgentStatus`] tells of: more do not fit into a message.
 const STATUS_IMAGES_MAX: usize = 100;
 
-/// The longest name of an image in it, and the longest trouble.
+/// The longest name of an image in it.
 const IMAGE_BYTES_MAX: usize = 256;
+
+/// So much of an image's trouble is told where many are in trouble.
+const TROUBLE_BYTES_MIN: usize = 256;
 
 /// What a monitor says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -187,6 +190,17 @@ const FAILED: u8 = 20;
 const STATUS: u8 = 21;
 
 const CHUNK_BYTES: usize = 10;
+
+/// Cuts what an agent says of its images.
+fn shorten(images: &mut [ImageStatus], trouble_bytes_max: usize) {
+    let cut = |text: &mut String, bytes_max| text.truncate(text.floor_char_boundary(bytes_max));
+    for image in images {
+        cut(&mut image.image, IMAGE_BYTES_MAX);
+        if let Some(trouble) = &mut image.trouble {
+            cut(trouble, trouble_bytes_max);
+        }
+    }
+}
 
 impl FromMonitor {
     /// The bytes of the message.
@@ -281,12 +295,13 @@ impl FromAgent {
             Self::Status(status) => {
                 let mut status = status.clone();
                 status.images.truncate(STATUS_IMAGES_MAX);
-                for image in &mut status.images {
-                    for text in std::iter::once(&mut image.image).chain(&mut image.trouble) {
-                        text.truncate(text.floor_char_boundary(IMAGE_BYTES_MAX));
-                    }
-                }
+                // Whole where there is room, as there is unless many images are in trouble.
+                shorten(&mut status.images, REASON_BYTES_MAX);
                 let mut bytes = json(STATUS, &status);
+                if bytes.len() > MESSAGE_BYTES_MAX {
+                    shorten(&mut status.images, TROUBLE_BYTES_MIN);
+                    bytes = json(STATUS, &status);
+                }
                 // Texts of odd characters are longer in JSON.
                 while bytes.len() > MESSAGE_BYTES_MAX && !status.images.is_empty() {
                     status.images.truncate(status.images.len() * 3 / 4);
@@ -494,6 +509,31 @@ mod tests {
             panic!()
         };
         assert!(read.images.len() > 10, "{}", read.images.len());
+    }
+
+    #[test]
+    fn the_trouble_of_few_images_is_told_whole() {
+        let trouble = "x".repeat(REASON_BYTES_MAX);
+        let image = ImageStatus {
+            image: "http://h/web".into(),
+            digest: BlobDigest::of(b"m"),
+            machines: 1,
+            bytes_received: 1,
+            bytes_sent: 1,
+            trouble: Some(trouble.clone()),
+        };
+        let status = FromAgent::Status(AgentStatus {
+            process: 1,
+            images: vec![image; 3],
+        });
+        let FromAgent::Status(read) = FromAgent::parse(&status.to_bytes()).unwrap() else {
+            panic!()
+        };
+        assert!(
+            read.images
+                .iter()
+                .all(|image| image.trouble.as_ref() == Some(&trouble))
+        );
     }
 
     #[test]

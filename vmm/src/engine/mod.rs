@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::pager::Stall;
+use runnel_snapshot::shell::shell_word;
 
 use crate::board::StoreError;
 use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId, SaveAs};
@@ -45,7 +46,7 @@ pub enum EngineError {
     #[error("{0} is not supported by this version of Runnel")]
     Unsupported(&'static str),
     /// An image or a file is to appear in a directory that is not there.
-    #[error("{0} does not exist: make it first, with `mkdir -p {0}`")]
+    #[error("{0} does not exist: make it first, with `mkdir -p {word}`", word = shell_word(.0))]
     NoDirectory(PathBuf),
     /// A machine that was to stand still, and is not wanted to any more.
     #[error("it was cancelled while the machine waited for a chunk; the machine runs on")]

@@ -63,8 +63,8 @@ pub(crate) enum BootError {
     /// Two drives or interfaces of one name, of which the monitor would take the last.
     #[error("{part} names {id} twice: give each an id of its own")]
     Twice {
-        /// `--drive`, `--net`, or the part of the configuration.
-        part: &'static str,
+        /// `--drive`, `--net`, or the part of the configuration and which that is.
+        part: String,
         /// The name.
         id: String,
     },
@@ -116,11 +116,13 @@ impl Boot {
     }
 
     /// Adds something that has a name below `path`; `part` is where the name was given.
-    fn put_named(&mut self, part: &'static str, path: &str, id: &str, body: Value) -> Result<(), BootError> {
+    fn put_named(&mut self, part: &str, path: &str, id: &str, body: Value) -> Result<(), BootError> {
         let path = format!("{path}/{id}");
         if self.requests.iter().any(|put| put.path == path) {
-            let id = id.to_owned();
-            return Err(BootError::Twice { part, id });
+            return Err(BootError::Twice {
+                part: self.in_file(part),
+                id: id.to_owned(),
+            });
         }
         self.put(path, body);
         Ok(())
@@ -186,11 +188,19 @@ impl Boot {
     /// What a reason is of, with which the monitor refuses a request: of what part of the file, if it is of one.
     pub(crate) fn told_of(&self, path: &str, reason: &str) -> String {
         match &self.file {
-            Some(file) => {
+            Some(_) => {
                 let part = path.trim_start_matches('/').replace('/', " ");
-                format!("{part} of the configuration {}: {reason}", file.display())
+                format!("{}: {reason}", self.in_file(&part))
             }
             None => reason.to_owned(),
+        }
+    }
+
+    /// What a part is called, with the file that it is in, if it is in one.
+    fn in_file(&self, part: &str) -> String {
+        match &self.file {
+            Some(file) => format!("{part} of the configuration {}", file.display()),
+            None => part.to_owned(),
         }
     }
 

@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    Failure, agent, console, doctor, image, inspect, ps, resume, run, serve, shell, snapshot, stop, vcpus,
-    verify,
+    Failure, agent, console, doctor, image, inspect, logs, ps, resume, run, serve, shell, snapshot, stop,
+    vcpus, verify, wait,
 };
 use crate::exit::{EXIT_CODES, Exit};
 
@@ -22,7 +22,8 @@ Environment:
     RUNNEL_IMAGES       the local store of images, an absolute path (`runnel image --help`)
     RUNNEL_VMM          the monitor; else runnel-vmm beside this program, else in PATH
     REGISTRY_AUTH_FILE  passwords and tokens of registries (`runnel agent --help`)
-    XDG_RUNTIME_DIR     what runs is remembered below it, in runnel; root without it uses /run/runnel
+    XDG_RUNTIME_DIR     what runs is remembered below it, in runnel: it must be yours, and nobody else's to write; root
+                        without it uses /run/runnel
 ";
 
 /// Runs microVMs that can be saved, streamed and resumed elsewhere.
@@ -45,9 +46,11 @@ pub(crate) enum Command {
     Resume(resume::ResumeArgs),
     Ps(ps::PsArgs),
     Console(console::ConsoleArgs),
+    Logs(logs::LogsArgs),
     Pause(vcpus::PauseArgs),
     Unpause(vcpus::UnpauseArgs),
     Snapshot(snapshot::SnapshotArgs),
+    Wait(wait::WaitArgs),
     Stop(stop::StopArgs),
     Kill(stop::KillArgs),
     Serve(serve::ServeArgs),
@@ -68,9 +71,11 @@ impl Command {
             Self::Resume(args) => resume::run(args),
             Self::Ps(args) => ps::run(args),
             Self::Console(args) => console::run(args),
+            Self::Logs(args) => logs::run(args),
             Self::Pause(args) => vcpus::pause(args),
             Self::Unpause(args) => vcpus::unpause(args),
             Self::Snapshot(args) => snapshot::run(args),
+            Self::Wait(args) => wait::run(args),
             Self::Stop(args) => stop::stop(args),
             Self::Kill(args) => stop::kill(args),
             Self::Serve(args) => serve::run(args),

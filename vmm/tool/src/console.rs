@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
+use crate::output::OutputError;
 use crate::signals::Signals;
 use crate::terminal::RawTerminal;
 
@@ -37,7 +38,10 @@ pub(crate) enum ConsoleError {
     Terminal(#[source] io::Error),
     /// Waiting or copying failed.
     #[error("the console broke off")]
-    Broken(#[source] io::Error),
+    Broken(#[from] io::Error),
+    /// What the guest says can be shown no more.
+    #[error("what the guest says cannot be shown")]
+    Output(#[source] OutputError),
 }
 
 /// Why a console is no longer shown.
@@ -85,7 +89,7 @@ impl Console {
         };
         let left = link.carry(signals, &mut io::stdout().lock());
         drop(terminal);
-        left.map_err(ConsoleError::Broken)
+        left
     }
 }
 
@@ -128,7 +132,7 @@ struct Ready {
 }
 
 impl Link<'_> {
-    fn carry(&mut self, signals: &Signals, output: &mut impl Write) -> io::Result<Left> {
+    fn carry(&mut self, signals: &Signals, output: &mut impl Write) -> Result<Left, ConsoleError> {
         loop {
             let ready = self.wait(signals)?;
             // Output first: what the guest said before it ended is shown.
@@ -178,18 +182,18 @@ impl Link<'_> {
     }
 
     /// Shows what the guest said. False once there is no more.
-    fn show(&mut self, output: &mut impl Write) -> io::Result<bool> {
+    fn show(&mut self, output: &mut impl Write) -> Result<bool, ConsoleError> {
         let mut piece = [0; PIECE_BYTES];
         match self.socket.read(&mut piece) {
             Ok(0) => Ok(false),
             Ok(len) => {
-                output.write_all(&piece[..len])?;
-                output.flush()?;
+                let shown = output.write_all(&piece[..len]).and_then(|()| output.flush());
+                shown.map_err(|error| ConsoleError::Output(error.into()))?;
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(false),
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use runnel_snapshot::shell::shell_word;
+
 /// What a drive counts in (virtio 1.2 §5.2.4).
 const SECTOR_BYTES: u64 = 512;
 
@@ -21,8 +23,9 @@ fn warning(path: &Path) -> Option<String> {
     (rest != 0).then(|| {
         format!(
             "{} has {bytes} bytes, and its last {rest} are not a whole sector of {SECTOR_BYTES}: the guest does not see them \
-             (`truncate -s %{SECTOR_BYTES}` fills it up)",
-            path.display()
+             (`truncate -s %{SECTOR_BYTES} {}` fills it up)",
+            path.display(),
+            shell_word(path)
         )
     })
 }
@@ -34,10 +37,12 @@ mod tests {
     #[test]
     fn a_rest_is_warned_of_and_whole_sectors_and_what_is_no_file_are_not() {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("disk");
+        let file = folder.path().join("my disk");
         std::fs::write(&file, [0; 1000]).unwrap();
         let told = warning(&file).unwrap();
         assert!(told.contains("its last 488"), "{told}");
+        let advice = format!("`truncate -s %512 '{}'`", file.display());
+        assert!(told.contains(&advice), "{told}");
         std::fs::write(&file, [0; 1024]).unwrap();
         assert_eq!(warning(&file), None);
         assert_eq!(warning(folder.path()), None);

@@ -5,8 +5,8 @@ pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
     0  done
     1  something failed; standard error says what
-    2  the command line cannot be understood, or a name in it cannot be one
-    3  verify found damage, or doctor found something that Runnel cannot do without
+    2  the command line cannot be understood, or a name or URL in it cannot be one
+    3  verify found damage, doctor something that Runnel cannot do without, or wait's --timeout was over
   130  called off with Ctrl-C (128 and the signal's number for any other)
 run and resume in the foreground end with the monitor's own code once the machine has ended (`runnel-vmm --help`
 lists them), and with 0 when its console was left with Ctrl-].";
@@ -18,6 +18,8 @@ pub(crate) enum Exit {
     Done,
     /// It looked at something that is not sound.
     Unsound,
+    /// It waited for something that has not come.
+    Unfinished,
     /// A signal called it off.
     Signal(i32),
     /// The machine has ended, and its monitor with this code.
@@ -34,7 +36,7 @@ impl From<Exit> for std::process::ExitCode {
     fn from(exit: Exit) -> Self {
         Self::from(match exit {
             Exit::Done => 0,
-            Exit::Unsound => 3,
+            Exit::Unsound | Exit::Unfinished => 3,
             // The shell's way of saying which signal it was.
             Exit::Signal(signal) => u8::try_from(128 + signal).unwrap_or(FAILED),
             Exit::Monitor(code) => code,

@@ -26,10 +26,33 @@ const PREFIXES: [&str; 2] = [
 /// A `fault_message` as the tool tells it: without a full stop, since more may follow.
 pub(crate) fn reworded(fault: &str) -> String {
     let stripped = PREFIXES.iter().find_map(|prefix| fault.strip_prefix(prefix));
-    let start = without_position(stripped.unwrap_or(fault).trim_end_matches('.')).to_owned();
+    let start = without_repetition(without_position(stripped.unwrap_or(fault).trim_end_matches('.')));
     WORDS
         .iter()
         .fold(start, |text, (api, tool)| text.replace(api, tool))
+}
+
+/// Whether a request failed for want of a chunk of the image that a machine came from.
+pub(crate) fn is_of_a_chunk(fault: &str) -> bool {
+    // That it is stalled is said with what to do.
+    let is_it = |cause: &str| {
+        let rest = cause.strip_prefix("chunk ");
+        rest.is_some_and(|rest| rest.ends_with(" cannot be had") && !rest.contains('('))
+    };
+    fault.split(": ").any(is_it)
+}
+
+/// A reason and its causes, none of which only begins again what the one before it said, as in «chunk 7 of memory cannot be
+/// had: chunk 7 of memory: …».
+fn without_repetition(reason: &str) -> String {
+    let mut kept: Vec<&str> = Vec::new();
+    for cause in reason.split(": ") {
+        let last = kept.last().and_then(|last| last.strip_prefix(cause));
+        if !last.is_some_and(|rest| rest.starts_with(' ')) {
+            kept.push(cause);
+        }
+    }
+    kept.join(": ")
 }
 
 /// A reason without the place in the JSON, which the tool has written itself.
@@ -49,6 +72,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_chunk_that_is_missing_is_told_from_a_machine_that_is_stalled_already() {
+        let missing = "reading volume memory failed: chunk 7 of memory cannot be had: blob sha256:00 cannot be had: away";
+        assert!(is_of_a_chunk(missing));
+        for other in [
+            "the machine is stalled: chunk 7 of memory is missing (blob sha256:00 cannot be had: away); try again",
+            "blob sha256:00 cannot be had: away",
+        ] {
+            assert!(!is_of_a_chunk(other), "{other}");
+        }
+    }
+
+    #[test]
     fn fields_become_flags_and_reasons_are_not_called_internal() {
         for (fault, told) in [
             (
@@ -62,6 +97,10 @@ mod tests {
             (
                 "An error occurred when deserializing the json body of a request: invalid type: string \"2\", expected u8 at line 1 column 18.",
                 "invalid type: string \"2\", expected u8",
+            ),
+            (
+                "Create snapshot error: chunk 7 of memory cannot be had: chunk 7 of memory: cannot connect to http://h: refused",
+                "Create snapshot error: chunk 7 of memory cannot be had: cannot connect to http://h: refused",
             ),
             (
                 "`network_overrides` names eth0 twice.",

@@ -1,6 +1,7 @@
 //! A machine that was just started: its console here, or left to itself.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -9,10 +10,12 @@ use serde_json::json;
 
 use crate::commands::Failure;
 use crate::console::{Console, Left};
+use crate::ending::Ending;
 use crate::exit::Exit;
 use crate::monitor::Monitor;
 use crate::output::{print, print_json, tell};
 use crate::signals::Signals;
+use crate::state::MachineName;
 
 /// How often the console's socket is tried while the machine is built.
 const LOOK: Duration = Duration::from_micros(200);
@@ -39,14 +42,15 @@ impl Afterwards {
     }
 }
 
-/// Starts a machine with `start`, and then does what is to be done afterwards.
+/// Starts a machine with `start`, which gives the signal that called it off, if one did; and then does what is to be done
+/// afterwards.
 ///
 /// The console is joined while the machine starts: a guest that prints a line and switches itself off is heard.
 pub(crate) fn start_and_attend<E>(
     monitor: Monitor<'_>,
     afterwards: Afterwards,
     signals: &Signals,
-    start: impl FnOnce(&Monitor<'_>) -> Result<Option<Exit>, E>,
+    start: impl FnOnce(&Monitor<'_>) -> Result<Option<i32>, E>,
 ) -> Result<Exit, Failure>
 where
     Failure: From<E>,
@@ -55,16 +59,14 @@ where
         // The machine is new: nobody else can be there, and whoever comes is told.
         let _place = monitor.folder().take_console()?;
         let (started, console) = start_with_console(&monitor, start);
-        if let Some(exit) = started? {
-            return Ok(exit);
-        }
-        return attend(monitor, console, signals);
+        return match started?.or_else(|| signals.next()) {
+            // Nobody is told that it runs.
+            Some(signal) => Ok(called_off(monitor, signal)),
+            None => attend(monitor, console, signals),
+        };
     };
-    if let Some(exit) = start(&monitor)? {
-        return Ok(exit);
-    }
-    if let Some(signal) = signals.next() {
-        return Ok(Exit::Signal(signal));
+    if let Some(signal) = start(&monitor)?.or_else(|| signals.next()) {
+        return Ok(called_off(monitor, signal));
     }
     let folder = monitor.folder();
     match json {
@@ -104,11 +106,17 @@ fn start_with_console<T>(
     })
 }
 
+/// Ends a machine that a signal called off while it started, and says so.
+fn called_off(monitor: Monitor<'_>, signal: i32) -> Exit {
+    let name = monitor.folder().name.clone();
+    drop(monitor);
+    tell(format_args!(
+        "called off: {name} was not started, and nothing is left of it but its log"
+    ));
+    Exit::Signal(signal)
+}
+
 fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> Result<Exit, Failure> {
-    // One that came while the machine started: it ends, and nobody is told that it runs.
-    if let Some(signal) = signals.next() {
-        return Ok(Exit::Signal(signal));
-    }
     let name = monitor.folder().name.clone();
     let is_terminal = std::io::stdin().is_terminal();
     if is_terminal {
@@ -132,13 +140,26 @@ fn attend(monitor: Monitor<'_>, console: Option<Console>, signals: &Signals) -> 
         Left::Ended => {
             let log = monitor.ended_log();
             let exit = monitor.wait(signals)?;
-            if let Exit::Monitor(code @ 1..) = exit {
-                tell(format_args!(
-                    "runnel: {name} ended with code {code}; its log is {}",
-                    log.display()
-                ));
+            if let Exit::Monitor(code) = exit {
+                say_how(&name, code, &log);
             }
             Ok(exit)
         }
+    }
+}
+
+/// Says how a machine ended; where that is no guest's wish, where to read on.
+fn say_how(name: &MachineName, code: u8, log: &Path) {
+    let ending = Ending {
+        // One that was killed could not say so itself.
+        code: Some(code),
+        ..Ending::of(log)
+    };
+    match code {
+        0 => tell(format_args!("{name} has ended{ending}")),
+        _ => tell(format_args!(
+            "runnel: {name} has ended{ending}; its log is {}",
+            log.display()
+        )),
     }
 }

@@ -8,8 +8,10 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use runnel_agent::remote::{BadUrl, Origin};
 use runnel_snapshot::image::folder::looks_like_image;
 use runnel_snapshot::image::reference::{BadReference, ImageReference, is_name};
+use runnel_snapshot::shell::shell_word;
 
 /// Why an image cannot be found.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +22,12 @@ pub(crate) enum StoreError {
     /// The variable means another folder in each directory.
     #[error("RUNNEL_IMAGES is {0:?}: it must be an absolute path")]
     Relative(PathBuf),
+    /// What the variable names is not there.
+    #[error(
+        "RUNNEL_IMAGES is {0}, and there is no such folder: set it right if it is mistyped; else make it (`mkdir -p {word}`), or let the first snapshot do so",
+        word = shell_word(.0)
+    )]
+    NoStore(PathBuf),
     /// There is no name.
     #[error("the image has no name: give one, or a path with a slash in it")]
     NoName,
@@ -39,7 +47,7 @@ pub(crate) enum StoreError {
     )]
     Pushed(String),
     /// A directory where an image's name should be.
-    #[error("{0} is a directory, and the image needs a name of its own in it, as in {example}", example = in_folder(.0))]
+    #[error("{0} is a directory, and the image needs a name of its own in it, as in {example}", example = shell_word(in_folder(.0)))]
     NoNameIn(String),
     /// Something that only begins like a URL.
     #[error("{0:?} is neither a directory nor a URL: an image of a server begins with http:// or https://")]
@@ -51,7 +59,7 @@ pub(crate) enum StoreError {
     #[error("{0} is no image: it has neither oci-layout nor index.json and blobs")]
     NoImage(PathBuf),
     /// The images are one folder further down.
-    #[error("{folder} is a folder of images: give one of them, as in {example}", folder = .folder.display(), example = .example.display())]
+    #[error("{folder} is a folder of images: give one of them, as in {example}", folder = .folder.display(), example = shell_word(.example))]
     Folder {
         /// The folder.
         folder: PathBuf,
@@ -59,16 +67,18 @@ pub(crate) enum StoreError {
         example: PathBuf,
     },
     /// A server's image without what says so.
-    #[error("there is no directory {0}: an image of a server begins with its scheme, as in http://{0}")]
+    #[error("there is no directory {0}: an image of a server begins with its scheme, as in {example}", example = shell_word(format!("http://{}", .0)))]
     NoScheme(String),
     /// The name cannot be one.
     #[error(
-        "{0:?} cannot be an image's name: lower-case letters and digits, with '.', '_' or '-' between; a directory is written with a slash, as in ./{0}"
+        "{0:?} cannot be an image's name: lower-case letters and digits, with '.', '_' or '-' between; a directory is written with a slash, as in {example}",
+        example = beside(.0)
     )]
     BadName(String),
     /// No such image.
     #[error(
-        "no image named {name} in {store}: `runnel image ls` lists them; a directory is written with a slash, as in ./{name}"
+        "no image named {name} in {store}: `runnel image ls` lists them; a directory is written with a slash, as in {example}",
+        example = beside(name)
     )]
     Unknown {
         /// The name.
@@ -79,6 +89,9 @@ pub(crate) enum StoreError {
     /// The text names no image.
     #[error(transparent)]
     Reference(#[from] BadReference),
+    /// Nor does it name a server.
+    #[error(transparent)]
+    Server(#[from] BadUrl),
     /// The system refused.
     #[error("{what} {path} failed")]
     Io {
@@ -95,7 +108,10 @@ pub(crate) enum StoreError {
 impl StoreError {
     /// Whether no store could have what was typed.
     pub(crate) fn is_usage(&self) -> bool {
-        matches!(self, Self::NoName | Self::BadName(_) | Self::Reference(_))
+        matches!(
+            self,
+            Self::NoName | Self::BadName(_) | Self::HalfUrl(_) | Self::Reference(_) | Self::Server(_)
+        )
     }
 }
 
@@ -111,6 +127,8 @@ fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) ->
 #[derive(Clone, Debug)]
 pub(crate) struct ImageStore {
     path: PathBuf,
+    /// Whether somebody has said where it is.
+    is_named: bool,
 }
 
 impl ImageStore {
@@ -125,7 +143,7 @@ impl ImageStore {
         };
         if let Some(path) = folder("RUNNEL_IMAGES") {
             return match path.is_absolute() {
-                true => Ok(Self::at(path)),
+                true => Ok(Self { path, is_named: true }),
                 false => Err(StoreError::Relative(path)),
             };
         }
@@ -140,7 +158,10 @@ impl ImageStore {
     }
 
     fn at(path: PathBuf) -> Self {
-        Self { path }
+        Self {
+            path,
+            is_named: false,
+        }
     }
 
     /// Its folder.
@@ -168,10 +189,10 @@ impl ImageStore {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(io_error("looking into the store for", &path)(source))
             }
-            _ => Err(StoreError::Unknown {
+            _ => Err(self.missing().unwrap_or_else(|| StoreError::Unknown {
                 name: name.to_owned(),
                 store: self.path.clone(),
-            }),
+            })),
         }
     }
 
@@ -183,14 +204,25 @@ impl ImageStore {
         self.path.try_exists().map_err(io_error("finding", &self.path))
     }
 
+    /// That there is no store where somebody has said that one is.
+    pub(crate) fn missing(&self) -> Option<StoreError> {
+        let is_missing = self.is_named && !self.path.exists();
+        is_missing.then(|| StoreError::NoStore(self.path.clone()))
+    }
+
     /// What `text` refers to: a URL, a path, or an image of the store, with a tag or a digest if it has one.
     ///
     /// # Errors
     /// When it is neither.
     pub(crate) fn resolve(&self, text: &str) -> Result<ImageReference, StoreError> {
         let reference: ImageReference = text.parse()?;
-        let ImageReference::Directory { path, wanted } = reference else {
-            return Ok(reference);
+        let (path, wanted) = match reference {
+            ImageReference::Directory { path, wanted } => (path, wanted),
+            ImageReference::Remote { ref base, .. } => {
+                // Whoever mistyped a server is told so before anything is started for it.
+                Origin::parse(base)?;
+                return Ok(reference);
+            }
         };
         let path = match bare_name(&path) {
             None if lacks_scheme(text) && !path.exists() => {
@@ -276,6 +308,11 @@ fn begins_like_url(text: &str) -> bool {
 /// An image's path in a directory, for an example.
 fn in_folder(folder: &str) -> String {
     format!("{}/web", folder.trim_end_matches('/'))
+}
+
+/// The path of a directory here, for an example.
+fn beside(name: &str) -> String {
+    shell_word(format!("./{name}"))
 }
 
 /// Whether `text` begins with a host and a port, as in `10.0.0.1:5000/web`.
@@ -366,11 +403,29 @@ mod tests {
         let store = ImageStore::at(folder.path().to_owned());
         for text in ["10.0.0.1:5000/web", "localhost:5000/team/web", "[::1]:80/web"] {
             let told = store.resolve(text).unwrap_err().to_string();
-            assert!(told.ends_with(&format!("http://{text}")), "{told}");
+            assert!(told.ends_with(&shell_word(format!("http://{text}"))), "{told}");
         }
         for text in ["./a:5000/web", "/srv/a:5000/web", "a:b/web", ":5000/web"] {
             let reference = store.resolve(text);
             assert!(matches!(reference, Err(StoreError::NotThere(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn advice_can_be_typed_as_it_is_also_where_a_name_has_blanks() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store_with(&folder, "my web");
+        let told = store
+            .resolve(folder.path().to_str().unwrap())
+            .unwrap_err()
+            .to_string();
+        assert!(told.ends_with("/my web'"), "{told}");
+        for refused in [
+            store.resolve("my db"),
+            store.destination("my db").map(|_| unreachable!()),
+        ] {
+            let told = refused.unwrap_err().to_string();
+            assert!(told.ends_with("as in './my db'"), "{told}");
         }
     }
 

@@ -13,6 +13,7 @@ mod cli;
 mod commands;
 mod console;
 mod drives;
+mod ending;
 mod exit;
 mod fault;
 mod foreground;
@@ -27,6 +28,7 @@ mod progress;
 mod remote;
 mod signals;
 mod size;
+mod stall;
 mod state;
 mod table;
 mod taps;
@@ -56,7 +58,7 @@ fn main() -> ExitCode {
     match cli.command.run() {
         Ok(exit) => exit.into(),
         // Whoever reads the output has seen enough, as with `runnel ps | head -1`.
-        Err(error) if output::is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
+        Err(error) if output::is_closed(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             output::tell(format_args!("runnel: {}", output::trace(error.as_ref())));
             ExitCode::from(if is_usage(error.as_ref()) {

@@ -15,22 +15,35 @@ pub(crate) struct OutputArgs {
     pub(crate) json: bool,
 }
 
+/// Standard output takes no more.
+#[derive(Debug, thiserror::Error)]
+#[error("standard output cannot be written to")]
+pub(crate) struct OutputError(#[from] io::Error);
+
 /// Prints text, which ends its own lines.
 ///
 /// # Errors
 /// When standard output takes no more.
-pub(crate) fn print(text: &str) -> io::Result<()> {
+pub(crate) fn print(text: &str) -> Result<(), OutputError> {
+    print_bytes(text.as_bytes())
+}
+
+/// Prints bytes that come from elsewhere, as they are.
+///
+/// # Errors
+/// When standard output takes no more.
+pub(crate) fn print_bytes(bytes: &[u8]) -> Result<(), OutputError> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
+    out.write_all(bytes)?;
+    Ok(out.flush()?)
 }
 
 /// Prints JSON.
 ///
 /// # Errors
 /// When standard output takes no more.
-pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
-    let mut text = serde_json::to_string_pretty(value)?;
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), OutputError> {
+    let mut text = serde_json::to_string_pretty(value).map_err(io::Error::from)?;
     text.push('\n');
     print(&text)
 }
@@ -60,10 +73,12 @@ pub(crate) fn trace(error: &(dyn Error + 'static)) -> String {
 }
 
 /// Whether standard output was closed by whoever reads it.
-pub(crate) fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
-    error
-        .downcast_ref::<io::Error>()
-        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+pub(crate) fn is_closed(error: &(dyn Error + 'static)) -> bool {
+    let is_closed = |error: &(dyn Error + 'static)| {
+        let error = error.downcast_ref();
+        error.is_some_and(|OutputError(source)| source.kind() == io::ErrorKind::BrokenPipe)
+    };
+    std::iter::successors(Some(error), |&error| error.source()).any(is_closed)
 }
 
 #[cfg(test)]
@@ -78,7 +93,13 @@ mod tests {
     fn a_trace_names_every_cause_once() {
         let error = Outer(io::Error::other("no such thing"));
         assert_eq!(trace(&error), "reading /x failed: no such thing");
-        assert!(is_broken_pipe(&io::Error::from(io::ErrorKind::BrokenPipe)));
-        assert!(!is_broken_pipe(&error));
+    }
+
+    #[test]
+    fn standard_output_alone_is_what_readers_close() {
+        let closed = || io::Error::from(io::ErrorKind::BrokenPipe);
+        assert!(is_closed(&OutputError(closed())));
+        assert!(!is_closed(&OutputError(io::ErrorKind::StorageFull.into())));
+        assert!(!is_closed(&Outer(closed())));
     }
 }

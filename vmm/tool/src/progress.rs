@@ -31,7 +31,11 @@ fn style(template: &str) -> ProgressStyle {
 #[derive(Debug)]
 enum Shown {
     Bar(ProgressBar),
-    Lines { last: Instant },
+    Lines {
+        last: Instant,
+        /// The last one, which is not said again.
+        said: String,
+    },
 }
 
 impl ProgressView {
@@ -43,7 +47,10 @@ impl ProgressView {
             bar.set_prefix(what.clone());
             Shown::Bar(bar)
         } else {
-            Shown::Lines { last: Instant::now() }
+            Shown::Lines {
+                last: Instant::now(),
+                said: String::new(),
+            }
         };
         Self { what, shown }
     }
@@ -59,9 +66,11 @@ impl ProgressView {
                 bar.set_position(done.min(total));
                 bar.set_message(phase.to_owned());
             }
-            Shown::Lines { last } if last.elapsed() >= LINES_APART => {
+            Shown::Lines { last, said } if last.elapsed() >= LINES_APART => {
                 *last = Instant::now();
-                tell(line(&self.what, phase, done, total));
+                if let Some(line) = news(said, line(&self.what, phase, done, total)) {
+                    tell(line);
+                }
             }
             Shown::Lines { .. } => {}
         }
@@ -74,6 +83,15 @@ impl Drop for ProgressView {
             bar.finish_and_clear();
         }
     }
+}
+
+/// A line, unless it is the one that was said last.
+fn news(said: &mut String, line: String) -> Option<&str> {
+    if *said == line {
+        return None;
+    }
+    *said = line;
+    Some(said)
 }
 
 /// How far `what` is, in a line.
@@ -118,6 +136,17 @@ mod tests {
         assert_eq!(length(&view), Some(0));
         view.show("copying", 1, 9);
         assert_eq!(length(&view), Some(9));
+    }
+
+    #[test]
+    fn a_line_that_says_nothing_new_is_not_said_again() {
+        let mut said = String::new();
+        let lines = ["web: 1 %", "web: 1 %", "web: 2 %", "web: 1 %"].map(str::to_owned);
+        let told: Vec<bool> = lines
+            .into_iter()
+            .map(|line| news(&mut said, line).is_some())
+            .collect();
+        assert_eq!(told, [true, false, true, true]);
     }
 
     #[test]

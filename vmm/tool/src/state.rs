@@ -9,249 +9,33 @@
 //! lock               held while a machine is entered or removed
 //! ```
 //!
-//! All of it is its owner's alone. An entry whose process has ended is stale, whatever ended it; every command removes
+//! All of it is its owner's alone, and so is the folder around it to write. An entry whose process has ended is stale, whatever ended it; every command removes
 //! the stale ones that it meets. Nothing here ends a process.
+
+mod ended;
+mod error;
+mod files;
+mod machine;
+mod name;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::FlockOperation;
-use serde::{Deserialize, Serialize};
+
+pub(crate) use error::StateError;
+pub(crate) use files::check_socket;
+pub(crate) use machine::{ConsolePlace, Machine, MachineFolder, Record};
+pub(crate) use name::MachineName;
 
 use crate::process::{Process, ProcessId};
-
-/// The longest path of a unix socket on Linux, with the zero behind it (unix(7)).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
+use error::io_error;
+use files::{check_parent, private_folder, try_lock, write_whole};
 
 /// Names that are tried for a machine that was given none.
 const NUMBERS_MAX: u32 = 100_000;
-
-/// Logs of ended machines that are kept.
-const ENDED_LOGS_MAX: usize = 32;
-
-/// Of these, those of one name that are kept beside the last: machines without a name are called alike again and again.
-const EARLIER_LOGS_MAX: u32 = 7;
-
-/// Why the folder cannot be used, or a machine not be found.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum StateError {
-    /// There is no place for it.
-    #[error(
-        "XDG_RUNTIME_DIR is not set, and /run/runnel is root's: set it to a directory of your own, as a login session does"
-    )]
-    NoPlace,
-    /// The variable means another folder in each directory.
-    #[error(
-        "XDG_RUNTIME_DIR is {0:?}: it must be an absolute path, as that which a login session sets; without it, root uses /run/runnel"
-    )]
-    Relative(PathBuf),
-    /// What the variable names is not there, or somebody else's.
-    #[error(
-        "XDG_RUNTIME_DIR is {path}, and nothing can be kept there: set it to a directory that is there and yours alone (`mkdir -m 700`), as a login session does"
-    )]
-    Runtime {
-        /// What it names.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: io::Error,
-    },
-    /// Others could come in.
-    #[error(
-        "{path} must be yours and nobody else's, and is of user {owner} with mode {mode:o}: `chown` and `chmod 700` it, or remove it"
-    )]
-    Exposed {
-        /// Which folder.
-        path: PathBuf,
-        /// Whose it is.
-        owner: u32,
-        /// Its permissions.
-        mode: u32,
-    },
-    /// Sockets in it could not be bound.
-    #[error(
-        "{0} is too long for a unix socket (at most {SOCKET_PATH_BYTES_MAX} bytes): set XDG_RUNTIME_DIR to a shorter path"
-    )]
-    TooLong(PathBuf),
-    /// The system refused.
-    #[error("{what} {path} failed")]
-    Io {
-        /// What was attempted.
-        what: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: io::Error,
-    },
-    /// The name is taken.
-    #[error(
-        "a machine named {name} runs already (process {pid}): choose another --name, or end it with `runnel stop {name}`"
-    )]
-    Taken {
-        /// The name.
-        name: MachineName,
-        /// Whose it is.
-        pid: i32,
-    },
-    /// The name is just being taken.
-    #[error("a machine named {0} is just being started: choose another --name")]
-    BeingTaken(MachineName),
-    /// No such machine.
-    #[error("no machine named {name} runs{hint}: `runnel ps` lists them")]
-    Unknown {
-        /// The name.
-        name: MachineName,
-        /// What is known of it.
-        hint: String,
-    },
-    /// No number is free.
-    #[error("there is no free name: give one with --name")]
-    NoFreeName,
-}
-
-fn io_error<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StateError + 'a {
-    move |source| StateError::Io {
-        what,
-        path: path.to_owned(),
-        source,
-    }
-}
-
-/// The name of a machine: 1 to 64 letters, digits and hyphens, as the monitor takes it; no hyphen first.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct MachineName(String);
-
-/// Text that names no machine.
-#[derive(Debug, thiserror::Error)]
-#[error("a machine's name is 1 to 64 letters, digits and hyphens, the first no hyphen")]
-pub(crate) struct BadMachineName;
-
-impl FromStr for MachineName {
-    type Err = BadMachineName;
-
-    fn from_str(text: &str) -> Result<Self, BadMachineName> {
-        let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-';
-        let fits = (1..=64).contains(&text.len()) && text.bytes().all(allowed) && !text.starts_with('-');
-        if fits {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(BadMachineName)
-        }
-    }
-}
-
-impl std::fmt::Display for MachineName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// What a machine was started with: `info.json`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
-    /// Milliseconds since 1970.
-    pub(crate) started_at_unix_ms: u64,
-    /// The image that it came from, if it was not booted.
-    pub(crate) image: Option<String>,
-    /// Its kernel, if it was booted.
-    pub(crate) kernel: Option<String>,
-    /// How many vCPUs; 0 while that is not known.
-    pub(crate) vcpus: u64,
-    /// Guest memory in MiB; 0 while that is not known.
-    pub(crate) memory_mib: u64,
-}
-
-impl Record {
-    /// Of a machine that starts now.
-    pub(crate) fn now() -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self {
-            started_at_unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
-            ..Self::default()
-        }
-    }
-}
-
-/// The folder of one machine.
-#[derive(Clone, Debug)]
-pub(crate) struct MachineFolder {
-    /// The machine's name.
-    pub(crate) name: MachineName,
-    path: PathBuf,
-}
-
-impl MachineFolder {
-    /// Where its API is.
-    pub(crate) fn api_socket(&self) -> PathBuf {
-        self.path.join("api.sock")
-    }
-
-    /// Where its serial console is.
-    pub(crate) fn console_socket(&self) -> PathBuf {
-        self.path.join("console.sock")
-    }
-
-    /// Takes the place at the machine's console, which there is one of; `None` while somebody else has it.
-    ///
-    /// # Errors
-    /// When the lock cannot be had at all.
-    pub(crate) fn take_console(&self) -> Result<Option<ConsolePlace>, StateError> {
-        let path = self.path.join("console.lock");
-        let mut options = OpenOptions::new();
-        let options = options.write(true).create(true).truncate(false).mode(0o600);
-        let locked = options.open(&path).and_then(|file| {
-            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            Ok(ConsolePlace { _lock: file })
-        });
-        match locked {
-            Ok(place) => Ok(Some(place)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(source) => Err(io_error("locking", &path)(source)),
-        }
-    }
-
-    /// What its monitor writes.
-    pub(crate) fn log(&self) -> PathBuf {
-        self.path.join("vmm.log")
-    }
-
-    /// Writes what the machine was started with.
-    pub(crate) fn record(&self, record: &Record) -> Result<(), StateError> {
-        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other);
-        let path = self.path.join("info.json");
-        text.and_then(|text| write_whole(&path, &text))
-            .map_err(io_error("writing", &path))
-    }
-
-    fn process(&self) -> Option<ProcessId> {
-        fs::read_to_string(self.path.join("pid")).ok()?.parse().ok()
-    }
-}
-
-/// The place at a machine's console, until this is dropped. The monitor serves one client and lets others wait without a
-/// word, so those of the tool agree among themselves.
-#[derive(Debug)]
-pub(crate) struct ConsolePlace {
-    _lock: File,
-}
-
-/// A machine that runs.
-#[derive(Debug)]
-pub(crate) struct Machine {
-    /// Its folder.
-    pub(crate) folder: MachineFolder,
-    /// Its monitor.
-    pub(crate) id: ProcessId,
-    /// Its monitor, held.
-    pub(crate) process: Process,
-    /// What it was started with; nothing, if that cannot be read.
-    pub(crate) record: Record,
-}
 
 /// A name taken for a machine that is about to start. Dropped before [`enter`](Self::enter), it is free again.
 #[derive(Debug)]
@@ -304,13 +88,16 @@ impl StateFolder {
         match runtime.filter(|path| !path.as_os_str().is_empty()) {
             // Passed over, what is started would not be where whoever set it looks.
             Some(runtime) if !runtime.is_absolute() => Err(StateError::Relative(runtime)),
-            Some(runtime) => Self::at(runtime.join("runnel")).map_err(|error| match error {
-                StateError::Io { source, .. } => StateError::Runtime {
-                    path: runtime,
-                    source,
-                },
-                other => other,
-            }),
+            Some(runtime) => {
+                let state = check_parent(&runtime).and_then(|()| Self::at(runtime.join("runnel")));
+                state.map_err(|error| match error {
+                    StateError::Io { source, .. } => StateError::Runtime {
+                        path: runtime,
+                        source,
+                    },
+                    other => other,
+                })
+            }
             None if rustix::process::geteuid().is_root() => Self::at("/run/runnel".into()),
             None => Err(StateError::NoPlace),
         }
@@ -332,10 +119,6 @@ impl StateFolder {
 
     fn machines_path(&self) -> PathBuf {
         self.root.join("machines")
-    }
-
-    fn ended_path(&self) -> PathBuf {
-        self.root.join("ended")
     }
 
     /// The agent's folder.
@@ -384,7 +167,7 @@ impl StateFolder {
         }
         let made = DirBuilder::new().mode(0o700).create(&folder.path);
         made.map_err(io_error("creating", &folder.path))?;
-        let lock = lock(&folder.path).map_err(io_error("locking", &folder.path))?;
+        let lock = try_lock(&folder.path).map_err(io_error("locking", &folder.path))?;
         Ok(Ok(Claim {
             state: self,
             folder,
@@ -476,11 +259,6 @@ impl StateFolder {
         }
     }
 
-    /// Where the log of a machine is once it has ended.
-    pub(crate) fn ended_log(&self, name: &MachineName) -> PathBuf {
-        self.ended_path().join(format!("{name}.log"))
-    }
-
     fn lock(&self) -> Result<File, StateError> {
         let path = self.root.join("lock");
         let mut options = OpenOptions::new();
@@ -497,7 +275,7 @@ impl StateFolder {
             let process = id.open();
             return Ok(process.map_or(Found::Stale, |process| Found::Running(id, process)));
         }
-        match lock(&folder.path) {
+        match try_lock(&folder.path) {
             Ok(_) => Ok(Found::Stale),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Found::Starting),
             Err(source) => Err(io_error("locking", &folder.path)(source)),
@@ -511,84 +289,12 @@ impl StateFolder {
         }
         fs::remove_dir_all(&folder.path).map_err(io_error("removing", &folder.path))
     }
-
-    /// Moves a log to those of ended machines, behind which earlier ones of the name stand; best effort.
-    fn keep_log(&self, folder: &MachineFolder) {
-        let earlier = |number: u32| match number {
-            0 => self.ended_log(&folder.name),
-            _ => self.ended_path().join(format!("{}.{number}.log", folder.name)),
-        };
-        for number in (0..EARLIER_LOGS_MAX).rev() {
-            let _ = fs::rename(earlier(number), earlier(number + 1));
-        }
-        if fs::rename(folder.log(), earlier(0)).is_ok() {
-            self.limit_ended_logs();
-        }
-    }
-
-    /// Removes the oldest logs beyond the limit; best effort.
-    fn limit_ended_logs(&self) {
-        let Ok(entries) = fs::read_dir(self.ended_path()) else {
-            return;
-        };
-        let age = |entry: fs::DirEntry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()));
-        let mut logs: Vec<_> = entries.flatten().filter_map(age).collect();
-        logs.sort();
-        let too_many = logs.len().saturating_sub(ENDED_LOGS_MAX);
-        for (_, path) in &logs[..too_many] {
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-/// Refuses a path that no socket can have.
-///
-/// # Errors
-/// When it is too long.
-pub(crate) fn check_socket(path: &Path) -> Result<(), StateError> {
-    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-        return Err(StateError::TooLong(path.to_owned()));
-    }
-    Ok(())
 }
 
 enum Found {
     Running(ProcessId, Process),
     Starting,
     Stale,
-}
-
-fn lock(folder: &Path) -> io::Result<File> {
-    let folder = File::open(folder)?;
-    rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive)?;
-    Ok(folder)
-}
-
-/// Makes a folder, or sees to it that one which is there is nobody else's.
-fn private_folder(path: &Path) -> Result<(), StateError> {
-    let made = DirBuilder::new().mode(0o700).create(path);
-    match made {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(source) => return Err(io_error("creating", path)(source)),
-    }
-    let found = fs::symlink_metadata(path).map_err(io_error("reading", path))?;
-    let (owner, mode) = (found.uid(), found.mode() & 0o7777);
-    if !found.is_dir() || owner != rustix::process::geteuid().as_raw() || mode & 0o077 != 0 {
-        return Err(StateError::Exposed {
-            path: path.to_owned(),
-            owner,
-            mode,
-        });
-    }
-    Ok(())
-}
-
-/// Writes a file so that nobody reads half of it.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let unfinished = path.with_extension("new");
-    fs::write(&unfinished, bytes)?;
-    fs::rename(&unfinished, path)
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 
+use runnel_snapshot::shell::shell_word;
+
 /// The names of this host's network interfaces.
 #[derive(Debug, Default)]
 pub(crate) struct HostInterfaces(BTreeSet<String>);
@@ -34,7 +36,8 @@ impl HostInterfaces {
         is_new.then(|| {
             format!(
                 "there was no tap {tap}: it was made for this machine, goes with it, and is joined to nothing; to have \
-                 one with an address or in a bridge, make it beforehand (`ip tuntap add {tap} mode tap`)"
+                 one with an address or in a bridge, make it beforehand (`ip tuntap add {word} mode tap`)",
+                word = shell_word(tap)
             )
         })
     }

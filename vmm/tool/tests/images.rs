@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -243,6 +243,33 @@ fn images_are_listed_removed_and_nothing_else_is() {
 }
 
 #[test]
+fn what_is_to_be_typed_is_quoted_for_a_shell() {
+    let user = User::new();
+    let name = "it's broken";
+    fs::create_dir_all(user.store().join(name)).unwrap();
+    fs::write(user.store().join(name).join("oci-layout"), "").unwrap();
+    let told = text(&user.run(&["image", "ls"]).stderr);
+    assert!(told.contains(r"`runnel image rm 'it'\''s broken'`"), "{told}");
+    let away = user.folder.path().join("no agent");
+    let away = away.to_str().unwrap();
+    let told = text(
+        &user
+            .run(&["resume", "http://127.0.0.1:9/web", "--agent", away])
+            .stderr,
+    );
+    assert!(
+        told.contains(&format!("`runnel agent --socket '{away}'`")),
+        "{told}"
+    );
+    let told = text(
+        &user
+            .run(&["resume", "http://127.0.0.1:9/web", "--overlay-directory", away])
+            .stderr,
+    );
+    assert!(told.contains(&format!("`mkdir -p '{away}'`")), "{told}");
+}
+
+#[test]
 fn prune_takes_old_images_only_when_told_and_says_what_it_would_do() {
     let user = User::new();
     user.capture("web", None);
@@ -308,6 +335,49 @@ fn an_image_of_a_server_is_inspected_without_fetching_it() {
     );
     let shown = user.json(&["inspect", &server.url_of("web"), "--json"]);
     assert_eq!(shown["digest"], captured.manifest.digest.to_string());
+    server.end();
+}
+
+#[test]
+fn a_server_that_wants_to_know_who_asks_says_how_credentials_for_it_are_made_and_given() {
+    let user = User::new();
+    user.capture("web", None);
+    let token = user.folder.path().join("token");
+    fs::write(&token, "a-token-of-thirty-two-characters").unwrap();
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
+    let server = Server::start(&user, &["--token-file", "token"]);
+    let address = server.announced["address"].as_str().unwrap().to_owned();
+    let inspect = |credentials: Option<&str>| {
+        let mut inspect = user.command(&["inspect", &server.url_of("web")]);
+        if let Some(credentials) = credentials {
+            let file = user.folder.path().join("auth.json");
+            fs::write(&file, credentials).unwrap();
+            inspect.env("REGISTRY_AUTH_FILE", &file);
+        }
+        inspect.output().unwrap()
+    };
+    let login = |password: &str| {
+        serde_json::json!({ "auths": { &address: { "username": "u", "password": password } } }).to_string()
+    };
+    for (credentials, reason) in [
+        (None, "it wants credentials"),
+        (Some(login("wrong")), "does not take these"),
+    ] {
+        let refused = inspect(credentials.as_deref());
+        assert_eq!(refused.status.code(), Some(1));
+        let told = text(&refused.stderr);
+        let advice = format!("`skopeo login --tls-verify=false --authfile FILE {address}`");
+        for expected in [
+            reason,
+            &advice,
+            &format!("`docker login {address}`"),
+            "REGISTRY_AUTH_FILE",
+        ] {
+            assert!(told.contains(expected), "{told}");
+        }
+    }
+    let let_in = inspect(Some(&login("a-token-of-thirty-two-characters")));
+    assert!(let_in.status.success(), "{}", text(&let_in.stderr));
     server.end();
 }
 
@@ -439,6 +509,103 @@ fn a_store_at_a_relative_path_is_refused() {
 }
 
 #[test]
+fn a_store_that_was_named_and_is_not_there_is_said_to_be_missing() {
+    let user = User::new();
+    let missing = user.folder.path().join("no images");
+    let run = |arguments: &[&str]| {
+        let mut command = user.command(arguments);
+        command.env("RUNNEL_IMAGES", &missing).output().unwrap()
+    };
+    let advice = format!("`mkdir -p '{}'`", missing.display());
+    for arguments in [
+        &["image", "ls"][..],
+        &["image", "prune", "--older-than", "1d"],
+        &["image", "rm", "web"],
+        &["inspect", "web"],
+    ] {
+        let told = text(&run(arguments).stderr);
+        assert!(
+            told.contains("no such folder") && told.contains(&advice),
+            "{arguments:?}: {told}"
+        );
+    }
+    assert!(!missing.exists());
+    // Nobody has said where the usual one is: it is made when it is needed.
+    let usual = user
+        .command(&["image", "ls"])
+        .env_remove("RUNNEL_IMAGES")
+        .env("XDG_DATA_HOME", &missing)
+        .output();
+    assert_eq!(text(&usual.unwrap().stderr), "");
+}
+
+#[test]
+fn directories_that_are_no_images_are_listed_as_such_and_stay() {
+    let user = User::new();
+    user.capture("web", None);
+    let index = fs::read(user.store().join("web/index.json")).unwrap();
+    let index: Value = serde_json::from_slice(&index).unwrap();
+    let mut other = index["manifests"][0].clone();
+    other["artifactType"] = "application/vnd.somebody".into();
+    let list = |manifests: &[&Value]| {
+        let mut list = index.clone();
+        list["manifests"] = serde_json::json!(manifests);
+        list.to_string()
+    };
+    let (others, both) = (list(&[&other]), list(&[&index["manifests"][0], &other]));
+    for (name, list) in [("container", &others), ("both", &both)] {
+        fs::create_dir_all(user.store().join(name).join("blobs/sha256")).unwrap();
+        fs::copy(
+            user.store().join("web/oci-layout"),
+            user.store().join(name).join("oci-layout"),
+        )
+        .unwrap();
+        fs::write(user.store().join(name).join("index.json"), list).unwrap();
+    }
+    fs::create_dir(user.store().join("half")).unwrap();
+    fs::write(user.store().join("half/index.json"), "junk").unwrap();
+    fs::create_dir(user.store().join("notes")).unwrap();
+    let listed = user.run(&["image", "ls"]);
+    let told = text(&listed.stderr);
+    for (name, reason) in [
+        ("container", "another kind"),
+        ("half", "cut short"),
+        ("notes", "neither oci-layout"),
+    ] {
+        let line = format!("{} is no image", user.store().join(name).display());
+        let line = told.lines().find(|said| said.starts_with(&line));
+        assert!(line.is_some_and(|line| line.contains(reason)), "{name}: {told}");
+    }
+    let json = user.json(&["image", "ls", "--json"]);
+    assert_eq!(json["others"].as_array().unwrap().len(), 3, "{json}");
+
+    let refused = text(&user.run(&["image", "rm", "both", "web"]).stderr);
+    assert!(
+        refused.contains("nothing was removed") && refused.contains("another kind"),
+        "{refused}"
+    );
+    user.output(&["image", "prune", "--older-than", "0s"]);
+    assert!(!user.store().join("web").exists());
+    for name in ["container", "both", "half", "notes"] {
+        let refused = user.run(&["image", "rm", "--force", name]);
+        assert_eq!(refused.status.code(), Some(1), "{name}");
+        assert!(user.store().join(name).is_dir(), "{name}");
+    }
+}
+
+#[test]
+fn of_an_image_that_lies_elsewhere_the_link_alone_is_removed() {
+    let user = User::new();
+    user.capture("web", None);
+    let elsewhere = user.folder.path().join("elsewhere");
+    fs::rename(user.store().join("web"), &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, user.store().join("web")).unwrap();
+    user.output(&["image", "rm", "web"]);
+    assert!(user.store().join("web").symlink_metadata().is_err());
+    user.output(&["verify", elsewhere.to_str().unwrap()]);
+}
+
+#[test]
 fn serving_beyond_loopback_is_refused_with_what_is_missing() {
     let user = User::new();
     let output = user.run(&["serve", "--listen", "0.0.0.0:0"]);
@@ -510,6 +677,29 @@ fn an_image_that_cannot_be_named_so_is_no_failure_of_a_snapshot_but_of_its_comma
         );
     }
     assert_eq!(user.run(&["snapshot", "web", "web-v1"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_url_that_cannot_be_one_ends_every_command_that_takes_one_with_2_and_nothing_is_started() {
+    let user = User::new();
+    for url in [
+        "http://127.0.0.1:99999/web",
+        "http://a b/web",
+        "http://h",
+        "http://h/Web",
+        "http://u:secret@h/web",
+        "http:/h/web",
+        "ftp://h/web",
+    ] {
+        for command in ["inspect", "verify", "resume"] {
+            let output = user.run(&[command, url]);
+            let told = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{command} {url}: {told}");
+            assert!(!told.contains("secret"), "{told}");
+        }
+    }
+    let logs = user.folder.path().join("run/runnel");
+    assert!(!logs.join("agent/agent.log").exists() && !logs.join("ended/m1.log").exists());
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use runnel_snapshot::shell::shell_word;
 use serde::Deserialize;
 
 use super::answer::Answer;
@@ -29,11 +30,9 @@ const BUSY_SECONDS: u64 = 1;
 /// The longest that a busy server's word is taken for.
 const BUSY_SECONDS_MAX: u64 = 60;
 
-/// What to do where a server wants to know who asks. An agent that runs keeps the credentials that it was started with.
-const NEEDS_CREDENTIALS: &str = "it wants credentials: name a file that has them, as `skopeo login` writes it, with \
-    --credentials; an agent that runs already takes none, so end it first with `runnel agent --stop`";
-const OTHER_CREDENTIALS: &str = "it does not take these credentials: log in again, or name others with --credentials; an \
-    agent that runs already keeps its own, so end it first with `runnel agent --stop`";
+/// Why a server that wants to know who asks answers 401.
+const NEEDS_CREDENTIALS: &str = "it wants credentials";
+const OTHER_CREDENTIALS: &str = "it does not take these credentials";
 
 /// How long a request waits for a busy server itself; beyond, whoever asked is told.
 const BUSY_WAIT: Duration = Duration::from_secs(2);
@@ -287,10 +286,10 @@ impl Client {
         if *authorization != sent {
             return Ok(()); // another thread was faster
         }
-        let denied = |advice| RemoteError::Denied {
+        let denied = |reason| RemoteError::Denied {
             url: url.to_string(),
             status: 401,
-            advice,
+            advice: how_to_log_in(reason, &self.base),
         };
         let basic = self.settings.credentials.basic(&self.base);
         let mut found = None;
@@ -385,12 +384,13 @@ impl Client {
             401 => RemoteError::Denied {
                 url: text,
                 status,
-                advice: OTHER_CREDENTIALS,
+                advice: how_to_log_in(OTHER_CREDENTIALS, &self.base),
             },
             403 => RemoteError::Denied {
                 url: text,
                 status,
-                advice: "these credentials may not pull it, or it needs some (--credentials): ask its owner",
+                advice: "these credentials may not pull it, or it needs some (--credentials): ask its owner"
+                    .to_owned(),
             },
             429 | 503 => {
                 let seconds = retry_after.unwrap_or(BUSY_SECONDS).min(BUSY_SECONDS_MAX);
@@ -408,6 +408,18 @@ impl Client {
     fn pool(&self, origin: &Origin) -> Result<Arc<Pool>, RemoteError> {
         self.settings.kept.to(origin, &self.settings)
     }
+}
+
+/// A reason, and how credentials for a server are made and given.
+fn how_to_log_in(reason: &str, server: &Origin) -> String {
+    let host = shell_word(server.host_header());
+    // Unless it is told, it speaks TLS alone.
+    let plain = if server.tls { "" } else { "--tls-verify=false " };
+    format!(
+        "{reason}: `skopeo login {plain}--authfile FILE {host}` or `docker login {host}` writes some; name their file in \
+         REGISTRY_AUTH_FILE or with --credentials (~/.docker/config.json needs no naming); an agent that runs already keeps \
+         its own, so end it first with `runnel agent --stop`"
+    )
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -85,7 +85,7 @@ pub enum RemoteError {
         /// 401 or 403.
         status: u16,
         /// What to do.
-        advice: &'static str,
+        advice: String,
     },
     /// The server asks for patience.
     #[error("{origin} is busy (status {status}): it wants to be asked again in {seconds} s")]

@@ -65,7 +65,7 @@ impl RemoteImage {
         wanted: &Wanted,
         settings: RemoteSettings,
     ) -> Result<Self, RemoteError> {
-        let client = Arc::new(Client::new(Url::parse(base)?.origin, settings));
+        let client = Arc::new(Client::new(Origin::parse(base)?, settings));
         client.warm_up()?;
         let (layout, url, manifest) = find_manifest(&client, name, wanted)?;
         let parsed =

@@ -37,6 +37,14 @@ pub struct BadUrl {
 const EXPECTED: &str = "expected http(s)://host:port and a path";
 
 impl Origin {
+    /// The server of an image at `base`, which is a scheme, a host and a port.
+    ///
+    /// # Errors
+    /// When it is none of a URL.
+    pub fn parse(base: &str) -> Result<Self, BadUrl> {
+        Ok(Url::parse(base)?.origin)
+    }
+
     /// The `Host` of requests (RFC 9112 §3.2): the port only where it is not the scheme's own.
     pub(super) fn host_header(&self) -> String {
         let host = self.bracketed();

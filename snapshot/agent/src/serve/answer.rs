@@ -12,10 +12,11 @@ use runnel_snapshot::image::manifest::MANIFEST;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::units::ByteRange;
 use rustix::fs::{Mode, OFlags};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::access::Token;
 use super::body::AnswerBody;
+use super::page::{BadPage, Names, Page};
 use super::range::{self, Asked};
 use super::repositories::{Repositories, read_manifest};
 use super::route::{self, BadPath, Reference, Route};
@@ -112,7 +113,14 @@ impl Registry {
             Route::Blob { name, digest } => self.blob(&name, &digest, request.headers()),
             // These read and hash files of up to some MiB; once or twice a resume.
             Route::Manifest { name, reference } => blocking(move || self.manifest(&name, &reference)).await,
-            Route::Tags { name } => blocking(move || self.tags(&name)).await,
+            Route::Tags { name } => {
+                let page = Page::parse(request.uri().query()).map_err(bad_page)?;
+                blocking(move || self.tags(&name, &page)).await
+            }
+            Route::Catalog => {
+                let page = Page::parse(request.uri().query()).map_err(bad_page)?;
+                blocking(move || Ok(self.catalog(&page))).await
+            }
         }
     }
 
@@ -180,17 +188,24 @@ impl Registry {
         Ok(answer)
     }
 
-    fn tags(&self, name: &str) -> Result<Answer, Refusal> {
+    /// What is served, of what lies there: what cannot be had is not named.
+    fn catalog(&self, page: &Page) -> Answer {
+        let served = self.repositories.inventory().served;
+        let Names { names, next } = page.of(served.keys().map(String::as_str));
+        listed(&json!({ "repositories": names }), "/v2/_catalog", next)
+    }
+
+    fn tags(&self, name: &str, page: &Page) -> Result<Answer, Refusal> {
         let layout = self.layout(name)?;
         let mut tags: Vec<&str> = layout.images().filter_map(|(_, tag)| tag).collect();
         if !tags.contains(&LATEST) && find_manifest(&layout, &Reference::Tag(LATEST.to_owned())).is_some() {
             tags.push(LATEST);
-            // Lexical order, as the specification has it.
-            tags.sort_unstable();
         }
-        Ok(json_answer(
-            json!({ "name": name, "tags": tags }).to_string().into_bytes(),
-        ))
+        // Lexical order, as the specification has it.
+        tags.sort_unstable();
+        let Names { names, next } = page.of(tags);
+        let path = format!("/v2/{name}/tags/list");
+        Ok(listed(&json!({ "name": name, "tags": names }), &path, next))
     }
 }
 
@@ -242,6 +257,21 @@ fn json_answer(bytes: Vec<u8>) -> Answer {
     let mut answer = Response::new(AnswerBody::of(bytes));
     answer.headers_mut().insert(header::CONTENT_TYPE, JSON);
     answer
+}
+
+/// A page of a list at `path`, with a link to the next one if there is one.
+fn listed(page: &Value, path: &str, next: Option<String>) -> Answer {
+    let mut answer = json_answer(page.to_string().into_bytes());
+    let link = next.and_then(|next| HeaderValue::from_str(&format!("<{path}?{next}>; rel=\"next\"")).ok());
+    if let Some(link) = link {
+        answer.headers_mut().insert(header::LINK, link);
+    }
+    answer
+}
+
+fn bad_page(_: BadPage) -> Refusal {
+    let message = "n is a number, and last a name";
+    Refusal::new(StatusCode::BAD_REQUEST, "PAGINATION_NUMBER_INVALID", message)
 }
 
 fn bad_path(reason: BadPath) -> Refusal {

@@ -1,6 +1,6 @@
 //! `runnel serve`: image directories as the pull half of an OCI registry (OCI distribution specification 1.1).
 //!
-//! `GET` and `HEAD` of manifests, and of blobs with `Range`; tags; nothing that writes. One thread serves all
+//! `GET` and `HEAD` of manifests, and of blobs with `Range`; tags and the catalog, in pages; nothing that writes. One thread serves all
 //! connections. It trusts its directories' owner and nobody else: a path is parsed into names, tags and digests
 //! before a file is looked for, and beyond loopback it listens only with a token and TLS, or when told that the
 //! network is safe.
@@ -8,6 +8,7 @@
 mod access;
 mod answer;
 mod body;
+mod page;
 mod patience;
 mod range;
 mod repositories;

@@ -11,6 +11,7 @@ use runnel_snapshot::blobs::{Blob, BlobError};
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::{Descriptor, MANIFEST_BYTES_MAX};
 use runnel_snapshot::image::reference::is_name;
+use runnel_snapshot::shell::shell_word;
 use serde::Deserialize;
 
 use crate::remote::with_causes;
@@ -23,9 +24,8 @@ pub enum RepositoryError {
     NotADirectory(PathBuf),
     /// Its name, or the given one, is none of a repository.
     #[error(
-        "{name:?} cannot be the name of a repository (lower-case letters, digits, '.', '_', '-', and '/' between components): serve it under another, as {}={}",
-        usable(name),
-        path.display()
+        "{name:?} cannot be the name of a repository (lower-case letters, digits, '.', '_', '-', and '/' between components): serve it under another, as {}",
+        given(&usable(name), path)
     )]
     BadName {
         /// The name.
@@ -35,7 +35,8 @@ pub enum RepositoryError {
     },
     /// Two directories want one name.
     #[error(
-        "{first} and {second} would both be served as {name}: give one of them another name, as NAME={second}"
+        "{first} and {second} would both be served as {name}: give one of them another name, as {}",
+        given("NAME", second)
     )]
     Twice {
         /// The name.
@@ -244,6 +245,11 @@ pub(super) fn read_manifest(layout: &Layout, manifest: &Blob) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
+/// What is given to serve a directory under a name.
+fn given(name: &str, path: &Path) -> String {
+    shell_word(format!("{name}={}", path.display()))
+}
+
 /// A name that a repository can have, and that is as near to `name` as can be.
 fn usable(name: &str) -> String {
     let letter = |c: char| match c.to_ascii_lowercase() {
@@ -386,6 +392,8 @@ mod tests {
         assert!(bad.to_string().contains("as web="), "{bad}");
         let bad = repositories.add_named("A B", Path::new("/web")).unwrap_err();
         assert!(bad.to_string().contains("as a-b=/web"), "{bad}");
+        let bad = repositories.add_named("A", Path::new("/my web")).unwrap_err();
+        assert!(bad.to_string().contains("as 'a=/my web'"), "{bad}");
         repositories.add(&folder.path().join("a/web")).unwrap();
         assert!(matches!(
             repositories.add(&folder.path().join("b/web")),

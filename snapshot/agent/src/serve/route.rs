@@ -1,4 +1,5 @@
-//! Paths of the pull half (OCI distribution specification 1.1, "Endpoints"): end-1, end-2, end-3 and end-8.
+//! Paths of the pull half (OCI distribution specification 1.1, "Endpoints"): end-1, end-2, end-3 and end-8; and
+//! Docker's catalog.
 
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::reference::{is_name, is_tag};
@@ -8,6 +9,8 @@ use runnel_snapshot::image::reference::{is_name, is_tag};
 pub(super) enum Route {
     /// `/v2/`: is this a registry, and may I pull?
     Version,
+    /// `/v2/_catalog`: which repositories are there? Docker's registry has it, and many clients ask for it.
+    Catalog,
     /// `/v2/<name>/manifests/<tag or digest>`
     Manifest {
         /// The repository.
@@ -51,11 +54,14 @@ pub(super) enum BadPath {
     Tag,
 }
 
-/// Reads the path of a request; the query plays no part.
+/// Reads the path of a request.
 pub(super) fn parse(path: &str) -> Result<Route, BadPath> {
     let rest = path.strip_prefix("/v2").ok_or(BadPath::Unknown)?;
     if matches!(rest, "" | "/") {
         return Ok(Route::Version);
+    }
+    if rest == "/_catalog" {
+        return Ok(Route::Catalog);
     }
     // From the end: names have slashes of their own.
     let mut parts = rest.rsplitn(3, '/');
@@ -102,6 +108,7 @@ mod tests {
         let name = "team/web".to_owned();
         assert_eq!(parse("/v2/"), Ok(Route::Version));
         assert_eq!(parse("/v2"), Ok(Route::Version));
+        assert_eq!(parse("/v2/_catalog"), Ok(Route::Catalog));
         assert_eq!(
             parse("/v2/team/web/manifests/v1.2"),
             Ok(Route::Manifest {

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::{AgentArguments, tidy_up};
-use runnel_snapshot::protocol::{AgentStatus, is_answering, status};
+use runnel_snapshot::protocol::{AgentStatus, ImageStatus, is_answering, status};
+use runnel_snapshot::shell::shell_word;
 use rustix::process::Signal;
 
 use super::Failure;
@@ -32,10 +33,16 @@ const LOOK: Duration = Duration::from_millis(2);
 /// How long an agent may take to say how it is.
 const STATUS: Duration = Duration::from_secs(5);
 
+/// The longest trouble that is shown. An agent tells of no longer one.
+const TROUBLE_CHARS_MAX: usize = 4096;
+
 const HELP: &str = "\
 Fetches, verifies and keeps chunks of images of other hosts for this user's machines. `runnel resume` starts one if none
 runs; this starts it by hand, with other settings, in the foreground. One that is killed is followed by one that goes on
 with the same files.
+
+--status shows each image once, where it is read now: RECEIVED and SENT are what it cost, for all of its MACHINES
+together, which share its pages. `runnel ps` counts what each has been given.
 
 An agent that `resume` started logs to agent.log beside its socket; one started by hand, to standard error.
 
@@ -51,7 +58,10 @@ Examples:
 #[derive(Debug, thiserror::Error)]
 enum AgentCommandError {
     /// The one that was named does not answer.
-    #[error("no agent answers at {0}: start one with `runnel agent --socket {0}`, or leave --agent out")]
+    #[error(
+        "no agent answers at {0}: start one with `runnel agent --socket {word}`, or leave --agent out",
+        word = shell_word(.0)
+    )]
     NotThere(PathBuf),
     /// None runs.
     #[error(
@@ -191,10 +201,25 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
     for image in &status.images {
         if let Some(trouble) = &image.trouble {
             let name = one_line(&image.image, 60);
-            print(&format!("{name} cannot be read at {}\n", one_line(trouble, 400)))?;
+            let trouble = one_line(trouble, TROUBLE_CHARS_MAX);
+            print(&format!(
+                "{name} cannot be read at {trouble}\n{}",
+                trouble_cure(image)
+            ))?;
         }
     }
     Ok(Exit::Done)
+}
+
+/// What helps an image that cannot be read somewhere.
+fn trouble_cure(image: &ImageStatus) -> &'static str {
+    match image.machines {
+        0 => "",
+        _ => {
+            "    machines that wait for it go on once it can be read there again, or once it is resumed from another URL of \
+             it, which is then read for all of them\n"
+        }
+    }
 }
 
 fn ask(socket: &Path) -> Result<AgentStatus, Failure> {

@@ -8,6 +8,7 @@ use clap::Args;
 use super::Failure;
 use crate::api::{Api, InstanceInfo};
 use crate::console::{Console, Left};
+use crate::ending::Ending;
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
 use crate::output::tell;
@@ -127,10 +128,12 @@ fn ended(args: &ConsoleArgs, state: &StateFolder, machine: &Machine) -> Result<E
     if machine.process.wait(FAREWELL)? {
         state.forget(&machine.folder)?;
     }
+    let log = state.ended_log(&args.machine);
     tell(format_args!(
-        "{} has ended; its log is {}",
+        "{} has ended{}; its log is {}",
         args.machine,
-        state.ended_log(&args.machine).display()
+        Ending::of(&log),
+        log.display()
     ));
     Ok(Exit::Done)
 }

@@ -7,12 +7,13 @@ use std::time::{Duration, SystemTime};
 use clap::{Args, Subcommand};
 use runnel_snapshot::image::folder::{self, ListedImage, Listing};
 use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
 use super::Failure;
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
-use crate::images::{ImageStore, StoreError};
+use crate::images::ImageStore;
 use crate::output::{OutputArgs, print, print_json, tell, trace};
 use crate::size::{self, parse_duration};
 use crate::state::StateFolder;
@@ -44,10 +45,10 @@ enum InUse {
     },
 }
 
-/// One of the names is no image's.
+/// One of the names is no image's, or not an image's alone.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing was removed")]
-struct NothingRemoved(#[source] StoreError);
+struct NothingRemoved(#[source] Failure);
 
 fn by(processes: &[u32]) -> String {
     match processes {
@@ -64,7 +65,8 @@ fn by(processes: &[u32]) -> String {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The store is $RUNNEL_IMAGES (an absolute path), else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root
-and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it. AGE, and
+and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it. Directories of
+anything else are listed as such, and never removed. AGE, and
 \"modified\" in JSON, is since when an image is there; `runnel inspect` says when its machine was saved.
 
 Examples:
@@ -131,9 +133,12 @@ pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
     }
 }
 
-/// What is in the store; nothing, if it was never made.
+/// What is in the store; nothing, if it was never made, which is said of one that somebody named.
 fn listing(store: &ImageStore) -> Result<Listing, Failure> {
     if !store.is_there()? {
+        if let Some(missing) = store.missing() {
+            tell(missing);
+        }
         return Ok(Listing::default());
     }
     Ok(folder::list(store.path())?)
@@ -147,7 +152,11 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
         let broken: Vec<Value> = broken
             .map(|(path, error)| json!({ "path": path, "reason": trace(error) }))
             .collect();
-        print_json(&json!({ "store": store.path(), "images": images, "broken": broken }))?;
+        let others = listing.others.iter();
+        let others: Vec<Value> = others
+            .map(|(path, reason)| json!({ "path": path, "reason": reason.to_string() }))
+            .collect();
+        print_json(&json!({ "store": store.path(), "images": images, "broken": broken, "others": others }))?;
         return Ok(Exit::Done);
     }
     let mut table = Table::new(&["NAME", "TAG", "DIGEST", "SIZE", "STORED", "VOLUMES", "AGE"]);
@@ -167,8 +176,14 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
         tell(format_args!(
             "{} is no usable image (`runnel image rm {}` removes it): {}",
             path.display(),
-            name_of(path),
+            shell_word(name_of(path)),
             trace(error)
+        ));
+    }
+    for (path, reason) in &listing.others {
+        tell(format_args!(
+            "{} is no image, and is neither served nor removed: {reason}",
+            path.display()
         ));
     }
     Ok(Exit::Done)
@@ -191,7 +206,7 @@ fn describe(image: &ListedImage) -> Value {
 
 fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     // All are looked at before one goes.
-    let paths = args.images.iter().map(|name| store.image(name));
+    let paths = args.images.iter().map(|name| removable(store, name));
     let paths = paths
         .collect::<Result<BTreeSet<_>, _>>()
         .map_err(NothingRemoved)?;
@@ -230,6 +245,13 @@ fn remove(store: &ImageStore, args: &RmArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// The directory of the image of that name, if nothing but an image would go with it.
+fn removable(store: &ImageStore, name: &str) -> Result<PathBuf, Failure> {
+    let path = store.image(name)?;
+    folder::check_removal(&path)?;
+    Ok(path)
+}
+
 fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
     let mut removed: BTreeSet<PathBuf> = BTreeSet::new();
     if store.is_there()? {
@@ -258,6 +280,11 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
                     path.display(),
                     by(&holders(&path))
                 ));
+                continue;
+            }
+            // One that is more than an image is no reason to keep the others.
+            if let Err(error) = folder::check_removal(&path) {
+                tell(trace(&error));
                 continue;
             }
             if !args.dry_run {

@@ -10,6 +10,7 @@ use runnel_snapshot::image::manifest::ImageVolume;
 use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::image::{Image, folder};
 use runnel_snapshot::index::{Entry, IndexError, SegmentIndex};
+use runnel_snapshot::shell::shell_word;
 use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::ChunkIndex;
 use serde::{Deserialize, Serialize};
@@ -255,10 +256,11 @@ impl Inspection {
         text.push_str(&self.volume_table().to_string());
         for drive in &self.drives_to_supply {
             text.push_str(&format!(
-                "\nneeded   drive {id} of {} bytes{}, which is not in the image: `runnel resume --drive {id}=PATH`",
+                "\nneeded   drive {id} of {} bytes{}, which is not in the image: `runnel resume --drive {word}=PATH`",
                 drive.bytes,
                 if drive.is_read_only { ", read-only" } else { "" },
                 id = one_line(&drive.id, 64),
+                word = shell_word(&drive.id),
             ));
         }
         text.push_str(&format!("\nstate    {}", size::bytes(self.state_bytes)));

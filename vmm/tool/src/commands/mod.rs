@@ -5,6 +5,7 @@ pub(crate) mod console;
 pub(crate) mod doctor;
 pub(crate) mod image;
 pub(crate) mod inspect;
+pub(crate) mod logs;
 pub(crate) mod ps;
 pub(crate) mod resume;
 pub(crate) mod run;
@@ -14,6 +15,7 @@ pub(crate) mod snapshot;
 pub(crate) mod stop;
 pub(crate) mod vcpus;
 pub(crate) mod verify;
+pub(crate) mod wait;
 
 /// Why a command failed: an error of whatever it used. Its trace is printed.
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;

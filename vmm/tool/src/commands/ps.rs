@@ -1,9 +1,11 @@
 //! `runnel ps`: what runs.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
+use runnel_snapshot::protocol::{ImageStatus, status};
 use serde::Serialize;
 
 use super::Failure;
@@ -12,13 +14,23 @@ use crate::exit::Exit;
 use crate::output::{OutputArgs, print, print_json};
 use crate::progress::line as progress_line;
 use crate::size;
-use crate::state::{Machine, StateFolder};
+use crate::stall;
+use crate::state::{Machine, Record, StateFolder};
 use crate::table::{Table, one_line};
+
+/// How long an agent may take to say where it reads.
+const AGENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The longest place of an image that is shown below the table.
+const IMAGE_CHARS_MAX: usize = 300;
 
 const HELP: &str = "\
 Machines that `runnel run` and `runnel resume` started for this user are listed; monitors that were started otherwise are
-not. ARRIVED is how much of memory and disks is here, of a machine resumed from an image. A stalled machine waits for a chunk
-that cannot be had, and goes on by itself when it can; of an image that is damaged, once it is repaired. One that is saving stands while its memory is read for a snapshot.
+not. ARRIVED is how much of its memory and disks a machine that was resumed from an image has been given so far. Machines of
+one image share its pages, so each counts what has come over the network and lies in memory once: `runnel agent --status`
+counts by image. FROM is where an image is read now, if its agent says so, else where it was resumed from. A stalled machine
+waits for a chunk that cannot be had: below the table is why, and what ends the wait. One that is saving stands while its
+memory is read for a snapshot.
 
 Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
 ended/NAME.log of one that has ended, ended/NAME.1.log and so on of those of that name before (the last 32 in all),
@@ -52,6 +64,8 @@ struct Row {
     /// The snapshot that is being made or loaded, if one is.
     operation: Option<Operation>,
     image: Option<String>,
+    /// Where its agent reads the image now, if it has one and that says so.
+    read_at: Option<String>,
     kernel: Option<String>,
     uptime_ms: u64,
     api_socket: PathBuf,
@@ -59,7 +73,7 @@ struct Row {
 }
 
 impl Row {
-    fn of(machine: &Machine) -> Self {
+    fn of(machine: &Machine, agents: &mut Agents) -> Self {
         let api = Api::new(&machine.folder.api_socket());
         let info = api.instance_info().ok();
         let progress = info.as_ref().and_then(|_| api.progress().ok());
@@ -85,6 +99,7 @@ impl Row {
             stalled,
             operation,
             image: record.image.clone(),
+            read_at: agents.place_of(record),
             kernel: record.kernel.clone(),
             // The clock may have been set back meanwhile.
             uptime_ms: now_ms.saturating_sub(record.started_at_unix_ms),
@@ -108,11 +123,8 @@ impl Row {
             Some(_) => "stalled".to_owned(),
             None => self.state.clone(),
         };
-        let from = self
-            .image
-            .as_ref()
-            .or(self.kernel.as_ref())
-            .map_or("-", String::as_str);
+        let from = self.read_at.as_ref().or(self.image.as_ref());
+        let from = from.or(self.kernel.as_ref()).map_or("-", String::as_str);
         vec![
             self.name.clone(),
             self.pid.to_string(),
@@ -131,7 +143,21 @@ impl Row {
 
     /// What is more to be said of it, each in a line of its own.
     fn remarks(&self) -> impl Iterator<Item = String> {
-        self.stall().into_iter().chain(self.progress())
+        let remarks = [self.stall(), self.elsewhere(), self.progress()];
+        remarks.into_iter().flatten()
+    }
+
+    /// That its image is not read where it was resumed from.
+    fn elsewhere(&self) -> Option<String> {
+        let (first, now) = (self.image.as_ref()?, self.read_at.as_ref()?);
+        (first != now).then(|| {
+            format!(
+                "{} was resumed from {}, and its agent reads that image at {} now\n",
+                self.name,
+                one_line(first, IMAGE_CHARS_MAX),
+                one_line(now, IMAGE_CHARS_MAX)
+            )
+        })
     }
 
     /// How far its snapshot is.
@@ -147,27 +173,34 @@ impl Row {
         Some(format!("{line}\n"))
     }
 
-    /// Why it is stalled.
+    /// Why it is stalled, and until when.
     fn stall(&self) -> Option<String> {
-        const REASON_CHARS_MAX: usize = 200;
         let stalled = self.stalled.as_ref()?;
-        // The same reason will come again and again.
-        let advice = match stalled.needs_repair {
-            true => format!(
-                "{name} goes on once that is repaired where the image lies (`runnel verify` there names all damage, and \
-                 the blobs of a sound copy can take the damaged ones' place), or ends with `runnel kill {name}`\n",
-                name = self.name
-            ),
-            false => String::new(),
-        };
         Some(format!(
-            "{} is stalled: it has waited {} for chunk {} of {}: {}\n{advice}",
+            "{} is stalled: it has waited {} for {}\n{}\n",
             self.name,
             size::duration(Duration::from_millis(stalled.waiting_ms)),
-            stalled.chunk,
-            one_line(&stalled.volume, 80),
-            one_line(&stalled.reason, REASON_CHARS_MAX),
+            stall::cause(stalled),
+            stall::cure(&self.name, self.image.as_deref(), stalled),
         ))
+    }
+}
+
+/// What agents say of their images, each asked once.
+#[derive(Default)]
+struct Agents(BTreeMap<PathBuf, Vec<ImageStatus>>);
+
+impl Agents {
+    /// Where the image of a machine is read now, if that is known.
+    fn place_of(&mut self, record: &Record) -> Option<String> {
+        let (agent, digest) = (record.agent.as_ref()?, record.digest.as_ref()?);
+        let images = self.0.entry(agent.clone()).or_insert_with(|| {
+            let status = status(agent, AGENT_PATIENCE);
+            status.map_or(Vec::new(), |status| status.images)
+        });
+        let mut images = images.iter();
+        let image = images.find(|image| image.digest.to_string() == *digest)?;
+        Some(image.image.clone())
     }
 }
 
@@ -181,7 +214,9 @@ fn state_of(info: &InstanceInfo, operation: Option<&Operation>) -> String {
 
 pub(crate) fn run(args: &PsArgs) -> Result<Exit, Failure> {
     let machines = StateFolder::open()?.machines()?;
-    let rows: Vec<Row> = machines.iter().map(Row::of).collect();
+    let mut agents = Agents::default();
+    let rows = machines.iter().map(|machine| Row::of(machine, &mut agents));
+    let rows: Vec<Row> = rows.collect();
     if args.output.json {
         print_json(&rows)?;
         return Ok(Exit::Done);
@@ -213,6 +248,7 @@ mod tests {
             stalled: None,
             operation: None,
             image: None,
+            read_at: None,
             kernel: Some("/boot/vmlinuz".into()),
             uptime_ms: 61_000,
             api_socket: "/run/api.sock".into(),
@@ -238,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stalled_machine_says_what_it_waits_for_in_one_line() {
+    fn a_stalled_machine_says_what_it_waits_for_and_what_ends_that() {
         let volume = |volume: &str, bytes_resident| Residency {
             volume: volume.into(),
             bytes_resident,
@@ -257,8 +293,29 @@ mod tests {
         };
         assert_eq!(row.cells()[2], "stalled");
         assert_eq!(row.cells()[6], "25.0 %");
-        let remark = "web is stalled: it has waited 9s for chunk 12 of memory: connection refused [2J\n";
+        let remark = "web is stalled: it has waited 9s for chunk 12 of memory: connection refused [2J\n\
+                      web goes on by itself once that can be read again\n";
         assert_eq!(row.remarks().collect::<Vec<_>>(), [remark]);
+    }
+
+    #[test]
+    fn a_machine_is_shown_from_where_its_agent_reads_now() {
+        let moved = Row {
+            image: Some("http://10.0.0.1/web".into()),
+            read_at: Some("http://10.0.0.2/web".into()),
+            ..row()
+        };
+        assert_eq!(moved.cells()[8], "http://10.0.0.2/web");
+        let told: String = moved.remarks().collect();
+        assert!(
+            told.contains("resumed from http://10.0.0.1/web") && told.contains("10.0.0.2/web now"),
+            "{told}"
+        );
+        let stayed = Row {
+            read_at: moved.image.clone(),
+            ..moved
+        };
+        assert_eq!(stayed.remarks().count(), 0);
     }
 
     #[test]

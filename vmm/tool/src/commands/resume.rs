@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::protocol::status;
+use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -26,17 +28,21 @@ const HELP: &str = "\
 IMAGE is the name of an image of the local store, a directory (with a slash in it), or http(s)://host:port/name, each
 with @sha256:… to pin it. Images of other hosts come through the agent, which is started if none runs. The machine runs
 at once; its memory and disks arrive while it does, and `runnel ps` shows how much is there. --credentials and --tls-ca
-are for an agent that is started now; one that runs keeps its own.
+are for an agent that is started now; one that runs keeps its own. Console and exit code are as `runnel run --help` says.
 
 Examples:
     runnel resume web-v1
     runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
     runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
 
+/// How long an agent may take to say what it has open.
+const AGENT_PATIENCE: Duration = Duration::from_secs(2);
+
 /// `--overlay-directory` names none.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "there is no directory {0} for what the machine writes: make it (`mkdir -p`), or give another --overlay-directory"
+    "there is no directory {0} for what the machine writes: make it (`mkdir -p {word}`), or give another --overlay-directory",
+    word = shell_word(.0)
 )]
 struct NoOverlayDirectory(PathBuf);
 
@@ -144,6 +150,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let monitor = Monitor::start(&state, args.name.as_ref())?;
     let record = Record {
         image: Some(image.to_string()),
+        agent: agent.clone(),
         ..Record::now()
     };
     monitor.folder().record(&record)?;
@@ -158,20 +165,21 @@ fn load(
     body: Value,
     record: Record,
     signals: &Signals,
-) -> Result<Option<Exit>, Failure> {
+) -> Result<Option<i32>, Failure> {
     let api = monitor.api();
     let before = HostInterfaces::now();
     let mut view = ProgressView::new(format!("resume {}", monitor.folder().name));
     let outcome = operation::run(&api, "/snapshot/load", body, &mut view, signals);
+    drop(view);
     match outcome.map_err(|error| monitor.refused(&error))? {
         // The monitor ends with this command, whatever it is doing.
         Outcome::Cancelled(signal) | Outcome::Abandoned(signal) | Outcome::Overtaken(signal) => {
-            Ok(Some(Exit::Signal(signal)))
+            Ok(Some(signal))
         }
         Outcome::Done => {
             // A machine that has ended already has nothing to tell.
             if let Ok(config) = api.configuration() {
-                record_size(monitor, &config, record)?;
+                record_loaded(monitor, &config, record)?;
                 before.warn_of_new(taps_of(&config));
             }
             Ok(None)
@@ -185,13 +193,23 @@ fn taps_of(config: &Value) -> impl Iterator<Item = &str> {
 }
 
 /// Notes what the image turned out to be.
-fn record_size(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
+fn record_loaded(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
     let number = |field: &str| config["machine-config"][field].as_u64().unwrap_or(0);
     monitor.folder().record(&Record {
         vcpus: number("vcpu_count"),
         memory_mib: number("mem_size_mib"),
+        digest: digest_of(&record),
         ..record
     })
+}
+
+/// The digest of the image that was loaded just now, as its agent knows it: by that, it is found again when it is read
+/// elsewhere.
+fn digest_of(record: &Record) -> Option<String> {
+    let images = status(record.agent.as_ref()?, AGENT_PATIENCE).ok()?.images;
+    let mut images = images.into_iter();
+    let image = images.find(|image| Some(&image.image) == record.image.as_ref())?;
+    Some(image.digest.to_string())
 }
 
 #[cfg(test)]

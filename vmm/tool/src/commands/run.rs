@@ -21,7 +21,9 @@ const CMDLINE: &str = "console=ttyS0 panic=-1";
 
 const HELP: &str = "\
 The guest's serial console is joined to this terminal. Ctrl-] leaves it, and the machine runs on; a hang-up or a
-SIGTERM of this command ends the machine.
+SIGTERM of this command ends the machine. When the guest has ended, a line on standard error says how, and the exit code is
+the monitor's: 0 if it switched itself off or asked for a reset, 3 after a triple fault (`runnel-vmm --help` lists the
+others).
 
 Examples:
     runnel run --kernel vmlinuz --initrd initrd.img --memory 512M --vcpus 2
@@ -29,8 +31,8 @@ Examples:
     runnel run --config machine.json
 A configuration file is Firecracker's; paths with commas, cache types and CPU options are given there.
 
-The monitor's log is vmm.log in the machine's folder, $XDG_RUNTIME_DIR/runnel/machines/NAME, and ended/NAME.log beside
-machines once it has ended (in /run/runnel for root without XDG_RUNTIME_DIR).";
+`runnel logs NAME` prints the monitor's log: vmm.log in the machine's folder, $XDG_RUNTIME_DIR/runnel/machines/NAME, and
+ended/NAME.log beside machines once it has ended (in /run/runnel for root without XDG_RUNTIME_DIR).";
 
 /// Boot a machine
 #[derive(Debug, Args)]

@@ -19,7 +19,7 @@ use crate::size::parse_count;
 
 const HELP: &str = "\
 Serves the pull half of a registry: `runnel resume http://HOST:PORT/NAME` runs an image of it, and skopeo, oras and
-podman can copy from it. An image of the local store is served under its name; an image's directory, and each image of a
+podman can copy from it, and find the names at /v2/_catalog. An image of the local store is served under its name; an image's directory, and each image of a
 folder, under the name of the directory; NAME=IMAGE gives another one. Without IMAGE, all of the local store is served, as
 are images that appear in it, or in a folder, later. An image whose list or manifest cannot be used, or a part of which is
 missing or truncated, is left out, and said so; `runnel verify` looks further. While it is being served, `runnel image rm`
@@ -92,7 +92,14 @@ impl ServeArgs {
         let mut repositories = Repositories::default();
         if self.images.is_empty() {
             let store = ImageStore::of_this_user()?;
+            let is_mistyped = store.missing().is_some();
             store.create()?;
+            if is_mistyped {
+                let store = store.path().display();
+                tell(format_args!(
+                    "RUNNEL_IMAGES is {store}, which was not there and was made"
+                ));
+            }
             repositories.add(store.path())?;
         }
         for text in &self.images {

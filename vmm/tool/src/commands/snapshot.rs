@@ -11,6 +11,7 @@ use serde_json::json;
 use super::Failure;
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
+use crate::fault::is_of_a_chunk;
 use crate::images::ImageStore;
 use crate::monitor::FAREWELL;
 use crate::operation::{self, Outcome};
@@ -18,13 +19,16 @@ use crate::output::{OutputArgs, print, print_json, tell};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size;
+use crate::stall;
 use crate::state::{MachineName, StateFolder};
 
 const HELP: &str = "\
 IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it, whose directory
 must be there. A name is lower-case letters and digits, with '.', '_' or '-' between. Memory, disks and devices are saved as
 of one moment. The machine stands while its memory is read, and then goes on as it was: `runnel ps` calls it \"saving\", and
-the last line here (\"pause_ms\" in JSON) says how long that was. Ctrl-C calls it off, and leaves nothing.
+the last line here (\"pause_ms\" in JSON) says how long that was. Ctrl-C calls it off, and leaves nothing. If this
+command is killed (SIGKILL), its machine calls it off; an image that was finished by then stays, and is as whole as any
+other.
 
 Examples:
     runnel snapshot web web-v1
@@ -39,6 +43,28 @@ Examples:
 struct Ended {
     machine: MachineName,
     log: PathBuf,
+}
+
+/// A chunk of the image that the machine came from, which the snapshot needs too.
+#[derive(Debug, thiserror::Error)]
+#[error("{refusal}; {machine} goes on as it was: try again once that can be read again{elsewhere}")]
+struct NotArrived {
+    refusal: ApiError,
+    machine: MachineName,
+    elsewhere: String,
+}
+
+/// A failure, and what to do about it if a chunk did not arrive.
+fn explained(error: ApiError, machine: &MachineName, image: Option<&str>) -> Failure {
+    match &error {
+        ApiError::Refused { fault, .. } if is_of_a_chunk(fault) => NotArrived {
+            machine: machine.clone(),
+            elsewhere: stall::elsewhere(machine.as_str(), image),
+            refusal: error,
+        }
+        .into(),
+        _ => error.into(),
+    }
 }
 
 /// Save a machine as an image, while it runs
@@ -83,7 +109,8 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         let machine = args.machine.clone();
         return Err(Ended { machine, log }.into());
     }
-    match outcome? {
+    let image = machine.record.image.as_deref();
+    match outcome.map_err(|error| explained(error, &args.machine, image))? {
         // There is an image, whole; whoever wanted none can remove it.
         Outcome::Done | Outcome::Overtaken(_) => {}
         Outcome::Cancelled(signal) => {

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use super::Failure;
-use crate::api::{Api, ApiError};
+use crate::api::{Api, ApiError, InstanceInfo};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
 use crate::output::{print, tell, trace};
@@ -153,14 +153,10 @@ fn ask(machine: &MachineFolder) -> Result<(), StopError> {
         source,
     };
     let info = api.instance_info().map_err(deaf)?;
-    if info.state == "Paused" {
-        return Err(StopError::Paused(name.clone()));
-    }
-    match &info.stalled {
-        Some(stalled) if stalled.needs_repair => return Err(StopError::Stalled(name.clone())),
+    check_hearing(name, &info)?;
+    if info.stalled.is_some() {
         // It hears of it when what it waits for has come.
-        Some(_) => tell(format_args!("{name} is stalled: it is asked, and waited for")),
-        None => {}
+        tell(format_args!("{name} is stalled: it is asked, and waited for"));
     }
     if api.is_saving_or_loading() {
         tell(format_args!(
@@ -169,6 +165,17 @@ fn ask(machine: &MachineFolder) -> Result<(), StopError> {
     }
     let press = json!({ "action_type": "SendCtrlAltDel" });
     api.put("/actions", &press).map_err(deaf)
+}
+
+/// Whether a guest that is asked will ever hear of it.
+fn check_hearing(name: &MachineName, info: &InstanceInfo) -> Result<(), StopError> {
+    if info.state == "Paused" {
+        return Err(StopError::Paused(name.clone()));
+    }
+    match &info.stalled {
+        Some(stalled) if stalled.needs_repair => Err(StopError::Stalled(name.clone())),
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn kill(args: &KillArgs) -> Result<Exit, Failure> {
@@ -206,4 +213,34 @@ fn find(state: &StateFolder, names: &[MachineName]) -> Result<Vec<Machine>, Stop
     let names: BTreeSet<&MachineName> = names.iter().collect();
     let machines = names.into_iter().map(|name| state.machine(name));
     machines.collect::<Result<_, _>>().map_err(StopError::NoneEnded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::Stalled;
+
+    #[test]
+    fn guests_that_will_never_hear_are_not_asked_and_those_that_will_are() {
+        let name: MachineName = "web".parse().unwrap();
+        let told = |state: &str, needs_repair: Option<bool>| {
+            let stalled = needs_repair.map(|needs_repair| Stalled {
+                volume: "memory".into(),
+                chunk: 1,
+                reason: "away".into(),
+                waiting_ms: 9,
+                needs_repair,
+            });
+            let state = state.into();
+            check_hearing(&name, &InstanceInfo { state, stalled }).map_err(|error| error.to_string())
+        };
+        assert_eq!(told("Running", None), Ok(()));
+        assert_eq!(told("Running", Some(false)), Ok(()));
+        let stalled = told("Running", Some(true)).unwrap_err();
+        for expected in ["web is stalled", "`runnel ps`", "`runnel kill web`"] {
+            assert!(stalled.contains(expected), "{stalled}");
+        }
+        let paused = told("Paused", None).unwrap_err();
+        assert!(paused.contains("`runnel unpause web`"), "{paused}");
+    }
 }

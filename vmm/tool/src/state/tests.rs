@@ -1,6 +1,7 @@
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
 
+use super::ended::{EARLIER_LOGS_MAX, ENDED_LOGS_MAX};
 use super::*;
 
 fn name(text: &str) -> MachineName {
