@@ -2,11 +2,15 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup build try demo test bench fmt clippy check clean
+.PHONY: help setup packages build try demo test bench fmt clippy check clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+packages:
+	@resources/lab/need packages >/dev/null
 
 build: ## the programs, optimized, in target/release
 	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent
@@ -20,17 +24,15 @@ try: ## a minute with a machine that runs on any KVM: run, save, verify, serve a
 	$(CARGO) build --release --locked --package runnel-tests --bin bare-guest
 	@resources/try/run
 
-demo: ## a Debian guest goes on on another host before it has arrived there; report in target/demo (10 to 20 minutes)
+demo: packages ## a Debian guest goes on on another host before it has arrived there; report in target/demo (10 to 20 minutes)
 	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent --package runnel-tests --bins
 	@resources/demo/run
 
-test: ## every test of both levels
-	@resources/lab/need packages >/dev/null
+test: packages ## every test of both levels
 	$(CARGO) build --locked --workspace
 	$(CARGO) test --locked --workspace
 
-bench: build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too
-	@resources/lab/need packages >/dev/null
+bench: packages build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too
 	RUNNEL_PROGRAMS=$(CURDIR)/target/release $(CARGO) run --locked --package runnel-tests --bin bench
 
 fmt: ## format the sources

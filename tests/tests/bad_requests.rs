@@ -10,6 +10,7 @@ use std::path::Path;
 use std::thread;
 
 use runnel_tests::bare::{about, booted, configure, refusal, start, tell, wait_until};
+use runnel_tests::lab::say;
 use runnel_tests::monitor::{Monitor, ask};
 use serde_json::{Value, json};
 
@@ -46,7 +47,9 @@ fn memory_beyond_the_host_is_refused_and_less_starts() {
         .sum();
     let beyond = all + 1024;
     if beyond > 64 << 10 {
-        eprintln!("skipped: no machine can be larger than this host's {all} MiB");
+        say(&format!(
+            "skipped: no machine can be larger than this host's {all} MiB"
+        ));
         return;
     }
     monitor.demand("PATCH", "/machine-config", &json!({"mem_size_mib": beyond}));

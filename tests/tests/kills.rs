@@ -16,7 +16,7 @@ use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{configure, save, start, tell, wait_until, wait_until_stalled};
-use runnel_tests::lab::skip;
+use runnel_tests::lab::{say, skip};
 use runnel_tests::monitor::{Monitor, Question};
 use runnel_tests::served::serve;
 use rustix::process::{Pid, Signal, kill_process};
@@ -162,7 +162,7 @@ impl Hits {
     /// Prints them, and holds them against what there must be.
     fn suffice(&self, phases: &[&str]) {
         for ((phase, signal), count) in &self.0 {
-            eprintln!("SIG{signal} arrived while {phase}: {count} times");
+            say(&format!("SIG{signal} arrived while {phase}: {count} times"));
         }
         for phase in phases {
             for (signal, _) in SIGNALS {

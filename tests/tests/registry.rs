@@ -30,12 +30,8 @@ fn is_installed(name: &str) -> bool {
     let is_there = Command::new(name).arg("--version").output().is_ok();
     let reason =
         format!("there is no {name}: `apt-get install {name}`, or `resources/lab/need packages` as root");
-    assert!(
-        is_there || !lab::is_full(),
-        "{reason}; under RUNNEL_LAB=full that is a failure"
-    );
     if !is_there {
-        println!("skipped: {reason}");
+        lab::skip(&reason);
     }
     is_there
 }
@@ -44,13 +40,8 @@ fn is_installed(name: &str) -> bool {
 fn lab_is_possible() -> bool {
     let is_root = fs::metadata("/proc/self").unwrap().uid() == 0;
     let is_possible = is_root && Path::new("/etc/debian_version").exists();
-    let reason = "the registry is Debian's, and root alone gets it";
-    assert!(
-        is_possible || !lab::is_full(),
-        "{reason}; under RUNNEL_LAB=full that is a failure"
-    );
     if !is_possible {
-        println!("skipped: {reason}");
+        lab::skip("the registry is Debian's, and root alone gets it");
     }
     is_possible
 }

@@ -15,6 +15,7 @@ use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::wait_until;
+use runnel_tests::lab::say;
 use runnel_tests::monitor::Monitor;
 use runnel_tests::served::{Served, TRICKLE};
 use runnel_tests::user::{User, succeeded};
@@ -85,7 +86,9 @@ fn at_every_moment(what: &str, start: &dyn Fn() -> Child, looks: &mut dyn FnMut(
             child.wait().unwrap();
             looks();
         }
-        println!("{what}: SIG{signal}, {alive} of {tries} before its end, at moments spread over {takes:?}");
+        say(&format!(
+            "{what}: SIG{signal}, {alive} of {tries} before its end, at moments spread over {takes:?}"
+        ));
         assert_eq!(alive, KILLS, "{what}: it mostly ended before its signal");
     }
 }
@@ -122,7 +125,9 @@ fn a_command_that_ends_while_it_starts_a_machine_is_not_in_the_way_of_the_next()
         assert_eq!(states(&user), ["running"]);
         user.output(&["kill", "m"]);
     });
-    println!("run: there was a machine after {with}, and none after {without}");
+    say(&format!(
+        "run: there was a machine after {with}, and none after {without}"
+    ));
     assert!(with > 0 && without > 0);
 }
 
@@ -145,7 +150,9 @@ fn a_command_that_ends_while_it_resumes_a_machine_is_not_in_the_way_of_the_next(
         user.output(&["agent", "--stop"]);
         has_no_processes(&user);
     });
-    println!("resume: there was a machine after {with}, and none after {without}");
+    say(&format!(
+        "resume: there was a machine after {with}, and none after {without}"
+    ));
     assert!(with > 0 && without > 0);
 }
 
@@ -174,7 +181,9 @@ fn a_command_that_ends_while_it_saves_a_machine_leaves_a_whole_image_or_none() {
             partials(user.folder()).is_empty()
         });
     });
-    println!("snapshot: there was an image after {with}, and none after {without}");
+    say(&format!(
+        "snapshot: there was an image after {with}, and none after {without}"
+    ));
     assert!(with > 0 && without > 0);
 }
 
@@ -215,7 +224,9 @@ fn a_server_that_ends_is_not_in_the_way_of_the_next() {
         send(&server, "TERM");
         let mut server = server;
         server.wait().unwrap();
-        println!("serve: SIG{signal} at {KILLS} moments, and the next one served");
+        say(&format!(
+            "serve: SIG{signal} at {KILLS} moments, and the next one served"
+        ));
     }
     has_no_processes(&user);
 }
@@ -235,6 +246,8 @@ fn an_agent_that_ends_while_it_starts_is_not_in_the_way_of_the_next() {
             machine.type_line("checkfill:8m:1m:7");
             assert_eq!(machine.wait_for_console("checkfill="), "checkfill=right");
         }
-        println!("agent: SIG{signal} at {KILLS} moments of its start, and the next one delivered");
+        say(&format!(
+            "agent: SIG{signal} at {KILLS} moments of its start, and the next one delivered"
+        ));
     }
 }

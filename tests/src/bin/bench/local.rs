@@ -168,12 +168,15 @@ impl Bench<'_> {
     }
 
     fn resume(&self, saver: &dyn Saver, metrics: &mut Metrics) -> io::Result<()> {
-        let mut first = Vec::new();
+        let (mut answers, mut counts) = (Vec::new(), Vec::new());
         for _ in 0..RESUMES {
             let (mut vmm, _) = self.start()?;
-            first.push(resumed(&mut vmm, &saver.load(IMAGE))?);
+            let resumed = resumed(&mut vmm, &saver.load(IMAGE))?;
+            answers.push(resumed.until_answer);
+            counts.push(resumed.until_count);
         }
-        metrics.add("resume_local_ms", Samples::milliseconds(&first));
+        metrics.add("resume_local_ms", Samples::milliseconds(&counts));
+        metrics.add("resume_local_answer_ms", Samples::milliseconds(&answers));
         let (mut waits, mut own, mut anonymous) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..TOUCHED_MACHINES {
             let (mut vmm, _) = self.start()?;
@@ -198,26 +201,38 @@ impl Bench<'_> {
     }
 }
 
-/// Loads a machine that was saved while it counted; gives the time from the request to its first byte.
+/// How long a resume takes from its request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resumed {
+    /// To the API's answer.
+    pub(crate) until_answer: Duration,
+    /// To the first count that the guest prints.
+    pub(crate) until_count: Duration,
+}
+
+/// Loads a machine that was saved while it counted, and waits for the first line that it begins: one that depends on
+/// the counter in its RAM. It may have been saved in the middle of a line, the rest of which needs nothing.
 ///
 /// # Errors
 /// When it is not loaded, or does not go on counting.
-pub(crate) fn resumed(vmm: &mut Vmm, load: &Value) -> io::Result<Duration> {
+pub(crate) fn resumed(vmm: &mut Vmm, load: &Value) -> io::Result<Resumed> {
     vmm.console().clear();
     let asked = Instant::now();
     vmm.demand("PUT", "/snapshot/load", load)?;
-    let took = vmm.console().next_byte()?.saturating_duration_since(asked);
-    // It may have been saved in the middle of a line; the next ones follow from the counter in its RAM.
+    let until_answer = asked.elapsed();
     vmm.console().line("")?;
-    let mut count = || -> io::Result<u64> {
-        let (count, _) = vmm.console().line("count=")?;
-        count.parse().map_err(io::Error::other)
+    let mut count = || -> io::Result<(u64, Instant)> {
+        let (count, when) = vmm.console().line("count=")?;
+        Ok((count.parse().map_err(io::Error::other)?, when))
     };
-    let (one, next) = (count()?, count()?);
+    let ((one, when), (next, _)) = (count()?, count()?);
     if one < 2 || next != one + 1 {
         return Err(io::Error::other(format!("the counter went from {one} to {next}")));
     }
-    Ok(took)
+    Ok(Resumed {
+        until_answer,
+        until_count: when.saturating_duration_since(asked),
+    })
 }
 
 /// Has a resumed guest read `touches` pages, scattered over a range; how long each took by the guest's own clock.

@@ -42,7 +42,7 @@ pub(crate) struct Remote<'a> {
 /// The names of the figures at one round trip.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Names {
-    /// From request to first byte, an agent running.
+    /// From request to first count, an agent running.
     pub(crate) resume: &'static str,
     /// The same, without one: it is started first.
     pub(crate) cold: &'static str,
@@ -128,7 +128,7 @@ impl<'a> Remote<'a> {
         let (mut warm, mut cold) = (Vec::new(), Vec::new());
         for _ in 0..RESUMES {
             let _agent = self.start_agent(&[])?;
-            warm.push(resumed(&mut self.monitor()?, &self.load(true))?);
+            warm.push(resumed(&mut self.monitor()?, &self.load(true))?.until_count);
         }
         metrics.add(names.resume, Samples::milliseconds(&warm));
         for _ in 0..COLD_RESUMES {
@@ -136,7 +136,7 @@ impl<'a> Remote<'a> {
             let asked = Instant::now();
             let _agent = self.start_agent(&[])?;
             let started = asked.elapsed();
-            cold.push(started + resumed(&mut vmm, &self.load(true))?);
+            cold.push(started + resumed(&mut vmm, &self.load(true))?.until_count);
         }
         metrics.add(names.cold, Samples::milliseconds(&cold));
         Ok(())
