@@ -6,18 +6,12 @@ use std::fs::DirBuilder;
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::process::ExitCode;
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
 
 use clap::Parser;
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::{AgentArguments, tidy_up};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
-
-/// How long the end may take.
-const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Fetches, verifies and keeps chunks of images for the machines of this host
 #[derive(Parser)]
@@ -84,13 +78,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         }
     });
     tracing::info!("ending");
-    let (sender, ended) = mpsc::sync_channel(1);
-    thread::Builder::new().spawn(move || {
-        agent.stop();
-        let _ = sender.send(()); // nobody may wait any more
-    })?;
-    // A read from a server that is silent is not waited for: nothing of it would be kept.
-    let _ = ended.recv_timeout(FAREWELL);
+    agent.stop_soon()?;
     tidy_up(&drive_folder);
     Ok(())
 }

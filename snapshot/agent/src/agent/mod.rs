@@ -28,8 +28,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use runnel_snapshot::protocol::{
     AgentStatus, FromAgent, FromMonitor, Hello, PROTOCOL_VERSION, PacketListener, PacketSocket, Refused,
@@ -43,6 +44,9 @@ use pages::PageFolders;
 
 /// Monitors at a time.
 const MONITORS_MAX: usize = 1024;
+
+/// How long the end of a process may take.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Why an agent cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +131,23 @@ impl Agent {
     /// Hangs up on all monitors and ends. Page files of images in use stay, for the next agent.
     pub fn stop(mut self) {
         self.end();
+    }
+
+    /// [`stop`](Self::stop)s, for a process that ends with it: a read from a server that is silent is waited for two
+    /// seconds at most, since nothing of it would be kept.
+    ///
+    /// # Errors
+    /// When no thread can be started that waits.
+    pub fn stop_soon(self) -> io::Result<()> {
+        let (sender, ended) = mpsc::sync_channel(1);
+        thread::Builder::new()
+            .name("farewell".to_owned())
+            .spawn(move || {
+                self.stop();
+                let _ = sender.send(()); // nobody may wait any more
+            })?;
+        let _ = ended.recv_timeout(FAREWELL);
+        Ok(())
     }
 
     fn end(&mut self) {

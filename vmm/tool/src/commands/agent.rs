@@ -164,7 +164,7 @@ pub(crate) fn run(args: &AgentArgs) -> Result<Exit, Failure> {
         ))?,
     }
     let signal = signals.wait()?;
-    agent.stop();
+    agent.stop_soon()?;
     tidy_up(&drive_folder);
     // To be ended is what it waits for, so that is no failure.
     tracing::debug!(signal, "ended");
