@@ -59,7 +59,7 @@ pub struct AgentArguments {
     #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
     pub fill_rate: Option<NonZeroU64>,
 
-    /// Seconds that a server may be silent in the middle of an answer
+    /// Seconds that a server may be silent in the middle of an answer, or send less than 256 bytes a second
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub silence: u64,
 

@@ -104,6 +104,9 @@ pub struct ImageStatus {
     /// Each place in which the last read of it failed, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
+    /// What of it the agent cannot keep: volume, folder and reason of each. A full file system, most often.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unkept: Option<String>,
 }
 
 /// The most images that a [`AgentStatus`] tells of: more do not fit into a message.
@@ -196,8 +199,8 @@ fn shorten(images: &mut [ImageStatus], trouble_bytes_max: usize) {
     let cut = |text: &mut String, bytes_max| text.truncate(text.floor_char_boundary(bytes_max));
     for image in images {
         cut(&mut image.image, IMAGE_BYTES_MAX);
-        if let Some(trouble) = &mut image.trouble {
-            cut(trouble, trouble_bytes_max);
+        for text in image.trouble.iter_mut().chain(&mut image.unkept) {
+            cut(text, trouble_bytes_max);
         }
     }
 }
@@ -498,6 +501,7 @@ mod tests {
             bytes_received: u64::MAX,
             bytes_sent: u64::MAX,
             trouble: Some("\"".repeat(4000)),
+            unkept: Some("\"".repeat(4000)),
         };
         let status = FromAgent::Status(AgentStatus {
             process: 1,
@@ -521,6 +525,7 @@ mod tests {
             bytes_received: 1,
             bytes_sent: 1,
             trouble: Some(trouble.clone()),
+            unkept: None,
         };
         let status = FromAgent::Status(AgentStatus {
             process: 1,

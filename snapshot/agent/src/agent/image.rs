@@ -1,9 +1,10 @@
 //! One image, open, for all machines of the host that run from it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -19,6 +20,7 @@ use runnel_snapshot::index::IndexError;
 use runnel_snapshot::protocol::{ImageStatus, Opened, OpenedVolume, VOLUMES_MAX};
 use runnel_snapshot::source::{ChunkId, PageSource, Urgency, VolumeId};
 use runnel_snapshot::state::{MachineState, StateError};
+use runnel_snapshot::volume::VolumeName;
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::fan_out::{FanOut, MachineNumber};
@@ -113,6 +115,8 @@ pub(super) struct OpenImage {
     first: HashSet<ChunkId>,
     /// The index is being read ahead, or was.
     index_ahead: AtomicBool,
+    /// The folder of each volume's page file.
+    kept_in: HashMap<VolumeName, PathBuf>,
     state: File,
     manifest: File,
 }
@@ -156,6 +160,7 @@ impl OpenImage {
                 })
             })
             .collect();
+        let names = image.manifest.volumes.iter().map(|volume| &volume.name);
         let open = Arc::new(Self {
             digest,
             places,
@@ -163,6 +168,9 @@ impl OpenImage {
             asking: Mutex::new(()),
             first: first.iter().copied().collect(),
             index_ahead: AtomicBool::new(false),
+            kept_in: names
+                .map(|name| (name.clone(), folders.folder_of(name)))
+                .collect(),
             state: document("state", &state).map_err(OpenError::Document)?,
             manifest: document("manifest", &manifest).map_err(OpenError::Document)?,
             source,
@@ -277,17 +285,21 @@ impl OpenImage {
             machines: self.waiting.machines() as u64,
             bytes_received,
             bytes_sent,
-            trouble: self.trouble(),
+            trouble: self.places.trouble(),
+            unkept: self.unkept(),
         }
     }
 
-    /// What is wrong with where it is read, and with where it is kept.
-    fn trouble(&self) -> Option<String> {
-        let kept = self.source.trouble();
-        let kept =
-            kept.map(|error| format!("what arrives cannot be kept in the agent's page files: {error}"));
-        let troubles: Vec<String> = self.places.trouble().into_iter().chain(kept).collect();
-        (!troubles.is_empty()).then(|| troubles.join("; "))
+    fn unkept(&self) -> Option<String> {
+        let unkept = self.source.trouble().map(|(volume, error)| {
+            let folder = self.kept_in.get(volume).map(|folder| folder.display());
+            match folder {
+                Some(folder) => format!("{volume} in {folder}: {error}"),
+                None => format!("{volume}: {error}"),
+            }
+        });
+        let unkept: Vec<String> = unkept.collect();
+        (!unkept.is_empty()).then(|| unkept.join("; "))
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {

@@ -110,6 +110,14 @@ impl PageFolders {
             })
     }
 
+    /// Where page files of such a volume lie, those of each image in a folder of their own.
+    pub(super) fn folder_of(&self, volume: &VolumeName) -> PathBuf {
+        match volume {
+            VolumeName::Memory => self.memory.path.clone(),
+            VolumeName::Drive(_) => self.drives().path.clone(),
+        }
+    }
+
     /// Where an image's places are written down, beside its memory.
     pub(super) fn places_of(&self, image: &BlobDigest) -> PathBuf {
         self.memory.path.join(image.hex()).join("places")

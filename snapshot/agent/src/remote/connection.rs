@@ -19,9 +19,9 @@ use crate::traffic::Traffic;
 /// The most addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
 
-/// What a server sends a second at least, on each connection, beyond what it may be silent for: one that trickles is as
-/// useless as one that is silent. A link that crawls at 100 kB/s gives each of 24 readers four times as much.
-const SLOWEST_BYTES_PER_SECOND: u64 = 1 << 10;
+/// What a server sends a second at least once it has begun, on each connection: one that trickles is as useless as one
+/// that is silent. 24 readers may share a link of 6 kB/s.
+const SLOWEST_BYTES_PER_SECOND: u64 = 256;
 
 /// What a connection is opened with.
 #[derive(Clone)]
@@ -42,42 +42,42 @@ pub(super) struct Connection {
     /// Whether a request was answered on it before: then it may have been closed meanwhile, which means nothing.
     pub(super) used: bool,
     window: Window,
-    pace: Pace,
 }
 
-/// How fast an answer comes.
+/// How fast an answer comes: looked at each time that a server might have been silent for.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     /// How long nothing need come.
     idle_deadline: Duration,
-    asked_at: Instant,
-    bytes: u64,
+    /// What has come since when, once something has.
+    begun: Option<(Instant, u64)>,
 }
 
 impl Pace {
-    fn new(idle_deadline: Duration, now: Instant) -> Self {
+    fn new(idle_deadline: Duration) -> Self {
         Self {
             idle_deadline,
-            asked_at: now,
-            bytes: 0,
+            begun: None,
         }
-    }
-
-    /// Something is asked for.
-    fn begin(&mut self, now: Instant) {
-        *self = Self::new(self.idle_deadline, now);
     }
 
     /// So many bytes more have come; fails if that was too slow.
     fn received(&mut self, bytes: usize, now: Instant) -> io::Result<()> {
-        self.bytes = self.bytes.saturating_add(bytes as u64);
-        let earned = Duration::from_secs_f64(self.bytes as f64 / SLOWEST_BYTES_PER_SECOND as f64);
-        let passed = now.saturating_duration_since(self.asked_at);
-        if passed <= self.idle_deadline.saturating_add(earned) {
+        let Some((since, before)) = self.begun else {
+            self.begun = Some((now, 0));
+            return Ok(());
+        };
+        let bytes = before.saturating_add(bytes as u64);
+        let passed = now.saturating_duration_since(since);
+        if passed < self.idle_deadline {
+            self.begun = Some((since, bytes));
             return Ok(());
         }
-        let (bytes, seconds) = (self.bytes, passed.as_secs());
-        let reason = format!("it sends too slowly: {bytes} bytes in {seconds} s");
+        if bytes as f64 >= passed.as_secs_f64() * SLOWEST_BYTES_PER_SECOND as f64 {
+            self.begun = Some((now, 0));
+            return Ok(());
+        }
+        let reason = format!("it sends too slowly: {bytes} bytes in {} s", passed.as_secs());
         Err(io::Error::new(io::ErrorKind::TimedOut, reason))
     }
 }
@@ -131,10 +131,11 @@ enum Stream {
     Tls(Box<StreamOwned<ClientConnection, Counted>>),
 }
 
-/// The socket, with what went over it counted.
+/// The socket, with what went over it counted: below TLS, which waits for whole records.
 struct Counted {
     socket: TcpStream,
     traffic: Arc<Traffic>,
+    pace: Pace,
 }
 
 impl Dial {
@@ -150,8 +151,12 @@ impl Dial {
             .set_write_timeout(Some(self.idle_deadline))
             .map_err(failed)?;
         let traffic = Arc::clone(traffic);
-        let counted = Counted { socket, traffic };
-        let stream = match &self.tls {
+        let counted = Counted {
+            socket,
+            traffic,
+            pace: Pace::new(self.connect_deadline),
+        };
+        let mut stream = match &self.tls {
             None => Stream::Plain(counted),
             Some(config) => {
                 counted
@@ -162,15 +167,16 @@ impl Dial {
             }
         };
         stream
-            .socket()
+            .counted()
+            .socket
             .set_read_timeout(Some(self.idle_deadline))
             .map_err(failed)?;
+        stream.counted().pace = Pace::new(self.idle_deadline);
         Ok(Connection {
             stream,
             ahead: Vec::new(),
             used: false,
             window: Window::new(Instant::now()),
-            pace: Pace::new(self.idle_deadline, Instant::now()),
         })
     }
 
@@ -264,11 +270,7 @@ fn is_an_authoritys(reason: &rustls::CertificateError) -> bool {
 impl Connection {
     /// Counts what goes over it from now on for somebody else.
     pub(super) fn count_in(&mut self, traffic: &Arc<Traffic>) {
-        let counted = match &mut self.stream {
-            Stream::Plain(counted) => counted,
-            Stream::Tls(stream) => &mut stream.sock,
-        };
-        counted.traffic = Arc::clone(traffic);
+        self.stream.counted().traffic = Arc::clone(traffic);
     }
 
     /// What may come within one round trip, if it is asked for now.
@@ -283,7 +285,7 @@ impl Connection {
 
     /// Sends a request's head in one piece.
     pub(super) fn send(&mut self, head: &[u8]) -> io::Result<()> {
-        self.pace.begin(Instant::now());
+        self.stream.counted().pace.begun = None;
         self.stream.write_all(head)?;
         self.stream.flush()
     }
@@ -306,11 +308,7 @@ impl Connection {
                         "nothing came for too long",
                     ));
                 }
-                Ok(count) => {
-                    self.pace.received(count, Instant::now())?;
-                    return Ok(count);
-                }
-                Err(error) => return Err(error),
+                read => return read,
             }
         }
     }
@@ -328,10 +326,10 @@ impl Connection {
 }
 
 impl Stream {
-    fn socket(&self) -> &TcpStream {
+    fn counted(&mut self) -> &mut Counted {
         match self {
-            Self::Plain(counted) => &counted.socket,
-            Self::Tls(stream) => &stream.sock.socket,
+            Self::Plain(counted) => counted,
+            Self::Tls(stream) => &mut stream.sock,
         }
     }
 }
@@ -365,6 +363,7 @@ impl Read for Counted {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let count = self.socket.read(into)?;
         self.traffic.add_received(count);
+        self.pace.received(count, Instant::now())?;
         Ok(count)
     }
 }
@@ -386,18 +385,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_trickle_is_too_slow_once_silence_would_be() {
+    fn a_trickle_is_too_slow_once_silence_would_be_however_fast_it_began() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut pace = Pace::new(Duration::from_secs(10), start);
-        pace.received(1, at(9)).unwrap();
-        let error = pace.received(1, at(18)).unwrap_err();
+        let mut pace = Pace::new(Duration::from_secs(10));
+        // However long it took until it began.
+        pace.received(1 << 20, at(9)).unwrap();
+        pace.received(1 << 20, at(19)).unwrap();
+        pace.received(1, at(28)).unwrap();
+        let error = pace.received(1, at(29)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        assert_eq!(error.to_string(), "it sends too slowly: 2 bytes in 18 s");
-        // Another answer on the same connection begins anew; a slow link is none too slow.
-        pace.begin(at(20));
-        for second in 21..120 {
-            pace.received(1025, at(second)).unwrap();
+        assert_eq!(error.to_string(), "it sends too slowly: 2 bytes in 10 s");
+        // A slow link is none too slow.
+        let mut pace = Pace::new(Duration::from_secs(10));
+        for second in 0..120 {
+            pace.received(300, at(second)).unwrap();
         }
     }
 

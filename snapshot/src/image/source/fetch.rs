@@ -73,6 +73,7 @@ pub(super) struct Volume {
     pub(super) layers: Vec<Blob>,
     pub(super) index: IndexReader,
     pub(super) pages: PageFile,
+    pub(super) room: Room,
     /// Chunks whose bytes are in the page file.
     pub(super) present: ChunkSet,
     /// Chunks that the index says are zeros.
@@ -89,8 +90,6 @@ pub(super) struct Shared {
     /// Stored bytes that are read at once.
     pub(super) read_bytes_max: u64,
     pub(super) sink: OnceLock<Arc<dyn ChunkSink>>,
-    /// Of all page files together: which of them is short of it is soon found again.
-    pub(super) room: Room,
 }
 
 impl Shared {
@@ -198,7 +197,7 @@ impl Shared {
         let bytes = last.frame.start + last.frame.len - start;
         let found = self.volume(*first).ok_or(FetchError::NoVolume);
         let found = found.and_then(|volume| {
-            self.room.check(Instant::now()).map_err(FetchError::PageFile)?;
+            volume.room.check(Instant::now()).map_err(FetchError::PageFile)?;
             Ok((volume, volume.layer(number)?))
         });
         let (volume, layer) = match found {
@@ -218,7 +217,7 @@ impl Shared {
             together.retain(|(id, stored)| {
                 let at = (stored.frame.start - start) as usize;
                 let frame = &frames[at..at + stored.frame.len as usize];
-                match hands.install(volume, layer, *id, stored, frame, &self.room) {
+                match hands.install(volume, layer, *id, stored, frame) {
                     // Those are read again if there is another place to read them from.
                     Err(error @ FetchError::Decode { .. }) => damaged.push(error),
                     installed => {
@@ -326,7 +325,6 @@ impl Hands {
         id: ChunkId,
         stored: &StoredChunk,
         frame: &[u8],
-        room: &Room,
     ) -> Result<(), FetchError> {
         let range = volume.range_of(id.chunk);
         self.plain.resize(range.len as usize, 0);
@@ -342,7 +340,7 @@ impl Hands {
                 source: Box::new(source),
             })?;
         let written = volume.pages.write(&self.plain, range.start);
-        room.tried(&written, Instant::now());
+        volume.room.tried(&written, Instant::now());
         written.map_err(FetchError::PageFile)?;
         volume.present.insert(id.chunk);
         Ok(())

@@ -138,6 +138,7 @@ impl ImageSource {
                 layers: volume.layers.clone(),
                 index: image.index(volume),
                 pages: make(&volume.name, bytes)?,
+                room: Room::default(),
                 present: ChunkSet::new(volume.root.chunks()),
                 zeros: ChunkSet::new(volume.root.chunks()),
                 first: OnceLock::new(),
@@ -149,7 +150,6 @@ impl ImageSource {
             queue: AskQueue::new(settings.rules()),
             read_bytes_max: settings.read_bytes_max,
             sink: OnceLock::new(),
-            room: Room::default(),
         });
         let mut source = Self {
             volumes: described,
@@ -187,10 +187,10 @@ impl ImageSource {
         }
     }
 
-    /// Why chunks cannot be kept, if the last one could not: a full file system, most often.
-    #[must_use]
-    pub fn trouble(&self) -> Option<io::Error> {
-        self.shared.room.trouble()
+    /// The volumes whose last chunk could not be kept, and why: a full file system, most often.
+    pub fn trouble(&self) -> impl Iterator<Item = (&VolumeName, io::Error)> {
+        let volumes = self.shared.volumes.iter();
+        volumes.filter_map(|volume| Some((&volume.name, volume.room.trouble()?)))
     }
 
     /// Reads the part of the index that tells of `chunk`, unless it is at hand.

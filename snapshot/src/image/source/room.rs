@@ -1,5 +1,6 @@
-//! Whether page files take what is written to them. While they do not, most often because their file system is full,
-//! nothing is fetched that could not be kept; a moment later it is tried again.
+//! Whether a page file takes what is written to it. While it does not, most often because its file system is full,
+//! nothing is fetched that could not be kept; a moment later it is tried again. Those of memory and of drives lie on
+//! file systems of their own: one that is full does not hold up the other.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,21 +35,16 @@ impl Failure {
 impl Room {
     /// A write was tried.
     pub(super) fn tried(&self, written: &io::Result<()>, now: Instant) {
-        match written {
-            Ok(()) => {
-                if self.is_short.swap(false, Ordering::Relaxed) {
-                    *self.lock() = None;
-                }
-            }
-            Err(error) => {
-                *self.lock() = Some(Failure {
-                    at: now,
-                    number: error.raw_os_error(),
-                    kind: error.kind(),
-                });
-                self.is_short.store(true, Ordering::Relaxed);
-            }
+        if written.is_ok() && !self.is_short.load(Ordering::Relaxed) {
+            return;
         }
+        let mut failure = self.lock();
+        *failure = written.as_ref().err().map(|error| Failure {
+            at: now,
+            number: error.raw_os_error(),
+            kind: error.kind(),
+        });
+        self.is_short.store(failure.is_some(), Ordering::Relaxed);
     }
 
     /// Fails as the last write did, if that was just now.

@@ -207,6 +207,13 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
                 trouble_cure(image)
             ))?;
         }
+        if let Some(unkept) = &image.unkept {
+            let name = one_line(&image.image, 60);
+            let unkept = one_line(unkept, TROUBLE_CHARS_MAX);
+            print(&format!(
+                "what arrives of {name} cannot be kept: {unkept}\n    make room there: it is tried again and again\n"
+            ))?;
+        }
     }
     Ok(Exit::Done)
 }
