@@ -232,6 +232,7 @@ fn machines_are_waited_for_until_they_have_ended_or_the_time_is_over() {
 
     let waiting = user.command(&["wait", "web", "db", "web"]).spawn().unwrap();
     let _ = user.converse("web", "poweroff\n");
+    user.output(&["wait", "web"]);
     let over = user.run(&["wait", "web", "db", "--timeout", "100ms", "--json"]);
     assert_eq!(over.status.code(), Some(3));
     let shown: Value = serde_json::from_slice(&over.stdout).unwrap();

@@ -9,7 +9,7 @@ use clap::Args;
 use runnel_snapshot::digest::BlobDigest;
 
 use crate::agent::AgentSettings;
-use crate::remote::{Credentials, CredentialsError, RemoteSettings};
+use crate::remote::{Credentials, CredentialsError, RemoteSettings, usual_credentials};
 
 /// Why there are no settings.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,8 @@ pub struct AgentArguments {
     #[arg(long, value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
 
-    /// Who to be at registries: a file as `skopeo login --authfile` writes it
+    /// Who to be at registries: a file as `skopeo login --authfile` writes it [default: $REGISTRY_AUTH_FILE, else
+    /// ~/.docker/config.json]
     #[arg(long, value_name = "FILE")]
     pub credentials: Option<PathBuf>,
 
@@ -89,8 +90,8 @@ impl AgentArguments {
             Some(path) => path.clone(),
             None => default_drive_pages(&own).ok_or(ArgumentsError::NoCache)?,
         };
-        let credentials = match &self.credentials {
-            Some(path) => Credentials::read(path)?,
+        let credentials = match self.credentials.clone().or_else(usual_credentials) {
+            Some(path) => Credentials::read(&path)?,
             None => Credentials::default(),
         };
         Ok(AgentSettings {

@@ -16,7 +16,7 @@ const REASON_CHARS_MAX: usize = 300;
 /// How a machine ended, as far as that is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ending {
-    /// What the guest did, or what befell it; nothing of a monitor that was asked to end or was killed.
+    /// What the guest did, or what befell it; nothing of a monitor that was killed.
     pub(crate) reason: Option<String>,
     /// The monitor's exit code; nothing of one that was killed.
     pub(crate) code: Option<u8>,
@@ -30,9 +30,12 @@ impl Ending {
             let mut lines = tail.lines().rev();
             lines.find_map(|line| Some(line.split_once(mark)?.1.trim_end_matches('.')))
         };
+        let reason = last("The machine ended: ").map(|reason| one_line(reason, REASON_CHARS_MAX));
+        let code = last("Runnel exiting. exit_code=").and_then(|code| code.parse().ok());
+        let was_asked = || (code == Some(0)).then(|| "its monitor was asked to end".to_owned());
         Self {
-            reason: last("The machine ended: ").map(|reason| one_line(reason, REASON_CHARS_MAX)),
-            code: last("Runnel exiting. exit_code=").and_then(|code| code.parse().ok()),
+            reason: reason.or_else(was_asked),
+            code,
         }
     }
 }
@@ -43,7 +46,7 @@ impl fmt::Display for Ending {
         match (&self.reason, self.code) {
             (Some(reason), None | Some(0)) => write!(f, ": {reason}"),
             (Some(reason), Some(code)) => write!(f, " with code {code}: {reason}"),
-            (None, Some(0)) => f.write_str(": its monitor was asked to end"),
+            (None, Some(0)) => Ok(()),
             (None, Some(code)) => write!(f, " with code {code}"),
             (None, None) => f.write_str(", and its log does not say how"),
         }

@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use clap::Args;
-use runnel_agent::remote::{Credentials, CredentialsError, RemoteSettings};
+use runnel_agent::remote::{Credentials, CredentialsError, RemoteSettings, usual_credentials};
 
 /// Why a file that was given is of no use.
 #[derive(Debug, thiserror::Error)]
@@ -83,13 +83,4 @@ impl RemoteFlags {
             }
         }
     }
-}
-
-/// `$REGISTRY_AUTH_FILE`, else `~/.docker/config.json` if there is one.
-pub(crate) fn usual_credentials() -> Option<PathBuf> {
-    let named = std::env::var_os("REGISTRY_AUTH_FILE").map(PathBuf::from);
-    named.or_else(|| {
-        let home = std::env::var_os("HOME")?;
-        Some(Path::new(&home).join(".docker/config.json")).filter(|path| path.is_file())
-    })
 }

@@ -289,7 +289,7 @@ impl Client {
         let denied = |reason| RemoteError::Denied {
             url: url.to_string(),
             status: 401,
-            advice: how_to_log_in(reason, &self.base),
+            advice: how_to_log_in(reason, &url.origin),
         };
         let basic = self.settings.credentials.basic(&self.base);
         let mut found = None;
@@ -384,7 +384,7 @@ impl Client {
             401 => RemoteError::Denied {
                 url: text,
                 status,
-                advice: how_to_log_in(OTHER_CREDENTIALS, &self.base),
+                advice: how_to_log_in(OTHER_CREDENTIALS, &url.origin),
             },
             403 => RemoteError::Denied {
                 url: text,

@@ -219,6 +219,16 @@ pub(super) fn escape(text: &str) -> String {
     })
 }
 
+/// The file of credentials of whoever names none: `$REGISTRY_AUTH_FILE`, else `~/.docker/config.json` if there is one.
+#[must_use]
+pub fn usual_credentials() -> Option<PathBuf> {
+    let named = std::env::var_os("REGISTRY_AUTH_FILE").map(PathBuf::from);
+    named.or_else(|| {
+        let home = std::env::var_os("HOME")?;
+        Some(Path::new(&home).join(".docker/config.json")).filter(|path| path.is_file())
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::url::Url;

@@ -22,7 +22,7 @@ mod url;
 
 pub use blobs::RemoteBlobs;
 pub use client::RemoteSettings;
-pub use credentials::{Credentials, CredentialsError};
+pub use credentials::{Credentials, CredentialsError, usual_credentials};
 pub use error::RemoteError;
 pub use kept::KeptConnections;
 pub use url::{BadUrl, Origin};

@@ -9,7 +9,7 @@ use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::manifest::MANIFEST;
-use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::image::reference::{Wanted, is_tag};
 use runnel_snapshot::units::ByteRange;
 use rustix::fs::{Mode, OFlags};
 use serde_json::{Value, json};
@@ -197,7 +197,9 @@ impl Registry {
 
     fn tags(&self, name: &str, page: &Page) -> Result<Answer, Refusal> {
         let layout = self.layout(name)?;
-        let mut tags: Vec<&str> = layout.images().filter_map(|(_, tag)| tag).collect();
+        // Another name of an image is none that can be asked for.
+        let tags = layout.images().filter_map(|(_, tag)| tag);
+        let mut tags: Vec<&str> = tags.filter(|tag| is_tag(tag)).collect();
         if !tags.contains(&LATEST) && find_manifest(&layout, &Reference::Tag(LATEST.to_owned())).is_some() {
             tags.push(LATEST);
         }

@@ -63,7 +63,10 @@ fn unescaped(text: &str) -> Option<String> {
             bytes.push(*first);
             continue;
         }
-        let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
+        let digits = rest
+            .get(..2)
+            .filter(|digits| digits.iter().all(u8::is_ascii_hexdigit))?;
+        let digits = std::str::from_utf8(digits).ok()?;
         bytes.push(u8::from_str_radix(digits, 16).ok()?);
         rest = &rest[2..];
     }
@@ -106,7 +109,7 @@ mod tests {
 
     #[test]
     fn queries_that_ask_for_no_page_are_refused() {
-        for query in ["n=x", "n=-1", "n=", "last=%2", "last=%zz", "last=%ff"] {
+        for query in ["n=x", "n=-1", "n=", "last=%2", "last=%+f", "last=%zz", "last=%ff"] {
             assert_eq!(Page::parse(Some(query)), Err(BadPage), "{query}");
         }
     }

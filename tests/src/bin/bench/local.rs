@@ -220,11 +220,11 @@ pub(crate) fn resumed(vmm: &mut Vmm, load: &Value) -> io::Result<Resumed> {
     let asked = Instant::now();
     vmm.demand("PUT", "/snapshot/load", load)?;
     let until_answer = asked.elapsed();
-    vmm.console().line("")?;
     let mut count = || -> io::Result<(u64, Instant)> {
         let (count, when) = vmm.console().line("count=")?;
         Ok((count.parse().map_err(io::Error::other)?, when))
     };
+    // Half a line is none of these.
     let ((one, when), (next, _)) = (count()?, count()?);
     if one < 2 || next != one + 1 {
         return Err(io::Error::other(format!("the counter went from {one} to {next}")));

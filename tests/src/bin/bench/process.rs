@@ -216,6 +216,8 @@ fn request(socket: &Path, verb: &str, path: &str, body: &Value) -> io::Result<(u
 pub(crate) struct Console {
     pieces: Receiver<(Instant, Vec<u8>)>,
     rest: Vec<u8>,
+    /// When the last of it came.
+    last: Instant,
 }
 
 impl Console {
@@ -232,6 +234,7 @@ impl Console {
         Self {
             pieces,
             rest: Vec::new(),
+            last: Instant::now(),
         }
     }
 
@@ -248,6 +251,7 @@ impl Console {
     pub(crate) fn next_byte(&mut self) -> io::Result<Instant> {
         let (when, piece) = self.pieces.recv_timeout(DEADLINE).map_err(io::Error::other)?;
         self.rest.extend(piece);
+        self.last = when;
         Ok(when)
     }
 
@@ -256,16 +260,15 @@ impl Console {
     /// # Errors
     /// When none comes.
     pub(crate) fn line(&mut self, start: &str) -> io::Result<(String, Instant)> {
-        let mut when = Instant::now();
         loop {
             while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.rest.drain(..=end).collect();
                 let line = String::from_utf8_lossy(&line);
                 if let Some(value) = line.trim_end().strip_prefix(start) {
-                    return Ok((value.to_owned(), when));
+                    return Ok((value.to_owned(), self.last));
                 }
             }
-            when = self.next_byte()?;
+            self.next_byte()?;
         }
     }
 

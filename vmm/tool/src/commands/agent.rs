@@ -18,7 +18,7 @@ use crate::monitor::FAREWELL;
 use crate::output::{OutputArgs, is_verbose, print, print_json};
 use crate::process::ProcessId;
 use crate::program::{self, last_words, log_bytes};
-use crate::remote::{RemoteFlagError, RemoteFlags, usual_credentials};
+use crate::remote::{RemoteFlagError, RemoteFlags};
 use crate::signals::Signals;
 use crate::size;
 use crate::state::{StateFolder, check_socket};
@@ -176,7 +176,6 @@ fn with_defaults(arguments: &AgentArguments, state: &StateFolder) -> AgentArgume
     let given = arguments.clone();
     AgentArguments {
         socket: given.socket.or_else(|| Some(state.agent_socket())),
-        credentials: given.credentials.or_else(usual_credentials),
         ..given
     }
 }

@@ -173,11 +173,14 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
     }
     print(&table.to_string())?;
     for (path, error) in &listing.broken {
+        let removal = match folder::check_removal(path) {
+            Ok(()) => format!(" (`runnel image rm {}` removes it)", shell_word(name_of(path))),
+            Err(_) => String::new(),
+        };
+        let reason = trace(error);
         tell(format_args!(
-            "{} is no usable image (`runnel image rm {}` removes it): {}",
-            path.display(),
-            shell_word(name_of(path)),
-            trace(error)
+            "{} is no usable image{removal}: {reason}",
+            path.display()
         ));
     }
     for (path, reason) in &listing.others {

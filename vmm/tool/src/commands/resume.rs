@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::protocol::status;
 use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
@@ -206,6 +206,13 @@ fn record_loaded(monitor: &Monitor<'_>, config: &Value, record: Record) -> Resul
 /// The digest of the image that was loaded just now, as its agent knows it: by that, it is found again when it is read
 /// elsewhere.
 fn digest_of(record: &Record) -> Option<String> {
+    if let Ok(ImageReference::Remote {
+        wanted: Wanted::Pinned(digest),
+        ..
+    }) = record.image.as_ref()?.parse()
+    {
+        return Some(digest.to_string());
+    }
     let images = status(record.agent.as_ref()?, AGENT_PATIENCE).ok()?.images;
     let mut images = images.into_iter();
     let image = images.find(|image| Some(&image.image) == record.image.as_ref())?;

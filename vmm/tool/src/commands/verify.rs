@@ -35,7 +35,8 @@ struct Remote(String);
 #[command(after_help = "\
 Reads everything: digests of all blobs, the machine state, each index against seek table and frames, each chunk against
 its digest. Ends with 3 if something is wrong, and names blob and chunk. Where the damage is in what lists the rest
-(oci-layout, index.json, the manifest), that alone is found, and \"digest\" in JSON is null.
+(oci-layout, index.json, the manifest), that alone is found, and \"digest\" in JSON is null. An image of a newer Runnel is
+not judged: that is an error (1).
 
 Examples:
     runnel verify web-v1

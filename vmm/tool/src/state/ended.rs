@@ -1,7 +1,8 @@
 //! Logs of machines that have ended: `ended/<name>.log`, and `<name>.1.log` and so on of those of that name before.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use super::StateFolder;
 use super::machine::MachineFolder;
@@ -33,6 +34,9 @@ impl StateFolder {
             let _ = fs::rename(earlier(number), earlier(number + 1));
         }
         if fs::rename(folder.log(), earlier(0)).is_ok() {
+            // The age of a log is that of the end: a machine that was idle wrote its last line long before.
+            let kept = OpenOptions::new().append(true).open(earlier(0));
+            let _ = kept.and_then(|log| log.set_modified(SystemTime::now()));
             self.limit_ended_logs();
         }
     }

@@ -1,5 +1,7 @@
+use std::fs::File;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use super::ended::{EARLIER_LOGS_MAX, ENDED_LOGS_MAX};
 use super::*;
@@ -203,9 +205,18 @@ fn a_path_too_long_for_sockets_is_refused_before_anything_is_made() {
 fn only_so_many_logs_of_ended_machines_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     let state = state(&folder);
+    let start = SystemTime::now() - Duration::from_secs(3600);
     for number in 0..ENDED_LOGS_MAX + 5 {
-        fs::write(state.ended_log(&name(&format!("m{number}"))), "").unwrap();
+        let log = File::create(state.ended_log(&name(&format!("m{number}")))).unwrap();
+        log.set_modified(start + Duration::from_secs(number as u64))
+            .unwrap();
     }
-    state.limit_ended_logs();
+    // One that wrote its last line long before it ended.
+    let idle = state.claim(Some(&name("idle"))).unwrap();
+    let log = File::create(idle.folder().log()).unwrap();
+    log.set_modified(start - Duration::from_secs(3600)).unwrap();
+    state.keep_log(idle.folder());
     assert_eq!(fs::read_dir(state.ended_path()).unwrap().count(), ENDED_LOGS_MAX);
+    let is_kept = |machine: &str| state.ended_log(&name(machine)).exists();
+    assert!(is_kept("idle") && is_kept("m6") && !is_kept("m5"));
 }
