@@ -1,10 +1,10 @@
 //! A user of the operator's tool, with folders of his own.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use runnel_snapshot::digest::BlobDigest;
 use serde_json::Value;
@@ -108,6 +108,21 @@ impl User {
         succeeded(console.wait_with_output().expect("a child can be waited for"))
     }
 
+    /// A server of his images, told `more`.
+    ///
+    /// # Panics
+    /// When it does not serve.
+    #[must_use]
+    pub fn serve(&self, more: &[&str]) -> Server {
+        let mut command = self.command(&[&["serve", "--listen", "127.0.0.1:0"], more].concat());
+        let mut process = command.spawn().expect("the tool can be started");
+        let line = read_to(&mut process, "serving at");
+        let mut words = line.split([' ', ';']);
+        let url = words.find(|word| word.starts_with("http"));
+        let url = url.expect("it says where").to_owned();
+        Server { process, url }
+    }
+
     /// His machines, as `ps --json` lists them.
     ///
     /// # Panics
@@ -148,6 +163,62 @@ impl Drop for User {
             let _ = fs::remove_dir_all(format!("/dev/shm/runnel-{}-{}", folder.uid(), &own[..8]));
         }
     }
+}
+
+/// `runnel serve`, until it goes.
+#[derive(Debug)]
+pub struct Server {
+    process: Child,
+    url: String,
+}
+
+impl Server {
+    /// Where it serves.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Reads what a process prints, to the line that contains `words`.
+///
+/// # Panics
+/// When there is none.
+#[allow(clippy::must_use_candidate, reason = "that it came is often all")]
+#[track_caller]
+pub fn read_to(child: &mut Child, words: &str) -> String {
+    let mut lines = BufReader::new(child.stdout.as_mut().expect("it is piped"));
+    let mut seen = String::new();
+    while lines.read_line(&mut seen).expect("it prints text") > 0 {
+        if seen.lines().next_back().is_some_and(|line| line.contains(words)) {
+            return seen;
+        }
+    }
+    panic!("no {words:?} in {seen:?}");
+}
+
+/// What a command that must fail says, in one line. It ends with 2 where what was typed names nothing at all.
+///
+/// # Panics
+/// When it does not fail, or says more.
+#[must_use]
+#[track_caller]
+pub fn refusal(output: &Output) -> String {
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        matches!(output.status.code(), Some(1 | 2)),
+        "{}: {told}",
+        output.status
+    );
+    assert_eq!(told.lines().count(), 1, "{told}");
+    told
 }
 
 /// What a command has printed, which must have succeeded.

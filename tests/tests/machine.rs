@@ -29,6 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 // Model-specific registers, and an interrupt that nothing else here uses.
 const IA32_TSC: u32 = 0x10;
 const IA32_APIC_BASE: u32 = 0x1b;
+const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const X2APIC_SPURIOUS: u32 = 0x80f;
 const X2APIC_REQUEST: u32 = 0x820;
@@ -382,6 +383,28 @@ fn a_counter_of_another_frequency_is_scaled_or_refused_with_both() {
     }
 }
 
+#[test]
+fn extended_state_that_is_longer_than_this_hosts_is_refused_with_both_lengths() {
+    let mut bare = Bare::started("");
+    assert_eq!(bare.line(), "listening=1");
+    let remains = bare.save(of_64_mib());
+    let with_bytes = |bytes: usize| {
+        let sections = with_vcpu(&remains, |vcpu| vcpu.xsave.resize(bytes / 4, 0));
+        refusal(&remains, sections)
+    };
+    // No host has a megabyte of it. That it has as much as it says is seen at the border.
+    let told = with_bytes(1 << 20).unwrap();
+    let (_, rest) = told.split_once("this host has ").unwrap();
+    let host: usize = rest.split(':').next().unwrap().parse().unwrap();
+    assert_eq!(with_bytes(host), None);
+    let told = with_bytes(host + 4).unwrap();
+    let both = format!(
+        "{} bytes of extended processor state, and this host has {host}",
+        host + 4
+    );
+    assert!(told.contains(&both), "{told}");
+}
+
 /// Why a machine cannot be rebuilt from these sections.
 fn refusal(remains: &Remains, sections: Vec<SavedSection>) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
@@ -592,6 +615,13 @@ fn kicks_and_interrupts_of_a_drive_do_not_pass_through_the_vcpus_way_out() {
     works(&mut restored, 2);
 }
 
+/// A saved vCPU's time stamp counter, without what the guest itself has added to it.
+fn own_counter(vcpu: &VcpuState) -> u64 {
+    let value = |index| vcpu.msrs.iter().find(|msr| msr.0 == index).map(|msr| msr.1);
+    let added = value(IA32_TSC_ADJUST).unwrap_or(0);
+    value(IA32_TSC).unwrap().wrapping_sub(added)
+}
+
 #[test]
 fn the_smallest_machine_and_one_of_32_vcpus_and_half_of_the_hosts_memory_run() {
     let info = std::fs::read_to_string("/proc/meminfo").unwrap();
@@ -621,8 +651,12 @@ fn the_smallest_machine_and_one_of_32_vcpus_and_half_of_the_hosts_memory_run() {
         assert_eq!(bare.line(), "listening=1");
         bare.machine.pause(&|| false).unwrap();
         let saved = bare.machine.save().unwrap();
-        let saved_vcpus = saved.iter().filter(|section| section.kind == "vcpu").count();
-        assert_eq!(saved_vcpus, usize::from(vcpus));
+        let saved_vcpus = saved.into_iter().filter(|section| section.kind == "vcpu");
+        let counters: Vec<u64> = saved_vcpus
+            .map(|section| own_counter(&section.state_of::<Vcpu<'_>>().unwrap()))
+            .collect();
+        // Read one after the other, and those of one moment all the same.
+        assert_eq!(counters, vec![counters[0]; usize::from(vcpus)]);
         bare.machine.unpause();
         assert_eq!(bare.tell("count:1"), "count=2");
     }

@@ -6,30 +6,18 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::protocol::is_answering;
 use runnel_tests::bare::wait_until;
 use runnel_tests::served::Served;
-use runnel_tests::user::{User, succeeded};
+use runnel_tests::user::{User, read_to, refusal, succeeded};
 use runnel_tests::{bare_guest, program};
 use serde_json::Value;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Reads what a process prints, to the line that contains `words`.
-fn read_to(child: &mut Child, words: &str) -> String {
-    let mut lines = BufReader::new(child.stdout.as_mut().unwrap());
-    let mut seen = String::new();
-    while lines.read_line(&mut seen).unwrap() > 0 {
-        if seen.lines().next_back().is_some_and(|line| line.contains(words)) {
-            return seen;
-        }
-    }
-    panic!("no {words:?} in {seen:?}");
 }
 
 fn signal(pid: impl ToString, name: &str) {
@@ -317,24 +305,12 @@ fn where_standard_output_takes_nothing_it_is_named_and_where_it_is_closed_nothin
     assert_eq!(user.machines(), Vec::<Value>::new());
 }
 
-/// A server of the user's images, and its URL.
-fn server_of(user: &User) -> (Child, String) {
-    let mut server = user
-        .command(&["serve", "--listen", "127.0.0.1:0"])
-        .spawn()
-        .unwrap();
-    let line = read_to(&mut server, "serving at");
-    let mut words = line.split([' ', ';']);
-    let url = words.find(|word| word.starts_with("http://")).unwrap();
-    (server, url.to_owned())
-}
-
 #[test]
 fn a_machine_is_shown_from_where_its_agent_reads_now() {
     let user = saved();
     let _agent = AgentOf(&user);
-    let servers = [server_of(&user), server_of(&user)];
-    let urls = servers.each_ref().map(|(_, url)| format!("{url}/web"));
+    let servers = [user.serve(&[]), user.serve(&[])];
+    let urls = servers.each_ref().map(|server| format!("{}/web", server.url()));
     for (url, name) in urls.iter().zip(["first", "second"]) {
         succeeded(user.run(&["resume", url, "--detach", "--name", name]));
     }
@@ -348,10 +324,6 @@ fn a_machine_is_shown_from_where_its_agent_reads_now() {
         listed.contains(&format!("first was resumed from {}", urls[0])),
         "{listed}"
     );
-    for (mut server, _) in servers {
-        signal(server.id(), "TERM");
-        server.wait().unwrap();
-    }
 }
 
 #[test]
@@ -458,19 +430,6 @@ fn a_machine_that_cannot_be_had_leaves_nothing() {
     // What was mistyped is said whole, and no log has more of it.
     let told = refusal(&user.run(&["run", "--kernel", "/nope", "--name", "web"]));
     assert!(told.contains("/nope") && !told.contains("log"), "{told}");
-}
-
-/// What a command that must fail says, in one line. It ends with 2 where what was typed names nothing at all.
-fn refusal(output: &Output) -> String {
-    assert!(
-        matches!(output.status.code(), Some(1 | 2)),
-        "{}: {}",
-        output.status,
-        text(&output.stderr)
-    );
-    let told = text(&output.stderr);
-    assert_eq!(told.lines().count(), 1, "{told}");
-    told
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! `fctools` starts `runnel-vmm` as its Firecracker, configures it, boots the bare guest, pauses it, takes a snapshot,
-//! loads that into another monitor and lets it go on.
+//! loads that into another monitor and lets it go on, with the memory and the drive that it had.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use fctools::process_spawner::DirectProcessSpawner;
 use fctools::runtime::tokio::TokioRuntime;
+use fctools::runtime::{Runtime, RuntimeChild};
 use fctools::vm::api::{VmApi, VmApiError};
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
 use fctools::vm::models::{
@@ -32,6 +33,7 @@ use tempfile::TempDir;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 type Machine = Vm<UnrestrictedVmmExecutor, DirectProcessSpawner, TokioRuntime>;
+type Child = <TokioRuntime as Runtime>::Child;
 type Resources = ResourceSystem<DirectProcessSpawner, TokioRuntime>;
 
 fn installation() -> VmmInstallation {
@@ -118,18 +120,40 @@ async fn kill(machine: &mut Machine) {
     machine.shutdown([kill]).await.unwrap();
 }
 
-/// Waits until the guest has said that it listens.
-async fn wait_for_guest(machine: &mut Machine) {
-    let mut lines = BufReader::new(machine.take_pipes().unwrap().stdout);
-    let mut line = String::new();
-    while !line.starts_with("listening=1") {
-        line.clear();
-        let read = tokio::time::timeout(DEADLINE, lines.read_line(&mut line)).await;
-        assert_ne!(
-            read.expect("the guest stays silent").unwrap(),
-            0,
-            "the guest's console was closed"
-        );
+/// The guest's console. A guest whose console is let go of is heard no more.
+struct Console {
+    keyboard: <Child as RuntimeChild>::Stdin,
+    lines: BufReader<<Child as RuntimeChild>::Stdout>,
+}
+
+impl Console {
+    fn of(machine: &mut Machine) -> Self {
+        let pipes = machine.take_pipes().unwrap();
+        Self {
+            keyboard: pipes.stdin,
+            lines: BufReader::new(pipes.stdout),
+        }
+    }
+
+    /// What the guest says next.
+    async fn line(&mut self) -> String {
+        let mut line = String::new();
+        let read = tokio::time::timeout(DEADLINE, self.lines.read_line(&mut line)).await;
+        let bytes = read.expect("the guest stays silent").unwrap();
+        assert_ne!(bytes, 0, "the guest's console was closed");
+        line.trim_end().to_owned()
+    }
+
+    /// Waits until the guest has said that it listens.
+    async fn wait_for_guest(&mut self) {
+        while self.line().await != "listening=1" {}
+    }
+
+    /// Tells the guest `words`, and holds what it says against `answer`.
+    async fn tell(&mut self, words: &str, answer: &str) {
+        let typed = format!("{words}\n");
+        self.keyboard.write_all(typed.as_bytes()).await.unwrap();
+        assert_eq!(self.line().await, answer);
     }
 }
 
@@ -155,7 +179,7 @@ async fn the_client_boots_pauses_and_resumes_a_machine() {
             InitMethod::ViaApiCalls
         };
         let mut machine = machine(&folder, init_method).await;
-        wait_for_guest(&mut machine).await;
+        Console::of(&mut machine).wait_for_guest().await;
         assert_eq!(machine.get_state(), VmState::Running);
         machine.pause().await.unwrap();
         assert!(machine.get_info().await.unwrap().is_paused);
@@ -169,7 +193,11 @@ async fn the_client_boots_pauses_and_resumes_a_machine() {
 async fn the_client_snapshots_a_machine_and_runs_it_in_another_monitor() {
     let folder = tempfile::tempdir().unwrap();
     let mut first = machine(&folder, InitMethod::ViaApiCalls).await;
-    wait_for_guest(&mut first).await;
+    let mut console = Console::of(&mut first);
+    console.wait_for_guest().await;
+    console.tell("fill:8m:64k:7", "fill=done").await;
+    console.tell("diskfill:0:16k:5", "diskfill=right").await;
+    console.tell("count:1", "count=1").await;
     first.pause().await.unwrap();
     let mut produced = |name: &str| {
         let path = folder.path().join(name);
@@ -206,15 +234,10 @@ async fn the_client_snapshots_a_machine_and_runs_it_in_another_monitor() {
     let configured = second.get_machine_configuration().await.unwrap();
     assert_eq!(configured.track_dirty_pages, Some(true));
 
-    let mut pipes = second.take_pipes().unwrap();
-    pipes.stdin.write_all(b"checkdisk:0:0:0\n").await.unwrap();
-    let mut line = String::new();
-    let mut lines = BufReader::new(pipes.stdout);
-    tokio::time::timeout(DEADLINE, lines.read_line(&mut line))
-        .await
-        .unwrap()
-        .unwrap();
-    assert_eq!(line, "checkdisk=right\n");
+    let mut console = Console::of(&mut second);
+    console.tell("checkfill:8m:64k:7", "checkfill=right").await;
+    console.tell("checkdisk:0:16k:5", "checkdisk=right").await;
+    console.tell("count:1", "count=2").await;
     end(second).await;
     first.cleanup().await.unwrap();
 }
