@@ -66,7 +66,9 @@ pub enum LayoutError {
         found: String,
     },
     /// No image, or not the one that was asked for.
-    #[error("{path} holds no image {wanted}: it has {present}")]
+    #[error(
+        "{path} holds no image {wanted}: it has {present}, each of which is asked for with its @sha256:…"
+    )]
     NoSuchImage {
         /// The directory.
         path: PathBuf,
@@ -170,8 +172,8 @@ impl Listing {
     pub fn describe(&self) -> String {
         const SHOWN: usize = 8;
         let shown = self.images().take(SHOWN).map(|(blob, name)| match name {
-            Some(name) => name.chars().take(60).collect(),
-            None => blob.digest.to_string(),
+            Some(name) => format!("{} (@{})", name.chars().take(60).collect::<String>(), blob.digest),
+            None => format!("@{}", blob.digest),
         });
         match self.manifests.len() {
             0 => "no image".into(),

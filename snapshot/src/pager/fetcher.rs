@@ -238,9 +238,10 @@ impl Fetcher {
                 return Ok(arrived);
             }
             let failure = queue.pending.get(&id).and_then(|pending| pending.failed.as_ref());
-            let reason = failure.map_or("its source does not answer", |(failure, _)| {
-                failure.reason.as_str()
-            });
+            let reason = failure.map_or(
+                "its source is away, or slow: nothing of it has come yet",
+                |(failure, _)| failure.reason.as_str(),
+            );
             let hopeless = failure.is_some_and(|(failure, _)| !failure.transient);
             if queue.stopping || hopeless || begun.elapsed() >= self.settings.stall_after {
                 let name = &self.volumes[usize::from(id.volume.0)].about.name;
@@ -302,7 +303,7 @@ impl Fetcher {
         let (id, pending, since) = waits().filter(stalls).min_by_key(oldest)?;
         let reason = match &pending.failed {
             Some((failure, _)) => failure.reason.clone(),
-            None => "its source does not answer".to_owned(),
+            None => "its source is away, or slow: nothing of it has come yet".to_owned(),
         };
         Some(Stall {
             volume: self.volumes[usize::from(id.volume.0)].about.name.clone(),

@@ -1,7 +1,7 @@
 //! The folder in which the tool remembers what runs: `$XDG_RUNTIME_DIR/runnel`, or `/run/runnel` for root.
 //!
 //! ```text
-//! machines/<name>/   api.sock console.sock vmm.log   the monitor's
+//! machines/<name>/   api.sock tty.sock vmm.log   the monitor's
 //!                    pid info.json                   who it is and what it runs
 //!                    console.lock                    held by whoever is at the console
 //! ended/<name>.log   the log of a machine that has ended; <name>.1.log that of the one of that name before, and so on

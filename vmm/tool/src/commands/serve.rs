@@ -19,11 +19,11 @@ use crate::size::parse_count;
 
 const HELP: &str = "\
 Serves the pull half of a registry: `runnel resume http://HOST:PORT/NAME` runs an image of it, and skopeo, oras and
-podman can copy from it, and find the names at /v2/_catalog. An image of the local store is served under its name; an image's directory, and each image of a
-folder, under the name of the directory; NAME=IMAGE gives another one. Without IMAGE, all of the local store is served, as
-are images that appear in it, or in a folder, later. An image whose list or manifest cannot be used, or a part of which is
-missing or truncated, is left out, and said so; `runnel verify` looks further. While it is being served, `runnel image rm`
-leaves an image alone.
+podman can copy from it, and find the names at /v2/_catalog. An image of the local store is served under its name; an
+image's directory, and each image of a folder, under the name of the directory; NAME=IMAGE gives another one. Without
+IMAGE, all of the local store is served, as are images that appear in it, or in a folder, later. An image whose list or
+manifest cannot be used, or a part of which is missing or truncated, is left out, and said so; `runnel verify` looks
+further. While it is being served, `runnel image rm` leaves an image alone.
 
 Images hold guests' memory. Beyond this host's loopback it takes a token and TLS, or --insecure on a network that is
 yours alone.
@@ -32,7 +32,12 @@ Examples:
     runnel serve
     runnel serve web-v1 db-v1
     runnel serve web=./web-v1 --listen 10.0.0.1:5000 --token-file token --tls-cert cert.pem --tls-key key.pem
-    (umask 077; openssl rand -hex 32 > token)   makes a token that nobody else can read";
+    (umask 077; openssl rand -hex 32 > token)   makes a token that nobody else can read
+    openssl req -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem -subj /CN=HOST \\
+        -addext subjectAltName=IP:10.0.0.1 -addext basicConstraints=critical,CA:FALSE
+                                                makes a certificate; others take it with --tls-ca cert.pem
+    skopeo login --username any --password-stdin --cert-dir DIR --authfile auth.json 10.0.0.1:5000 < token
+                                                makes what others give as --credentials auth.json; DIR has ca.crt: cert.pem";
 
 /// A name without an image, or the other way round.
 #[derive(Debug, thiserror::Error)]

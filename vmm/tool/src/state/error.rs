@@ -63,7 +63,7 @@ pub(crate) enum StateError {
     },
     /// Sockets in it could not be bound.
     #[error(
-        "{0} is too long for a unix socket (at most {SOCKET_PATH_BYTES_MAX} bytes): set XDG_RUNTIME_DIR to a shorter path"
+        "{0} is too long for a unix socket (at most {SOCKET_PATH_BYTES_MAX} bytes): set XDG_RUNTIME_DIR to a shorter path, or give a shorter name"
     )]
     TooLong(PathBuf),
     /// The system refused.

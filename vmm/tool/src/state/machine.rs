@@ -60,7 +60,7 @@ impl MachineFolder {
 
     /// Where its serial console is.
     pub(crate) fn console_socket(&self) -> PathBuf {
-        self.path.join("console.sock")
+        self.path.join("tty.sock")
     }
 
     /// Takes the place at the machine's console, which there is one of; `None` while somebody else has it.
