@@ -9,6 +9,7 @@ use super::manifest::{ImageManifest, MANIFEST_BYTES_MAX};
 use super::partial::{abandoned, path_beside, sweep};
 use super::reference::Wanted;
 use super::{Image, ImageError};
+use crate::blobs::Blob;
 use crate::digest::BlobDigest;
 
 /// An image of a folder.
@@ -150,8 +151,7 @@ impl Listing {
             Err(error) => return self.broken.push((path, error.into())),
         };
         for (blob, name) in layout.images() {
-            let read = layout.read(&blob, MANIFEST_BYTES_MAX).map_err(ImageError::from);
-            match read.and_then(|bytes| Ok(ImageManifest::parse(&bytes)?)) {
+            match read_whole(&layout, &blob) {
                 Ok(manifest) => {
                     let (path, name) = (path.clone(), name.map(str::to_owned));
                     self.images.push(ListedImage { path, name, manifest });
@@ -160,6 +160,13 @@ impl Listing {
             }
         }
     }
+}
+
+/// Reads a manifest of which every blob is there and has its length.
+fn read_whole(layout: &Layout, blob: &Blob) -> Result<ImageManifest, ImageError> {
+    let manifest = ImageManifest::parse(&layout.read(blob, MANIFEST_BYTES_MAX)?)?;
+    layout.open_blobs(manifest.blobs())?;
+    Ok(manifest)
 }
 
 /// Finds an image of the folder by its digest.

@@ -222,6 +222,19 @@ fn images_are_listed_removed_and_nothing_else_is() {
     );
     assert!(user.output(&["image", "ls"]).contains("web"));
 
+    // One of which a part is missing is no image to rely on.
+    let half = user.capture("half", None);
+    let layer = &half.volumes[0].layers[0].digest;
+    fs::remove_file(user.store().join("half/blobs/sha256").join(layer.hex())).unwrap();
+    let listed = user.json(&["image", "ls", "--json"]);
+    assert_eq!(listed["images"].as_array().unwrap().len(), 1);
+    let reason = listed["broken"][0].to_string();
+    assert!(
+        reason.contains("half") && reason.contains(&layer.hex()),
+        "{reason}"
+    );
+    user.output(&["image", "rm", "half"]);
+
     for name in ["precious", "..", "no-such"] {
         let refused = user.run(&["image", "rm", "web", name]);
         assert_eq!(refused.status.code(), Some(1), "{name}");

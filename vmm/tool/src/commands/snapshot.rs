@@ -129,9 +129,11 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         }
     }
     let elapsed = started.elapsed();
-    // Of a machine that was paused before it is nothing; and nobody fails for want of a figure.
+    // Of a machine that was paused before it is nothing; and nobody fails for want of a figure. Another snapshot of the
+    // machine may have begun: its pause is not this one's.
     let operation = api.progress().ok().and_then(|progress| progress.operation);
-    let pause_ms = operation.and_then(|operation| operation.pause_ms);
+    let own = operation.filter(|operation| !operation.is_under_way());
+    let pause_ms = own.and_then(|operation| operation.pause_ms);
     let manifest = Image::open_directory(&target, &Wanted::Only)?.manifest;
     let volume_bytes: u64 = manifest
         .volumes
