@@ -35,6 +35,9 @@ const ABSENT: u8 = 0;
 const DATA: u8 = 1;
 const ZERO: u8 = 2;
 
+/// Why a chunk is waited for of which nothing has been heard.
+const NOTHING_YET: &str = "its source is away, or slow: nothing of it has come yet";
+
 /// Called on the source's thread when a chunk of a volume has arrived.
 type ArrivalHook = Box<dyn Fn(ChunkIndex, Arrived) + Send + Sync>;
 
@@ -238,10 +241,7 @@ impl Fetcher {
                 return Ok(arrived);
             }
             let failure = queue.pending.get(&id).and_then(|pending| pending.failed.as_ref());
-            let reason = failure.map_or(
-                "its source is away, or slow: nothing of it has come yet",
-                |(failure, _)| failure.reason.as_str(),
-            );
+            let reason = failure.map_or(NOTHING_YET, |(failure, _)| failure.reason.as_str());
             let hopeless = failure.is_some_and(|(failure, _)| !failure.transient);
             if queue.stopping || hopeless || begun.elapsed() >= self.settings.stall_after {
                 let name = &self.volumes[usize::from(id.volume.0)].about.name;
@@ -303,7 +303,7 @@ impl Fetcher {
         let (id, pending, since) = waits().filter(stalls).min_by_key(oldest)?;
         let reason = match &pending.failed {
             Some((failure, _)) => failure.reason.clone(),
-            None => "its source is away, or slow: nothing of it has come yet".to_owned(),
+            None => NOTHING_YET.to_owned(),
         };
         Some(Stall {
             volume: self.volumes[usize::from(id.volume.0)].about.name.clone(),

@@ -161,10 +161,7 @@ fn a_silent_source_stalls_the_machine() {
     let fetcher = Fetcher::start(source, settings).unwrap();
     fetcher.demand(id(0, 0));
     let stall = fetcher.stall().unwrap();
-    assert_eq!(
-        stall.reason,
-        "its source is away, or slow: nothing of it has come yet"
-    );
+    assert_eq!(stall.reason, NOTHING_YET);
     assert!(!stall.needs_repair);
 }
 
