@@ -7,7 +7,9 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::units::ByteRange;
+use crate::copy_before_write::OwnPages;
+use crate::pager::PageSet;
+use crate::units::{ByteRange, PAGE_SIZE, PageIndex};
 
 /// What a read found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +20,8 @@ pub enum Found {
     Data,
 }
 
-/// The content of a volume, fixed: every read of the same bytes finds the same. Called from several threads, mostly
-/// in ascending order.
+/// The content of a volume, fixed at one moment. Called from several threads, mostly in ascending order; a capture reads
+/// each page once, and the volume of a machine that runs keeps none for longer.
 pub trait Content: Send + Sync {
     /// The volume's length.
     fn bytes(&self) -> u64;
@@ -95,6 +97,108 @@ impl Content for FileContent {
     }
 }
 
+/// A volume of zeros but for its own pages.
+pub struct OwnContent {
+    own: PageSet,
+    bytes: u64,
+    pages: Box<dyn OwnPages>,
+}
+
+impl OwnContent {
+    /// The first `bytes` of a volume whose pages `own` are read from `pages`.
+    #[must_use]
+    pub fn new(own: PageSet, bytes: u64, pages: Box<dyn OwnPages>) -> Self {
+        Self { own, bytes, pages }
+    }
+}
+
+impl Content for OwnContent {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<ByteRange>> {
+        let Some((first, count)) = self.own.next_run(PageIndex::holding(from)) else {
+            return Ok(None);
+        };
+        let start = first.offset().max(from);
+        let end = PageIndex(first.0 + count).offset().min(self.bytes);
+        Ok((start < end).then(|| ByteRange {
+            start,
+            len: end - start,
+        }))
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Found> {
+        let end = offset + into.len() as u64;
+        let mut found = Found::Zero;
+        let mut at = offset;
+        while let Some(run) = self.next_data(at)?.filter(|run| run.start < end) {
+            let run_end = (run.start + run.len).min(end);
+            if found == Found::Zero {
+                into.fill(0);
+                found = Found::Data;
+            }
+            let part = (run.start - offset) as usize..(run_end - offset) as usize;
+            self.pages.read(run.start, &mut into[part])?;
+            at = run_end;
+        }
+        Ok(found)
+    }
+}
+
+/// Adds the pages of `file` to `own` that may hold something else than zeros; those that are in it already are not
+/// looked for. Holes shorter than `hole_pages_min` count as data.
+///
+/// # Errors
+/// When the storage cannot tell.
+pub fn add_data_pages(file: &File, bytes: u64, hole_pages_min: u64, own: &mut PageSet) -> io::Result<()> {
+    let content = FileContent::new(file.try_clone()?, bytes)?;
+    let mut found = Vec::new();
+    let mut page = PageIndex(0);
+    while page.0 < own.pages() {
+        let (inside, run) = own.run_at(page, own.pages());
+        if !inside {
+            data_pages(&content, page, run, hole_pages_min, &mut found)?;
+        }
+        page.0 += run;
+    }
+    found
+        .into_iter()
+        .for_each(|(first, count)| own.insert_run(first, count));
+    Ok(())
+}
+
+/// Lists the runs of data in a run of pages.
+fn data_pages(
+    content: &FileContent,
+    first: PageIndex,
+    count: u64,
+    hole_pages_min: u64,
+    found: &mut Vec<(PageIndex, u64)>,
+) -> io::Result<()> {
+    let end = first.0 + count;
+    let mut page = first.0;
+    while page < end {
+        let Some(data) = content.next_data(PageIndex(page).offset())? else {
+            return Ok(());
+        };
+        let start = PageIndex::holding(data.start).0.max(page);
+        let data_end = (data.start + data.len).div_ceil(PAGE_SIZE).min(end);
+        if start >= end {
+            return Ok(());
+        }
+        match found.last_mut() {
+            Some((last, len)) if last.0 >= first.0 && start - (last.0 + *len) < hole_pages_min => {
+                *len = data_end - last.0;
+            }
+            _ => found.push((PageIndex(start), data_end - start)),
+        }
+        page = data_end;
+    }
+    Ok(())
+}
+
 /// Bytes at hand.
 impl Content for Vec<u8> {
     fn bytes(&self) -> u64 {
@@ -130,6 +234,46 @@ mod tests {
         assert!(data.start > 0 && data.end().unwrap() < 64 << 20);
         assert_eq!(content.next_data(data.end().unwrap()).unwrap(), None);
         assert_eq!(content.next_data(64 << 20).unwrap(), None);
+    }
+
+    #[test]
+    fn own_pages_are_read_and_everything_else_is_zero() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(40 * PAGE_SIZE).unwrap();
+        for page in [3, 4, 30] {
+            file.write_all_at(&[page as u8; PAGE_SIZE as usize], page * PAGE_SIZE)
+                .unwrap();
+        }
+        let mut own = PageSet::new(40);
+        add_data_pages(&file, 40 * PAGE_SIZE, 1, &mut own).unwrap();
+        let runs: Vec<_> = own.runs().collect();
+        assert_eq!(runs, [(PageIndex(3), 2), (PageIndex(30), 1)]);
+
+        let content = OwnContent::new(
+            own.clone(),
+            40 * PAGE_SIZE - 7,
+            Box::new(file.try_clone().unwrap()),
+        );
+        assert_eq!(content.next_data(0).unwrap().unwrap().start, 3 * PAGE_SIZE);
+        assert_eq!(content.next_data(31 * PAGE_SIZE).unwrap(), None);
+        let mut bytes = vec![0xFF; 8 * PAGE_SIZE as usize];
+        assert_eq!(content.read(5 * PAGE_SIZE, &mut bytes).unwrap(), Found::Zero);
+        assert_eq!(content.read(0, &mut bytes).unwrap(), Found::Data);
+        let firsts: Vec<u8> = bytes.chunks(PAGE_SIZE as usize).map(|page| page[0]).collect();
+        assert_eq!(firsts, [0, 0, 0, 3, 4, 0, 0, 0]);
+
+        // What came since is found, and what was known is not forgotten.
+        file.write_all_at(b"x", 10 * PAGE_SIZE).unwrap();
+        add_data_pages(&file, 40 * PAGE_SIZE, 1, &mut own).unwrap();
+        assert_eq!(own.len(), 4);
+        let mut coarse = PageSet::new(40);
+        add_data_pages(&file, 40 * PAGE_SIZE, 10, &mut coarse).unwrap();
+        let runs: Vec<_> = coarse.runs().collect();
+        assert_eq!(
+            runs,
+            [(PageIndex(3), 8), (PageIndex(30), 1)],
+            "short holes are not told apart"
+        );
     }
 
     #[test]

@@ -9,27 +9,13 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use crate::capture::content::{Content, Found};
+use crate::copy_before_write::OwnPages;
 use crate::pager::{Fetcher, PageSet};
 use crate::source::{Arrived, ChunkId, SourceVolume, VolumeId};
 use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE, PageIndex};
 
 /// Chunks that are asked for ahead of the one that is read.
 const AHEAD: u64 = 32;
-
-/// Where a machine's own pages are read, at their offset in the volume. They stand still while they are captured.
-pub trait OwnPages: Send + Sync {
-    /// Fills `into` from `offset` on; all of it lies in pages of the machine's own.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
-}
-
-impl OwnPages for File {
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.read_exact_at(into, offset)
-    }
-}
 
 /// Called off from outside, while chunks are waited for.
 pub type IsCancelled = Arc<dyn Fn() -> bool + Send + Sync>;

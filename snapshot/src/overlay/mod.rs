@@ -13,7 +13,7 @@
 mod aside;
 mod content;
 
-pub use content::{IsCancelled, OverImage, OwnPages};
+pub use content::{IsCancelled, OverImage};
 
 use std::fs::File;
 use std::io;

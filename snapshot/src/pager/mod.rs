@@ -16,8 +16,10 @@ mod fetcher;
 mod memory;
 mod page_set;
 mod waits;
+mod write_protection;
 
 pub use fetcher::{Fetcher, FetcherCounters, FetcherSettings, Stall};
 pub use memory::{InstallError, MemoryPager, NoMemory, PageInstaller, PagerCounters};
 pub use page_set::PageSet;
 pub use waits::Waits;
+pub use write_protection::{Protector, WriteProtection};

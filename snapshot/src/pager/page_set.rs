@@ -20,6 +20,36 @@ impl PageSet {
         }
     }
 
+    /// Takes all pages out.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// How many pages the volume has.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The first run of pages of the set at or behind `from`, or `None` if there is none.
+    #[must_use]
+    pub fn next_run(&self, from: PageIndex) -> Option<(PageIndex, u64)> {
+        let (inside, outside) = self.run_at(from, self.pages);
+        let start = if inside { from } else { PageIndex(from.0 + outside) };
+        let (inside, count) = self.run_at(start, self.pages);
+        inside.then_some((start, count))
+    }
+
+    /// The runs of pages of the set, in order.
+    pub fn runs(&self) -> impl Iterator<Item = (PageIndex, u64)> + '_ {
+        let mut from = PageIndex(0);
+        std::iter::from_fn(move || {
+            let (start, count) = self.next_run(from)?;
+            from = PageIndex(start.0 + count);
+            Some((start, count))
+        })
+    }
+
     /// Whether `page` is in the set. A page outside the volume never is.
     #[must_use]
     pub fn contains(&self, page: PageIndex) -> bool {
@@ -134,6 +164,10 @@ mod tests {
                 page = next;
             }
             prop_assert_eq!(set.run_at(PageIndex(PAGES), 5), (false, 0));
+            let listed: Vec<u64> = set.runs().flat_map(|(start, count)| start.0..start.0 + count).collect();
+            prop_assert!(listed.iter().eq(model.iter()));
+            set.clear();
+            prop_assert!(set.is_empty() && set.pages() == PAGES && set.next_run(PageIndex(0)).is_none());
         }
     }
 }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use runnel_snapshot::block_store::GuestRam;
 use runnel_snapshot::capture::Content;
 use runnel_snapshot::capture::content::FileContent;
-use runnel_snapshot::overlay::{IsCancelled, OverImage, OwnPages};
+use runnel_snapshot::copy_before_write::OwnPages;
+use runnel_snapshot::overlay::{IsCancelled, OverImage};
 use runnel_snapshot::units::PAGE_SIZE;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 

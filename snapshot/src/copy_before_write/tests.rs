@@ -1,0 +1,175 @@
+//! Drives: writers that may wait, and captures that fail.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+use super::*;
+
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// A drive of so many bytes, all of whose pages count as its own; page `n` holds `n + 1`.
+struct Rig {
+    file: File,
+    early: Arc<EarlyPages>,
+    moment: Moment,
+    writes: DriveWrites,
+    saved: Arc<AtomicU64>,
+}
+
+fn rig(bytes: u64, room: u64) -> Rig {
+    let file = tempfile::tempfile().unwrap();
+    for page in 0..bytes.div_ceil(PAGE_SIZE) {
+        let len = PAGE_SIZE.min(bytes - page * PAGE_SIZE) as usize;
+        file.write_all_at(&vec![page as u8 + 1; len], page * PAGE_SIZE)
+            .unwrap();
+    }
+    let limits = EarlyPagesLimits {
+        memory_bytes: room * PAGE_SIZE,
+        file_bytes: 0,
+    };
+    let early = Arc::new(EarlyPages::new(limits, Path::new("/nonexistent")));
+    let pages = bytes.div_ceil(PAGE_SIZE);
+    let mut own = PageSet::new(pages);
+    own.insert_run(PageIndex(0), pages);
+    let saved = Arc::new(AtomicU64::new(0));
+    let count = saved.clone();
+    let moment = Moment::new(
+        own,
+        bytes,
+        Box::new(file.try_clone().unwrap()),
+        early.clone(),
+        move |_, pages| {
+            count.fetch_add(pages, Ordering::Relaxed);
+        },
+    );
+    let writes = DriveWrites::default();
+    writes.go_by(&moment);
+    Rig {
+        file,
+        early,
+        moment,
+        writes,
+        saved,
+    }
+}
+
+impl Rig {
+    fn write(&self, first: u64, count: u64, value: u8) {
+        self.writes.before(ByteRange {
+            start: first * PAGE_SIZE,
+            len: count * PAGE_SIZE,
+        });
+        let bytes = vec![value; count as usize * PAGE];
+        self.file.write_all_at(&bytes, first * PAGE_SIZE).unwrap();
+    }
+
+    fn read(&self, first: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.moment.read(first * PAGE_SIZE, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+#[test]
+fn what_was_overwritten_is_read_as_it_was_also_the_short_last_page() {
+    let rig = rig(3 * PAGE_SIZE + 512, 8);
+    rig.write(1, 1, 99);
+    rig.write(3, 1, 98);
+    let bytes = rig.read(0, 3 * PAGE + 512).unwrap();
+    let firsts: Vec<u8> = bytes.chunks(PAGE).map(|page| page[0]).collect();
+    assert_eq!(firsts, [1, 2, 3, 4]);
+    assert!(
+        bytes
+            .chunks(PAGE)
+            .all(|page| page.iter().all(|byte| *byte == page[0]))
+    );
+    assert_eq!((rig.early.held(), rig.saved.load(Ordering::Relaxed)), ((0, 0), 4));
+    rig.write(0, 4, 97);
+    assert_eq!(rig.early.held(), (0, 0), "what was saved needs no copy");
+}
+
+#[test]
+fn a_page_is_read_once() {
+    let rig = rig(2 * PAGE_SIZE, 8);
+    rig.read(0, PAGE).unwrap();
+    assert!(
+        rig.read(0, PAGE)
+            .unwrap_err()
+            .to_string()
+            .contains("read already")
+    );
+    assert_eq!(rig.read(1, PAGE).unwrap()[0], 2);
+}
+
+#[test]
+fn a_writer_without_room_waits_until_the_capture_has_come_by() {
+    let rig = rig(8 * PAGE_SIZE, 1);
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| rig.write(0, 8, 99));
+        while rig.moment.writers().waiting() == 0 {
+            thread::yield_now();
+        }
+        assert!(!writer.is_finished());
+        let mut byte = [0];
+        rig.file.read_exact_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, [1], "it has written nothing yet");
+        for page in 0..8 {
+            assert_eq!(rig.read(page, PAGE).unwrap()[0], page as u8 + 1);
+        }
+        writer.join().unwrap();
+    });
+}
+
+#[test]
+fn the_end_of_the_capture_lets_writers_go_and_keeps_nothing() {
+    let Rig {
+        file,
+        early,
+        moment,
+        writes,
+        ..
+    } = rig(8 * PAGE_SIZE, 1);
+    let writers = moment.writers().clone();
+    let all = ByteRange {
+        start: 0,
+        len: 8 * PAGE_SIZE,
+    };
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| writes.before(all));
+        while writers.waiting() == 0 {
+            thread::yield_now();
+        }
+        drop(moment);
+        writer.join().unwrap();
+    });
+    assert_eq!(early.held(), (0, 0));
+    drop(writers);
+    writes.before(all);
+    assert_eq!(early.held(), (0, 0), "nobody captures");
+    drop(file);
+}
+
+#[test]
+fn a_page_that_cannot_be_read_ends_the_capture_and_not_the_writer() {
+    struct Broken;
+    impl OwnPages for Broken {
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+            Err(io::Error::other("the disk is gone"))
+        }
+    }
+    let mut own = PageSet::new(4);
+    own.insert_run(PageIndex(0), 4);
+    let early = Arc::new(EarlyPages::new(
+        EarlyPagesLimits::default(),
+        Path::new("/nonexistent"),
+    ));
+    let moment = Moment::new(own, 4 * PAGE_SIZE, Box::new(Broken), early, |_, _| {});
+    moment.writers().before_write(PageIndex(1), 2);
+    assert_eq!(
+        moment.writers().try_before_write(PageIndex(3), 1),
+        (Writable::Now, 1)
+    );
+    let error = moment.read(3 * PAGE_SIZE, &mut [0; PAGE]).unwrap_err();
+    assert!(error.to_string().contains("the disk is gone"), "{error}");
+}

@@ -1,0 +1,269 @@
+//! Which pages of guest memory are write-protected, and what becomes of a write to one.
+//!
+//! ```text
+//!  off ──arm──► ahead: the machine runs; a page that is written to is simply let go of
+//!                 │ freeze: the machine stands; what is own and not armed is armed
+//!                 ▼
+//!              frozen: the machine runs; a page that is written to is copied first
+//!                 │ lift
+//!  off ◄──────────┘
+//! ```
+//!
+//! Arming takes longer than a machine may stand. Most of it is done ahead, so that at the pause only the pages are left
+//! that were written to meanwhile. Pages that are not the machine's own need no arming: what they hold is the image's,
+//! or zeros, and is known.
+//!
+//! **Invariant.** The lock here is never held by a thread that touches guest memory which could be missing, so the
+//! thread that answers faults can take it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::PageSet;
+use crate::copy_before_write::{CopyBeforeWrite, EarlyPages, Moment, OwnPages, Writable};
+use crate::units::{PAGE_SIZE, PageIndex};
+
+/// Pages that are armed with one call, 2 MiB: some 70 µs, during which a write to any page waits for the lock.
+const ARM_PAGES: u64 = 512;
+
+/// Pages that are let go of at most when writes follow each other, 64 KiB.
+const WINDOW_MAX: u64 = 16;
+
+/// Writers in sequence that are told apart.
+const STREAMS: usize = 4;
+
+/// Keeps writers off pages of guest memory.
+pub trait Protector: Send + Sync {
+    /// Has whoever writes to one of these pages wait.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn protect(&self, first: PageIndex, count: u64) -> io::Result<()>;
+
+    /// Lets whoever waits, and whoever comes, write.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn unprotect(&self, first: PageIndex, count: u64) -> io::Result<()>;
+}
+
+/// A writer that goes from page to page.
+#[derive(Clone, Copy, Default)]
+struct Stream {
+    /// The page that it will write to next.
+    expects: u64,
+    window: u64,
+}
+
+struct State {
+    armed: PageSet,
+    /// While the memory is captured.
+    frozen: Option<Arc<CopyBeforeWrite>>,
+    /// Pages whose writers wait for the capture.
+    held: BTreeSet<u64>,
+    streams: [Stream; STREAMS],
+    next_stream: usize,
+}
+
+/// The write protection of one machine's memory. See the module.
+pub struct WriteProtection {
+    protector: Box<dyn Protector>,
+    /// Held while pages are armed, kept and let go of, so that none of these is undone by another.
+    state: Mutex<State>,
+}
+
+impl WriteProtection {
+    /// Of a memory of `pages`, none of which is protected.
+    #[must_use]
+    pub fn new(pages: u64, protector: Box<dyn Protector>) -> Arc<Self> {
+        Arc::new(Self {
+            protector,
+            state: Mutex::new(State {
+                armed: PageSet::new(pages),
+                frozen: None,
+                held: BTreeSet::new(),
+                streams: [Stream::default(); STREAMS],
+                next_stream: 0,
+            }),
+        })
+    }
+
+    /// Arms pages while the machine runs, so that less is left to do when it stands.
+    ///
+    /// # Errors
+    /// When the host refuses; [`lift`](Self::lift) takes back what was done.
+    pub fn arm_ahead(&self, own: &PageSet) -> io::Result<()> {
+        own.runs().try_for_each(|(first, count)| {
+            pieces(first, count).try_for_each(|(first, count)| {
+                // A lock for each piece: writers wait no longer than for one.
+                self.arm(&mut self.lock(), first, count)
+            })
+        })
+    }
+
+    /// Fixes the content of the pages `own`, read from `pages`: the machine stands, and may run on when this has
+    /// returned.
+    ///
+    /// # Errors
+    /// When the host refuses; [`lift`](Self::lift) takes back what was done.
+    pub fn freeze(
+        self: &Arc<Self>,
+        own: PageSet,
+        pages: Box<dyn OwnPages>,
+        early: Arc<EarlyPages>,
+    ) -> io::Result<Moment> {
+        let mut state = self.lock();
+        let mut rearmed = 0;
+        for (first, count) in own.runs() {
+            let mut page = first;
+            while page.0 < first.0 + count {
+                let (is_armed, run) = state.armed.run_at(page, first.0 + count - page.0);
+                if !is_armed {
+                    self.arm(&mut state, page, run)?;
+                    rearmed += run;
+                }
+                page.0 += run;
+            }
+        }
+        tracing::debug!(own = own.len(), rearmed, "Memory is write-protected.");
+        let bytes = own.pages() * PAGE_SIZE;
+        let this: Weak<Self> = Arc::downgrade(self);
+        let saved = move |first, count| {
+            if let Some(this) = this.upgrade() {
+                this.saved(first, count);
+            }
+        };
+        let moment = Moment::new(own, bytes, pages, early, saved);
+        state.frozen = Some(moment.writers().clone());
+        Ok(moment)
+    }
+
+    /// Somebody writes to a protected page, and waits.
+    pub fn write_fault(&self, page: PageIndex) {
+        let mut state = self.lock();
+        let (is_armed, run) = state.armed.run_at(page, state.window(page));
+        if !is_armed {
+            // Let go of between the fault and now.
+            return self.let_go(&mut state, page, 1);
+        }
+        let (writable, count) = match &state.frozen {
+            Some(frozen) => frozen.try_before_write(page, run),
+            None => (Writable::Now, run),
+        };
+        match writable {
+            Writable::Now => {
+                self.let_go(&mut state, page, count);
+                state.went_on(page, count);
+            }
+            Writable::Later => {
+                state.held.insert(page.0);
+            }
+        }
+    }
+
+    /// To be called before the guest gives these pages back, by a thread that may wait: what they hold is kept, and
+    /// they are armed no longer.
+    pub fn discard(&self, first: PageIndex, count: u64) {
+        let frozen = self.lock().frozen.clone();
+        if let Some(frozen) = frozen {
+            frozen.before_write(first, count);
+        }
+        let mut state = self.lock();
+        self.let_go(&mut state, first, count);
+    }
+
+    /// How many writers wait for the capture.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.lock().held.len()
+    }
+
+    /// Ends all protection, once the [`Moment`] is over. The machine may run or stand.
+    pub fn lift(&self) {
+        self.lock().frozen = None;
+        let runs: Vec<_> = self.lock().armed.runs().collect();
+        for (first, count) in runs {
+            for (first, count) in pieces(first, count) {
+                self.let_go(&mut self.lock(), first, count);
+            }
+        }
+    }
+
+    /// The capture has saved these pages.
+    fn saved(&self, first: PageIndex, count: u64) {
+        let mut state = self.lock();
+        self.let_go(&mut state, first, count);
+        // There may be room now for what others wait to have kept.
+        while let Some(page) = state.held.first().copied().map(PageIndex) {
+            let writable = state
+                .frozen
+                .as_ref()
+                .map_or(Writable::Now, |frozen| frozen.try_before_write(page, 1).0);
+            if writable == Writable::Later {
+                break;
+            }
+            self.let_go(&mut state, page, 1);
+        }
+    }
+
+    fn arm(&self, state: &mut State, first: PageIndex, count: u64) -> io::Result<()> {
+        self.protector.protect(first, count)?;
+        state.armed.insert_run(first, count);
+        Ok(())
+    }
+
+    fn let_go(&self, state: &mut State, first: PageIndex, count: u64) {
+        if let Err(error) = self.protector.unprotect(first, count) {
+            // They stay armed: the writer faults again, or is woken when the capture is over.
+            tracing::error!(page = first.0, count, %error, "the write protection of pages cannot be lifted");
+            return;
+        }
+        state.armed.remove_run(first, count);
+        if !state.held.is_empty() {
+            state
+                .held
+                .retain(|page| !(first.0..first.0 + count).contains(page));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// How many pages to let go of for a write to `page`: more the longer its writer has gone from page to page.
+    fn window(&self, page: PageIndex) -> u64 {
+        let stream = self
+            .streams
+            .iter()
+            .find(|stream| stream.expects == page.0 && stream.window > 0);
+        stream.map_or(1, |stream| (stream.window * 2).min(WINDOW_MAX))
+    }
+
+    fn went_on(&mut self, page: PageIndex, count: u64) {
+        let window = self.window(page);
+        let found = self
+            .streams
+            .iter()
+            .position(|stream| stream.expects == page.0 && stream.window > 0);
+        let place = found.unwrap_or_else(|| {
+            self.next_stream = (self.next_stream + 1) % STREAMS;
+            self.next_stream
+        });
+        self.streams[place] = Stream {
+            expects: page.0 + count,
+            window,
+        };
+    }
+}
+
+fn pieces(first: PageIndex, count: u64) -> impl Iterator<Item = (PageIndex, u64)> {
+    (0..count)
+        .step_by(ARM_PAGES as usize)
+        .map(move |done| (PageIndex(first.0 + done), ARM_PAGES.min(count - done)))
+}
+
+#[cfg(test)]
+mod tests;
