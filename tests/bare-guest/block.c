@@ -125,6 +125,21 @@ u64 block_check(u64 sector, u64 bytes, u64 seed) {
     return 0;
 }
 
+/* As `churn` does with memory. */
+u64 block_churn(u64 sector, u64 bytes, u64 *rounds) {
+    if (!is_ready()) return sector + 1;
+    for (u64 round = 1;; round++) {
+        *rounds = round;
+        for (u64 at = sector; at < sector + bytes / SECTOR; at += PAGE / SECTOR) {
+            if (request(T_IN, at, buffer, PAGE)) return at + 1;
+            if (round > 1 && check_fill((u64)buffer, PAGE, round - 1 + at)) return at + 1;
+            fill((u64)buffer, PAGE, round + at);
+            if (request(T_OUT, at, buffer, PAGE)) return at + 1;
+        }
+        if (is_typed()) return 0;
+    }
+}
+
 /* Asks for a page of the drive, to be put at `address`, and goes on. */
 u64 block_ask(u64 sector, u64 address) {
     if (!is_ready()) return sector + 1;

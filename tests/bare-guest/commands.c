@@ -76,18 +76,19 @@ static void latency(u64 start, u64 bytes, u64 touches) {
     end_line();
 }
 
-static void verdict(const char *what, u64 wrong_page) {
+static void verdict(const char *what, u64 wrong_page, u64 *rounds) {
     print(what);
     print(wrong_page ? "=wrong" : "=right");
     if (wrong_page) {
         field_hex("page", wrong_page);
         field_hex("holds", *(volatile u64 *)wrong_page);
     }
+    if (rounds) field("rounds", *rounds);
     end_line();
 }
 
 /* `failed` is one more than the sector at which it did, or 0. */
-static void block(const char *what, u64 failed) {
+static void block(const char *what, u64 failed, u64 *rounds) {
     print(what);
     if (failed) {
         print("=wrong");
@@ -95,6 +96,7 @@ static void block(const char *what, u64 failed) {
     } else {
         print("=right");
     }
+    if (rounds) field("rounds", *rounds);
     end_line();
 }
 
@@ -123,12 +125,23 @@ void obey(const char *word) {
         fill(a[0], a[1], a[2]);
         done("fill"), end_line();
     } else if (is(word, "checkfill")) {
-        verdict("checkfill", check_fill(a[0], a[1], a[2]));
+        verdict("checkfill", check_fill(a[0], a[1], a[2]), 0);
     } else if (is(word, "stamp")) { /* stamp:START:BYTES:SEED */
         stamp(a[0], a[1], a[2]);
         done("stamp"), end_line();
     } else if (is(word, "checkstamp")) {
-        verdict("checkstamp", check_stamps(a[0], a[1], a[2]));
+        verdict("checkstamp", check_stamps(a[0], a[1], a[2]), 0);
+    } else if (is(word, "churn")) { /* churn:START:BYTES, until something is typed */
+        u64 rounds, wrong = churn(a[0], a[1], &rounds);
+        verdict("churn", wrong, &rounds);
+    } else if (is(word, "diskchurn")) { /* diskchurn:SECTOR:BYTES, until something is typed */
+        u64 rounds, failed = block_churn(a[0], a[1], &rounds);
+        block("diskchurn", failed, &rounds);
+    } else if (is(word, "gap")) { /* gap:START:BYTES, of 0 bytes to write to none, until something is typed */
+        u64 writes, longest = longest_gap(a[0], a[1], &writes);
+        print("gap=");
+        print_number(longest);
+        field("writes", writes), end_line();
     } else if (is(word, "sum")) { /* sum:START:BYTES */
         print("sum=");
         print_hex(sum(a[0], a[1]));
@@ -150,15 +163,15 @@ void obey(const char *word) {
         print_hex(*(volatile u64 *)a[0]);
         end_line();
     } else if (is(word, "diskfill")) { /* diskfill:SECTOR:BYTES:SEED */
-        block("diskfill", block_fill(a[0], a[1], a[2]));
+        block("diskfill", block_fill(a[0], a[1], a[2]), 0);
     } else if (is(word, "checkdisk")) { /* checkdisk:SECTOR:BYTES:SEED */
-        block("checkdisk", block_check(a[0], a[1], a[2]));
+        block("checkdisk", block_check(a[0], a[1], a[2]), 0);
     } else if (is(word, "diskask")) { /* diskask:SECTOR:ADDRESS, without waiting: the device writes there at some time */
-        block("diskask", block_ask(a[0], a[1]));
+        block("diskask", block_ask(a[0], a[1]), 0);
     } else if (is(word, "checkdiskzero")) { /* checkdiskzero:SECTOR:BYTES */
-        block("checkdiskzero", block_check_zero(a[0], a[1]));
+        block("checkdiskzero", block_check_zero(a[0], a[1]), 0);
     } else if (is(word, "diskdiscard")) { /* diskdiscard:SECTOR:BYTES */
-        block("diskdiscard", block_discard(a[0], a[1]));
+        block("diskdiscard", block_discard(a[0], a[1]), 0);
     } else if (is(word, "rdmsr")) { /* rdmsr:NUMBER */
         print("rdmsr=");
         print_hex(rdmsr((u32)a[0]));

@@ -55,6 +55,8 @@ void map_high(void);
 u64 check_fill(u64 start, u64 bytes, u64 seed);
 void stamp(u64 start, u64 bytes, u64 seed);
 u64 check_stamps(u64 start, u64 bytes, u64 seed);
+u64 churn(u64 start, u64 bytes, u64 *rounds);
+u64 longest_gap(u64 start, u64 bytes, u64 *writes);
 u64 sum(u64 start, u64 bytes);
 u64 touch(u64 start, u64 bytes, u64 *pages);
 void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
@@ -62,6 +64,7 @@ void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
 /* block.c */
 u64 block_fill(u64 sector, u64 bytes, u64 seed);
 u64 block_check(u64 sector, u64 bytes, u64 seed);
+u64 block_churn(u64 sector, u64 bytes, u64 *rounds);
 u64 block_ask(u64 sector, u64 address);
 u64 block_check_zero(u64 sector, u64 bytes);
 u64 block_discard(u64 sector, u64 bytes);

@@ -34,6 +34,42 @@ u64 check_stamps(u64 start, u64 bytes, u64 seed) {
     return 0;
 }
 
+/* Round by round, one word at each end of a page: checks that both are of the round before, and writes this one's. A
+   memory that is not all of one moment is noticed as soon as the machine goes on with it. Until something is typed; the
+   first page that was wrong, or 0. */
+u64 churn(u64 start, u64 bytes, u64 *rounds) {
+    for (u64 round = 1;; round++) {
+        *rounds = round;
+        for (u64 page = start; page < start + bytes; page += PAGE) {
+            volatile u64 *words = (volatile u64 *)page;
+            u64 before = round > 1 ? pattern(page, round - 1) : words[0];
+            if (words[0] != before || (round > 1 && words[PAGE / 8 - 1] != before)) return page;
+            words[0] = pattern(page, round);
+            words[PAGE / 8 - 1] = pattern(page, round);
+        }
+        if (is_typed()) return 0;
+    }
+}
+
+/* Writes to page after page of a range, if it has any, and looks at the clock all the time, until something is typed:
+   the longest that it did not come to look, in cycles. */
+u64 longest_gap(u64 start, u64 bytes, u64 *writes) {
+    u64 longest = 0, page = start, last = rdtsc();
+    for (*writes = 0;;) {
+        for (u32 i = 0; i < 256; i++) {
+            if (bytes) {
+                *(volatile u64 *)page = last;
+                page = page + PAGE < start + bytes ? page + PAGE : start;
+                ++*writes;
+            }
+            u64 now = rdtsc();
+            if (now - last > longest) longest = now - last;
+            last = now;
+        }
+        if (is_typed()) return longest;
+    }
+}
+
 /* Depends on every word and on their order. */
 u64 sum(u64 start, u64 bytes) {
     u64 sum = 0;

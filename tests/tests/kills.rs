@@ -197,7 +197,7 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
         }
         phase_hit(&log, "Create")
     };
-    let phases = ["pausing", "saving state", "copying", "publishing"];
+    let phases = ["arming", "pausing", "saving state", "copying", "publishing"];
     let mut hits = Hits::default();
     hits.aim(&phases, |phase, signal| attempt("", phase, signal));
     hits.aim(&phases, |phase, signal| attempt(phase, phase, signal));

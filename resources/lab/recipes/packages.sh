@@ -9,7 +9,6 @@ packages=(
     busybox-static cpio zstd xz-utils lz4 kmod  # initramfs archives, compressed modules and kernels
     iproute2 procps util-linux             # namespaces, links, taps, netem; flock, setpriv, nsenter
     skopeo                                 # stock tool for images
-    xfsprogs                               # a file system with reflinks
     curl ca-certificates python3           # clients of the API and of the guests' web pages
 )
 

@@ -64,31 +64,42 @@ impl FileContent {
     }
 }
 
+/// The file's own position is not used for anything else: reads are by offset.
+impl FileContent {
+    /// Where the first data at or behind `from` begins.
+    fn data_start(&self, from: u64) -> io::Result<Option<u64>> {
+        if from >= self.bytes {
+            return Ok(None);
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
+            Ok(start) if start < self.bytes => Ok(Some(start)),
+            Ok(_) | Err(Errno::NXIO) => Ok(None),
+            Err(Errno::INVAL) => Ok(Some(from)), // a file system that knows of no holes
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Where the data ends that begins at `start`. Takes as long as there is data.
+    fn data_end(&self, start: u64) -> io::Result<u64> {
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
+            Ok(end) => Ok(end.min(self.bytes)),
+            Err(Errno::INVAL | Errno::NXIO) => Ok(self.bytes),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
 impl Content for FileContent {
     fn bytes(&self) -> u64 {
         self.bytes
     }
 
     fn next_data(&self, from: u64) -> io::Result<Option<ByteRange>> {
-        if from >= self.bytes {
+        let Some(start) = self.data_start(from)? else {
             return Ok(None);
-        }
-        // The file's own position is not used for anything else: reads are by offset.
-        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-            Ok(start) if start < self.bytes => start,
-            Ok(_) | Err(Errno::NXIO) => return Ok(None),
-            Err(Errno::INVAL) => from, // a file system that knows of no holes
-            Err(error) => return Err(error.into()),
         };
-        let end = match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
-            Ok(end) => end.min(self.bytes),
-            Err(Errno::INVAL | Errno::NXIO) => self.bytes,
-            Err(error) => return Err(error.into()),
-        };
-        Ok(Some(ByteRange {
-            start,
-            len: end - start,
-        }))
+        let len = self.data_end(start)? - start;
+        Ok(Some(ByteRange { start, len }))
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Found> {
@@ -180,14 +191,14 @@ fn data_pages(
     let end = first.0 + count;
     let mut page = first.0;
     while page < end {
-        let Some(data) = content.next_data(PageIndex(page).offset())? else {
+        let Some(data_start) = content.data_start(PageIndex(page).offset())? else {
             return Ok(());
         };
-        let start = PageIndex::holding(data.start).0.max(page);
-        let data_end = (data.start + data.len).div_ceil(PAGE_SIZE).min(end);
+        let start = PageIndex::holding(data_start).0.max(page);
         if start >= end {
-            return Ok(());
+            return Ok(()); // what begins there is known, and its end is far
         }
+        let data_end = content.data_end(data_start)?.div_ceil(PAGE_SIZE).min(end);
         match found.last_mut() {
             Some((last, len)) if last.0 >= first.0 && start - (last.0 + *len) < hole_pages_min => {
                 *len = data_end - last.0;

@@ -32,6 +32,8 @@ pub struct CaptureSettings {
     pub level: i32,
     /// Threads that compress: at least one.
     pub compressors: usize,
+    /// Whether these threads run where others leave processors idle: a machine runs meanwhile.
+    pub gives_way: bool,
 }
 
 impl Default for CaptureSettings {
@@ -44,6 +46,7 @@ impl Default for CaptureSettings {
             chunk_size: ChunkSize::DEFAULT,
             level: 1,
             compressors: processors.min(COMPRESSORS_MAX),
+            gives_way: false,
         }
     }
 }

@@ -12,6 +12,7 @@ use super::progress::Progress;
 use super::splitter::{Piece, Splitter};
 use super::volume_writer::{CompressedChunk, VolumeWriter};
 use crate::digest::ChunkDigest;
+use crate::give_way::{CAPTURE, give_way};
 use crate::layer::frame::{ChunkCompressor, is_zero};
 use crate::units::{ByteRange, ChunkIndex, ChunkSize};
 use crate::volume::VolumeName;
@@ -83,6 +84,9 @@ pub(super) fn capture_volume(
                         capture.line.abandon()
                     }
                 });
+                if settings.gives_way {
+                    give_way(CAPTURE);
+                }
                 capture.compress(settings.level);
             };
             thread.spawn_scoped(scope, work).map_err(CaptureError::Thread)?;

@@ -19,6 +19,7 @@ use super::CaptureSettings;
 use super::content::{Content, Found};
 use super::progress::{Progress, Stage};
 use super::splitter::{Piece, Splitter};
+use crate::give_way::{CAPTURE, give_way};
 use crate::image::partial::{Partial, path_beside, sweep};
 use crate::layer::frame::is_zero;
 use crate::units::{ByteRange, ChunkIndex};
@@ -186,6 +187,9 @@ fn copy_pieces(
     settings: &CaptureSettings,
     progress: &Progress,
 ) -> Result<(), RawError> {
+    if settings.gives_way {
+        give_way(CAPTURE);
+    }
     let mut buffer = Vec::new();
     loop {
         if progress.is_cancelled() {

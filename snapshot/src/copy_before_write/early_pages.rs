@@ -122,6 +122,13 @@ impl EarlyPages {
         (state.memory.taken(), state.file.taken())
     }
 
+    /// The most pages that were kept in memory, and in the file.
+    #[must_use]
+    pub fn high_water(&self) -> (u64, u64) {
+        let state = self.lock();
+        (state.memory.made, state.file.made)
+    }
+
     /// Keeps a page; `None` if there is no room.
     pub(super) fn keep(&self, page: &[u8]) -> io::Result<Option<Kept>> {
         if is_zero(page) {
@@ -227,7 +234,7 @@ mod tests {
         for kept in kept {
             early.forget(kept);
         }
-        assert_eq!(early.held(), (0, 0));
+        assert_eq!((early.held(), early.high_water()), ((0, 0), (300, 1)));
         assert!(early.keep(&[1; PAGE]).unwrap().is_some());
     }
 

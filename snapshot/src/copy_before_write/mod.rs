@@ -19,6 +19,7 @@ mod early_pages;
 mod tests;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -45,6 +46,12 @@ pub trait OwnPages: Send + Sync {
 impl OwnPages for File {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.read_exact_at(into, offset)
+    }
+}
+
+impl<P: OwnPages> OwnPages for Arc<P> {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read(offset, into)
     }
 }
 
@@ -81,6 +88,12 @@ pub struct CopyBeforeWrite {
     state: Mutex<State>,
     /// The capture has come by, or it is over.
     moved: Condvar,
+}
+
+impl fmt::Debug for CopyBeforeWrite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("CopyBeforeWrite")
+    }
 }
 
 impl CopyBeforeWrite {
@@ -239,7 +252,7 @@ impl OwnPages for Moment {
 }
 
 /// What a drive's writes go by: nothing, unless a capture is under way.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct DriveWrites(Mutex<Weak<CopyBeforeWrite>>);
 
 impl DriveWrites {

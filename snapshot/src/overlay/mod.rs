@@ -10,7 +10,6 @@
 //! the image first. Discarded blocks become the overlay's and read as zeros. What the overlay holds is lost with the
 //! machine unless a snapshot takes it along. A write for which the host has no room waits for it, and stalls the machine.
 
-mod aside;
 mod content;
 
 pub use content::{IsCancelled, OverImage};
@@ -24,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::fs::FallocateFlags;
 
 use crate::block_store::{BlockStore, GuestSlice, guest_io};
+use crate::copy_before_write::{DriveWrites, EarlyPages, Moment};
 use crate::pager::{Fetcher, PageSet};
 use crate::source::{Arrived, ChunkId, SourceVolume, VolumeId};
 use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE, PageIndex};
@@ -37,8 +37,8 @@ pub struct Overlay {
     about: SourceVolume,
     base: Arc<File>,
     /// Written blocks, at their own offset; everything else is a hole.
-    own: File,
-    /// Where that file is, and copies of it are put aside.
+    own: Arc<File>,
+    /// Where that file is.
     directory: PathBuf,
     read_only: bool,
     /// Held by whoever changes the overlay, so that taking a block over never undoes a write. Taken before `written`;
@@ -46,6 +46,8 @@ pub struct Overlay {
     writer: Mutex<()>,
     /// Which blocks are the overlay's: added once their bytes are in the file, never taken out.
     written: Mutex<PageSet>,
+    /// What has to be kept before the overlay's file is written to.
+    capture: DriveWrites,
 }
 
 /// Why an overlay cannot be made.
@@ -65,19 +67,6 @@ pub enum OverlayError {
         #[source]
         source: io::Error,
     },
-}
-
-/// An overlay's content as it was at one moment.
-pub struct FrozenOverlay {
-    /// All of the drive.
-    pub content: OverImage,
-    /// Whether the machine must stand still until the content has been read: there was no room to put aside what it
-    /// wrote.
-    pub needs_pause: bool,
-    /// Whether it differs from the image's volume.
-    pub is_changed: bool,
-    /// Bytes that were copied to put them aside.
-    pub copied_bytes: u64,
 }
 
 impl Overlay {
@@ -108,44 +97,37 @@ impl Overlay {
             volume,
             about: about.clone(),
             base: fetcher.source().page_file(volume),
-            own,
+            own: Arc::new(own),
             directory: directory.to_owned(),
             read_only,
             writer: Mutex::default(),
             written: Mutex::new(PageSet::new(about.bytes.div_ceil(PAGE_SIZE))),
+            capture: DriveWrites::default(),
         })
     }
 
-    /// The overlay's content as it is now, for a snapshot; the machine stands still while this is called.
-    ///
-    /// # Errors
-    /// When the process has too many descriptors, or the snapshot is called off.
-    pub fn freeze(&self, is_cancelled: IsCancelled) -> io::Result<FrozenOverlay> {
+    /// The overlay's content as it is now, for a snapshot; the machine stands still while this is called, and may run on
+    /// when it has returned: what it overwrites then is kept in `early` first.
+    #[must_use]
+    pub fn freeze(&self, early: &Arc<EarlyPages>, is_cancelled: IsCancelled) -> OverImage {
         let own = self.written().clone();
-        let is_changed = !own.is_empty();
-        let aside = if is_changed {
-            aside::put_aside(&self.own, &self.directory, &is_cancelled)?
-        } else {
-            None
-        };
-        let needs_pause = is_changed && aside.is_none();
-        let copied_bytes = aside.as_ref().map_or(0, |aside| aside.copied_bytes);
-        let own_pages = aside.map_or_else(|| self.own.try_clone(), |aside| Ok(aside.file))?;
+        let moment = Moment::new(
+            own.clone(),
+            self.about.bytes,
+            Box::new(self.own.clone()),
+            early.clone(),
+            |_, _| {},
+        );
+        self.capture.go_by(&moment);
         let nothing = PageSet::new(self.about.bytes.div_ceil(PAGE_SIZE));
-        let content = OverImage::new(
+        OverImage::new(
             &self.fetcher,
             self.volume,
             own,
-            Box::new(own_pages),
+            Box::new(moment),
             nothing,
             is_cancelled,
-        );
-        Ok(FrozenOverlay {
-            content,
-            needs_pause,
-            is_changed,
-            copied_bytes,
-        })
+        )
     }
 
     /// Whether nothing was written: the drive is still the image's volume.
@@ -284,10 +266,11 @@ impl Overlay {
     /// and writes zeros over parts of blocks).
     fn make_zero(&self, range: ByteRange) -> io::Result<()> {
         self.take_over_edges(range)?;
+        self.capture.before(range);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         // A file system that shares blocks may need room to take some of them out.
         self.keep(range.start, || {
-            Ok(rustix::fs::fallocate(&self.own, flags, range.start, range.len)?)
+            Ok(rustix::fs::fallocate(&*self.own, flags, range.start, range.len)?)
         })?;
         self.mark_written(range);
         Ok(())
@@ -325,7 +308,7 @@ impl BlockStore for Overlay {
         self.await_base(range)?;
         let mut slices = guest_io::Cursor::new(into);
         for (own, run) in self.runs(range) {
-            let from = if own { &self.own } else { &*self.base };
+            let from = if own { &*self.own } else { &*self.base };
             guest_io::read_slices_at(from, run.start, &slices.take(run.len))?;
         }
         Ok(())
@@ -342,6 +325,7 @@ impl BlockStore for Overlay {
         }
         let _writer = self.lock_for_writing();
         self.take_over_edges(range)?;
+        self.capture.before(range);
         self.keep(offset, || guest_io::write_slices_at(&self.own, offset, from))?;
         self.mark_written(range);
         Ok(())

@@ -4,6 +4,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::*;
 use crate::block_store::GuestRam;
 use crate::capture::content::{Content as _, Found};
+use crate::copy_before_write::EarlyPagesLimits;
 use crate::pager::FetcherSettings;
 use crate::source::PageSource as _;
 use crate::source::model::{ModelSource, id};
@@ -180,8 +181,12 @@ fn frozen_content_stays_while_the_machine_writes_and_the_images_chunks_come_late
     rig.write(0, &[9; 4096]).unwrap();
     rig.write(2 * CHUNK + 512, &[8; 512]).unwrap();
     let expected = rig.read(0, BYTES).unwrap();
-    let frozen = rig.overlay.freeze(Arc::new(|| false)).unwrap();
-    assert!(frozen.is_changed && !frozen.needs_pause);
+    assert!(!rig.overlay.is_unchanged());
+    let early = Arc::new(EarlyPages::new(
+        EarlyPagesLimits::default(),
+        &std::env::temp_dir(),
+    ));
+    let frozen = rig.overlay.freeze(&early, Arc::new(|| false));
     rig.write(0, &[1; 4096]).unwrap();
     rig.write(3 * CHUNK, &[1; 4096]).unwrap();
     rig.overlay
@@ -191,15 +196,24 @@ fn frozen_content_stays_while_the_machine_writes_and_the_images_chunks_come_late
         })
         .unwrap();
     let mut seen = vec![0xFF; BYTES as usize];
-    assert_eq!(frozen.content.read(0, &mut seen).unwrap(), Found::Data);
+    assert_eq!(frozen.read(0, &mut seen).unwrap(), Found::Data);
     assert!(seen == expected, "the snapshot saw what was written after it");
 }
 
 #[test]
-fn what_was_not_written_needs_no_pause_and_nothing_aside() {
-    for read_only in [false, true] {
-        let frozen = rig(read_only).overlay.freeze(Arc::new(|| false)).unwrap();
-        assert!(!frozen.needs_pause && !frozen.is_changed);
-        assert_eq!(frozen.copied_bytes, 0);
-    }
+fn what_was_not_written_before_the_snapshot_is_not_kept_for_it() {
+    let rig = rig(false);
+    rig.deliver_all();
+    let image = rig.read(0, BYTES).unwrap();
+    let early = Arc::new(EarlyPages::new(
+        EarlyPagesLimits::default(),
+        &std::env::temp_dir(),
+    ));
+    let frozen = rig.overlay.freeze(&early, Arc::new(|| false));
+    rig.write(0, &[9; 4096]).unwrap();
+    rig.write(0, &[7; 512]).unwrap();
+    assert_eq!(early.held(), (0, 0), "the image has it");
+    let mut seen = vec![0xFF; BYTES as usize];
+    let _ = frozen.read(0, &mut seen).unwrap();
+    assert!(seen == image);
 }

@@ -22,4 +22,4 @@ pub use fetcher::{Fetcher, FetcherCounters, FetcherSettings, Stall};
 pub use memory::{InstallError, MemoryPager, NoMemory, PageInstaller, PagerCounters};
 pub use page_set::PageSet;
 pub use waits::Waits;
-pub use write_protection::{Protector, WriteProtection};
+pub use write_protection::{ProtectionCounters, Protector, WriteProtection};

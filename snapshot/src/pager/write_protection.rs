@@ -56,8 +56,22 @@ struct Stream {
     window: u64,
 }
 
+/// What was done since the last [`lift`](WriteProtection::lift).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProtectionCounters {
+    /// Writes that came before the machine stood.
+    pub faults_ahead: u64,
+    /// Writes that came while its memory was captured.
+    pub faults_frozen: u64,
+    /// Those of them that had to wait for the capture.
+    pub faults_held: u64,
+    /// Pages that were armed while the machine stood.
+    pub armed_at_pause: u64,
+}
+
 struct State {
     armed: PageSet,
+    counters: ProtectionCounters,
     /// While the memory is captured.
     frozen: Option<Arc<CopyBeforeWrite>>,
     /// Pages whose writers wait for the capture.
@@ -81,6 +95,7 @@ impl WriteProtection {
             protector,
             state: Mutex::new(State {
                 armed: PageSet::new(pages),
+                counters: ProtectionCounters::default(),
                 frozen: None,
                 held: BTreeSet::new(),
                 streams: [Stream::default(); STREAMS],
@@ -114,19 +129,17 @@ impl WriteProtection {
         early: Arc<EarlyPages>,
     ) -> io::Result<Moment> {
         let mut state = self.lock();
-        let mut rearmed = 0;
         for (first, count) in own.runs() {
             let mut page = first;
             while page.0 < first.0 + count {
                 let (is_armed, run) = state.armed.run_at(page, first.0 + count - page.0);
                 if !is_armed {
                     self.arm(&mut state, page, run)?;
-                    rearmed += run;
+                    state.counters.armed_at_pause += run;
                 }
                 page.0 += run;
             }
         }
-        tracing::debug!(own = own.len(), rearmed, "Memory is write-protected.");
         let bytes = own.pages() * PAGE_SIZE;
         let this: Weak<Self> = Arc::downgrade(self);
         let saved = move |first, count| {
@@ -151,12 +164,17 @@ impl WriteProtection {
             Some(frozen) => frozen.try_before_write(page, run),
             None => (Writable::Now, run),
         };
+        match state.frozen {
+            Some(_) => state.counters.faults_frozen += 1,
+            None => state.counters.faults_ahead += 1,
+        }
         match writable {
             Writable::Now => {
                 self.let_go(&mut state, page, count);
                 state.went_on(page, count);
             }
             Writable::Later => {
+                state.counters.faults_held += 1;
                 state.held.insert(page.0);
             }
         }
@@ -180,14 +198,18 @@ impl WriteProtection {
     }
 
     /// Ends all protection, once the [`Moment`] is over. The machine may run or stand.
-    pub fn lift(&self) {
-        self.lock().frozen = None;
-        let runs: Vec<_> = self.lock().armed.runs().collect();
+    pub fn lift(&self) -> ProtectionCounters {
+        let (counters, runs): (_, Vec<_>) = {
+            let mut state = self.lock();
+            state.frozen = None;
+            (std::mem::take(&mut state.counters), state.armed.runs().collect())
+        };
         for (first, count) in runs {
             for (first, count) in pieces(first, count) {
                 self.let_go(&mut self.lock(), first, count);
             }
         }
+        counters
     }
 
     /// The capture has saved these pages.

@@ -11,10 +11,10 @@ use runnel_devices::virtio::block::{FileStore, FileStoreError};
 use runnel_snapshot::block_store::BlockStore;
 use runnel_snapshot::capture::VolumeSource;
 use runnel_snapshot::capture::content::FileContent;
+use runnel_snapshot::copy_before_write::EarlyPages;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::manifest::ImageVolume;
 use runnel_snapshot::overlay::{IsCancelled, Overlay};
-use rustix::fs::{Mode, OFlags};
 
 use crate::config::{Drive, ResourceId};
 
@@ -22,11 +22,7 @@ use crate::config::{Drive, ResourceId};
 #[derive(Clone)]
 pub(super) enum Backing {
     /// A file of this host.
-    File {
-        store: Arc<FileStore>,
-        path: PathBuf,
-        read_only: bool,
-    },
+    File { store: Arc<FileStore>, read_only: bool },
     /// An overlay over the image's volume of this name.
     Overlay(Arc<Overlay>),
 }
@@ -35,7 +31,6 @@ impl Backing {
     pub(super) fn file(drive: &Drive, store: FileStore) -> Self {
         Self::File {
             store: Arc::new(store),
-            path: drive.path.clone(),
             read_only: drive.is_read_only,
         }
     }
@@ -100,8 +95,6 @@ pub(super) fn open_file(
 /// A drive's content as it is at a pause.
 pub(super) struct DriveContent {
     pub(super) source: VolumeSource,
-    /// Whether the machine must stand still until it has been read.
-    pub(super) needs_pause: bool,
     /// Set if whatever volume it becomes will equal the drive for as long as nobody writes to it.
     pub(super) unwritten: Option<Unwritten>,
 }
@@ -191,78 +184,44 @@ fn is_there(layout: &Layout, volume: &ImageVolume) -> bool {
     blobs.into_iter().all(|blob| layout.open_blob(blob).is_ok())
 }
 
-/// The content of drive `id` as it is now, while the machine stands still.
+/// The content of drive `id` as it is now, while the machine stands; if it is to run on before all of it was read, what
+/// it overwrites meanwhile is kept in `early`.
 pub(super) fn content_of(
     id: &ResourceId,
     backing: &Backing,
     known: &KnownVolumes,
+    early: &Arc<EarlyPages>,
     is_cancelled: IsCancelled,
 ) -> io::Result<DriveContent> {
     match backing {
         Backing::Overlay(overlay) => {
-            if overlay.is_unchanged()
-                && let Some(source) = known.of_overlay(id)
-            {
+            let is_unchanged = overlay.is_unchanged();
+            if is_unchanged && let Some(source) = known.of_overlay(id) {
                 return Ok(DriveContent {
                     source,
-                    needs_pause: false,
                     unwritten: Some(Unwritten::Overlay),
                 });
             }
-            let frozen = overlay.freeze(is_cancelled)?;
-            tracing::debug!(
-                drive = %id, copied_bytes = frozen.copied_bytes, needs_pause = frozen.needs_pause,
-                "A drive's own blocks are put aside."
-            );
             Ok(DriveContent {
-                source: VolumeSource::Content(Arc::new(frozen.content)),
-                needs_pause: frozen.needs_pause,
-                unwritten: (!frozen.is_changed).then_some(Unwritten::Overlay),
+                source: VolumeSource::Content(Arc::new(overlay.freeze(early, is_cancelled))),
+                unwritten: is_unchanged.then_some(Unwritten::Overlay),
             })
         }
-        Backing::File {
-            store,
-            path,
-            read_only,
-        } => {
+        Backing::File { store, read_only, .. } => {
             // Before it is read: a file that somebody else writes to meanwhile is another one afterwards.
             let identity = FileIdentity::of(store.file())?;
-            let unwritten = || read_only.then(|| Unwritten::File(identity.clone()));
-            if let Some(source) = known.of_file(id, &identity) {
-                return Ok(DriveContent {
-                    source,
-                    needs_pause: false,
-                    unwritten: unwritten(),
-                });
-            }
-            let aside = if *read_only {
-                None
-            } else {
-                put_aside(store.file(), path)
+            let unwritten = read_only.then(|| Unwritten::File(identity.clone()));
+            let source = match known.of_file(id, &identity) {
+                Some(source) => source,
+                None if *read_only => {
+                    let file = store.file().try_clone()?;
+                    VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?))
+                }
+                None => VolumeSource::Content(Arc::new(store.freeze(early)?)),
             };
-            let needs_pause = !*read_only && aside.is_none();
-            tracing::debug!(drive = %id, read_only, needs_pause, "A file behind a drive is to be captured.");
-            let file = aside.map_or_else(|| store.file().try_clone(), Ok)?;
-            let source = VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?));
-            Ok(DriveContent {
-                source,
-                needs_pause,
-                unwritten: unwritten(),
-            })
+            Ok(DriveContent { source, unwritten })
         }
     }
-}
-
-/// A reflink of `file`, without a name, if its file system can: it costs nothing and never changes.
-fn put_aside(file: &File, path: &Path) -> Option<File> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let aside = File::from(rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR).ok()?);
-    rustix::fs::ioctl_ficlone(&aside, file).ok()?;
-    Some(aside)
 }
 
 #[cfg(test)]

@@ -252,6 +252,7 @@ pub(super) fn load(
         is_held: false,
         fill_is_due: opened.fetcher.is_some(),
         pager,
+        writes: None,
     })
 }
 

@@ -23,10 +23,7 @@ pub(super) fn memory_content(guest: &KvmGuest, is_cancelled: IsCancelled) -> io:
     if let Some(pager) = &guest.pager {
         let logic = pager.logic();
         let own = own_pages(&mappings(ram, layout)?, layout.bytes() / PAGE_SIZE)?;
-        let pages = Box::new(MappedPages {
-            ram: ram.clone(),
-            layout,
-        });
+        let pages = Box::new(MappedPages::new(ram.clone(), layout));
         let volume = logic.volume();
         return Ok(Arc::new(OverImage::new(
             logic.fetcher(),
@@ -39,10 +36,7 @@ pub(super) fn memory_content(guest: &KvmGuest, is_cancelled: IsCancelled) -> io:
     }
     if guest.memory_is_private {
         // A private mapping of a raw file: what the guest wrote is in the mapping alone.
-        return Ok(Arc::new(MappedContent(MappedPages {
-            ram: ram.clone(),
-            layout,
-        })));
+        return Ok(Arc::new(MappedContent(MappedPages::new(ram.clone(), layout))));
     }
     Ok(Arc::new(FileContent::new(memory_file(ram)?, layout.bytes())?))
 }
@@ -62,7 +56,7 @@ pub(super) fn mappings(ram: &GuestRam, layout: RamLayout) -> io::Result<Vec<Host
 }
 
 /// The memory file of a machine that was booted, which holds the volume in its own order.
-fn memory_file(ram: &GuestRam) -> io::Result<File> {
+pub(super) fn memory_file(ram: &GuestRam) -> io::Result<File> {
     let file = ram
         .iter()
         .find_map(|region| Some(region.file_offset()?.file().try_clone()));
@@ -70,7 +64,7 @@ fn memory_file(ram: &GuestRam) -> io::Result<File> {
 }
 
 /// Pages read through this process's mapping.
-struct MappedPages {
+pub(super) struct MappedPages {
     ram: Arc<GuestRam>,
     layout: RamLayout,
 }
@@ -92,6 +86,10 @@ impl OwnPages for MappedPages {
 }
 
 impl MappedPages {
+    pub(super) fn new(ram: Arc<GuestRam>, layout: RamLayout) -> Self {
+        Self { ram, layout }
+    }
+
     /// Where the byte at `offset` of the volume is, and how many bytes follow it in one piece.
     fn locate(&self, offset: u64) -> io::Result<(vm_memory::GuestAddress, u64)> {
         let span = self

@@ -2,6 +2,7 @@
 
 mod description;
 mod drives;
+mod live;
 mod load;
 mod memory;
 mod paging;
@@ -25,7 +26,7 @@ use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId, Sav
 use crate::control::{Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
-use crate::pager::Pager;
+use crate::pager::{Pager, WriteWatch};
 use drives::{Backing, KnownVolumes, open_file};
 use paging::stall_of;
 
@@ -94,6 +95,7 @@ impl Engine for KvmEngine {
             fill_is_due: false,
             is_held: false,
             pager: None,
+            writes: None,
         }))
     }
 
@@ -126,6 +128,8 @@ struct KvmGuest {
     /// Whether the background fill is still to be started, once the vCPUs run.
     fill_is_due: bool,
     pager: Option<Pager>,
+    /// Who watches writes to the memory of a machine that was booted, once it has been saved.
+    writes: Option<WriteWatch>,
 }
 
 impl KvmGuest {

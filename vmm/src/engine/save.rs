@@ -1,9 +1,11 @@
 //! Saving a machine: what it is at a pause becomes an image, or Firecracker's two files.
 //!
 //! ```text
-//!   pause ─► state, first chunks, drives put aside ─► capture: memory, then drives ─► publish
-//!                                                        └─► resume, as soon as nothing more is read of the machine
+//!   arm ahead ─► pause ─► state, first chunks, arm the rest ─► resume
+//!                                                             └─► capture: memory, then drives ─► publish
 //! ```
+//!
+//! What the machine writes to meanwhile is copied first, so that every page is saved as it was at the pause.
 
 use std::cell::Cell;
 use std::io;
@@ -14,7 +16,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
 };
+use runnel_snapshot::copy_before_write::{EarlyPages, EarlyPagesLimits};
 use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::overlay::IsCancelled;
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
 use runnel_snapshot::source::ChunkId;
 use runnel_snapshot::state::{MachineState, StateError};
@@ -24,6 +28,7 @@ use runnel_snapshot::volume::VolumeName;
 use super::KvmGuest;
 use super::description::{Description, DescriptionError, DriveRecord};
 use super::drives::{Backing, Unwritten, content_of};
+use super::live::Live;
 use super::memory::memory_content;
 use super::watch::watch;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs};
@@ -66,6 +71,11 @@ pub enum SaveError {
     /// The raw memory file.
     #[error(transparent)]
     Raw(#[from] raw::RawError),
+    /// The capture waits for a chunk, and the machine for the capture.
+    #[error(
+        "it was given up, since the machine waited for it while {0} of {1} is missing ({2}); the machine runs on"
+    )]
+    Stalled(ChunkIndex, VolumeName, String),
     /// The state's form.
     #[error(transparent)]
     Encode(#[from] StateError),
@@ -76,8 +86,17 @@ pub(super) fn save(
     create: &CreateSnapshot,
     operation: &Operation,
 ) -> Result<(), GuestError> {
-    let was_running = guest.is_running;
-    if was_running {
+    let mut saving = Saving {
+        was_running: guest.is_running,
+        live: None,
+    };
+    let directory = match &create.save_as {
+        SaveAs::Image { directory, .. } => directory,
+        SaveAs::TwoFiles { memory, .. } => memory,
+    };
+    if saving.was_running {
+        operation.enter("arming");
+        saving.live = arm(guest, directory);
         operation.enter("pausing");
         // From the first vCPU that stands.
         operation.begin_pause();
@@ -92,89 +111,190 @@ pub(super) fn save(
             excluded_drives,
         } => {
             let excluded: Vec<_> = excluded_drives.iter().cloned().collect();
-            save_image(guest, directory, &excluded, was_running, operation)
+            saving.image(guest, directory, &excluded, operation)
         }
-        SaveAs::TwoFiles { state, memory } => save_two_files(guest, state, memory, operation),
+        SaveAs::TwoFiles { state, memory } => saving.two_files(guest, state, memory, operation),
     };
-    if was_running && !guest.is_running {
-        guest.run();
-        operation.end_pause();
-    }
+    // Also after a failure.
+    saving.let_run(guest, operation);
     Ok(saved?)
 }
 
-fn save_image(
-    guest: &mut KvmGuest,
-    directory: &Path,
-    excluded: &[ResourceId],
+/// Prepares the machine to run on while it is saved. If that cannot be, it stands meanwhile.
+fn arm(guest: &mut KvmGuest, image: &Path) -> Option<Live> {
+    let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty());
+    Live::arm(guest, folder.unwrap_or(Path::new("."))).unwrap_or_else(|error| {
+        tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
+        None
+    })
+}
+
+/// One machine being saved.
+struct Saving {
     was_running: bool,
-    operation: &Operation,
-) -> Result<(), SaveError> {
-    operation.enter("saving state");
-    if let Some(stranger) = excluded
-        .iter()
-        .find(|id| !guest.drives.iter().any(|drive| drive.0 == **id))
-    {
-        return Err(SaveError::NoDrive(stranger.clone()));
-    }
-    let in_image = |id: &ResourceId| !excluded.contains(id);
-    let state = machine_state(guest, &in_image)?;
-    let cancelled = operation.cancel_flag();
-    let memory = memory_content(guest, cancelled.clone()).map_err(SaveError::Memory)?;
-    let mut volumes = vec![(VolumeName::Memory, VolumeSource::Content(memory))];
-    let mut needs_pause = false;
-    let mut unwritten = Vec::new();
-    for (id, backing) in guest.drives.iter().filter(|(id, _)| in_image(id)) {
-        let content =
-            content_of(id, backing, &guest.known, cancelled.clone()).map_err(|source| SaveError::Drive {
+    /// `None` if the machine stands until its memory has been read.
+    live: Option<Live>,
+}
+
+impl Saving {
+    fn image(
+        &mut self,
+        guest: &mut KvmGuest,
+        directory: &Path,
+        excluded: &[ResourceId],
+        operation: &Operation,
+    ) -> Result<(), SaveError> {
+        operation.enter("saving state");
+        if let Some(stranger) = excluded
+            .iter()
+            .find(|id| !guest.drives.iter().any(|drive| drive.0 == **id))
+        {
+            return Err(SaveError::NoDrive(stranger.clone()));
+        }
+        let in_image = |id: &ResourceId| !excluded.contains(id);
+        let state = machine_state(guest, &in_image)?;
+        let settings = self.settings();
+        let cancelled = operation.cancel_flag();
+        let first_chunks = first_chunks(guest, settings.chunk_size, &*cancelled);
+        let memory = self.memory(guest, cancelled.clone())?;
+        let mut volumes = vec![(VolumeName::Memory, VolumeSource::Content(memory))];
+        let mut unwritten = Vec::new();
+        let early = self.early(directory);
+        for (id, backing) in guest.drives.iter().filter(|(id, _)| in_image(id)) {
+            let content = content_of(id, backing, &guest.known, &early, cancelled.clone());
+            let content = content.map_err(|source| SaveError::Drive {
                 id: id.clone(),
                 source,
             })?;
-        needs_pause |= content.needs_pause;
-        if let Some(why) = content.unwritten {
-            unwritten.push((id.clone(), why));
-        }
-        volumes.push((VolumeName::Drive(id.to_string()), content.source));
-    }
-    let settings = CaptureSettings::default();
-    let first_chunks = first_chunks(guest, settings.chunk_size, &*cancelled);
-    let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
-    if let Some(parent) = guest.parent {
-        job = job.with_parent(parent);
-    }
-    let progress = job.progress();
-    operation.enter("copying");
-    watch(operation, &progress);
-    let captured = std::thread::scope(|scope| {
-        let work = scope.spawn(|| job.run(directory, state));
-        while !work.is_finished() {
-            if was_running && !guest.is_running && may_run_on(&progress, needs_pause) {
-                guest.run();
-                let stood = operation.end_pause().unwrap_or_default();
-                tracing::info!(
-                    stood_ms = u64::try_from(stood.as_millis()).unwrap_or(u64::MAX),
-                    "The machine runs on; its snapshot is being completed."
-                );
+            if let Some(why) = content.unwritten {
+                unwritten.push((id.clone(), why));
             }
-            // This thread looks after the machine at other times.
-            let _ = guest.look_after();
-            std::thread::sleep(LOOK);
+            volumes.push((VolumeName::Drive(id.to_string()), content.source));
         }
-        work.join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })?;
-    remember(guest, directory, &captured, unwritten);
-    Ok(())
+        let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
+        if let Some(parent) = guest.parent {
+            job = job.with_parent(parent);
+        }
+        let progress = job.progress();
+        if self.live.is_some() {
+            self.let_run(guest, operation);
+        }
+        operation.enter("copying");
+        watch(operation, &progress);
+        let captured = self.while_it_runs(guest, operation, &progress, || job.run(directory, state))??;
+        remember(guest, directory, &captured, unwritten);
+        Ok(())
+    }
+
+    fn two_files(
+        &mut self,
+        guest: &mut KvmGuest,
+        state_path: &Path,
+        memory_path: &Path,
+        operation: &Operation,
+    ) -> Result<(), SaveError> {
+        let state = machine_state(guest, &|_| false)?.encode()?;
+        let settings = self.settings();
+        let memory = self.memory(guest, operation.cancel_flag())?;
+        let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.bytes())]));
+        if self.live.is_some() {
+            self.let_run(guest, operation);
+        }
+        operation.enter("copying");
+        watch(operation, &progress);
+        Ok(self.while_it_runs(guest, operation, &progress, || {
+            let memory = raw::write_raw(&*memory, memory_path, &settings, &progress)?;
+            let of_state = Progress::new([(VolumeName::Memory, state.bytes())]);
+            let state = raw::write_raw(&state, state_path, &settings, &of_state)?;
+            raw::publish(state, memory, &progress)
+        })??)
+    }
+
+    fn settings(&self) -> CaptureSettings {
+        CaptureSettings {
+            gives_way: self.live.is_some(),
+            ..CaptureSettings::default()
+        }
+    }
+
+    fn memory(&mut self, guest: &KvmGuest, is_cancelled: IsCancelled) -> Result<Arc<dyn Content>, SaveError> {
+        match &mut self.live {
+            Some(live) => live.freeze(guest, is_cancelled),
+            None => memory_content(guest, is_cancelled),
+        }
+        .map_err(SaveError::Memory)
+    }
+
+    /// Where drives keep what is overwritten before it was saved.
+    fn early(&self, image: &Path) -> Arc<EarlyPages> {
+        match &self.live {
+            Some(live) => live.early().clone(),
+            None => Arc::new(EarlyPages::new(
+                EarlyPagesLimits::default(),
+                image.parent().unwrap_or(Path::new(".")),
+            )),
+        }
+    }
+
+    /// Does `work` on a thread of its own, and looks after the machine on this one. One that stands for its memory
+    /// runs on as soon as that was read.
+    fn while_it_runs<T: Send>(
+        &self,
+        guest: &mut KvmGuest,
+        operation: &Operation,
+        progress: &Progress,
+        work: impl FnOnce() -> T + Send,
+    ) -> Result<T, SaveError> {
+        let mut stalled = None;
+        let done = std::thread::scope(|scope| {
+            let work = scope.spawn(work);
+            while !work.is_finished() {
+                if has_read_memory(progress) {
+                    self.let_run(guest, operation);
+                }
+                let _ = guest.look_after();
+                // The capture waits for a chunk that does not come, and the machine for the capture.
+                if stalled.is_none() && self.holds_writers() {
+                    stalled = guest.stall();
+                    if stalled.is_some() {
+                        progress.cancel();
+                    }
+                }
+                std::thread::sleep(LOOK);
+            }
+            work.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        match stalled {
+            Some(stall) => Err(SaveError::Stalled(stall.chunk, stall.volume, stall.reason)),
+            None => Ok(done),
+        }
+    }
+
+    fn holds_writers(&self) -> bool {
+        self.live.as_ref().is_some_and(Live::holds_writers)
+    }
+
+    /// Lets a machine run on that stands for the snapshot alone.
+    fn let_run(&self, guest: &mut KvmGuest, operation: &Operation) {
+        if !self.was_running || guest.is_running {
+            return;
+        }
+        guest.run();
+        let stood = operation.end_pause().unwrap_or_default();
+        tracing::info!(
+            stood_ms = u64::try_from(stood.as_millis()).unwrap_or(u64::MAX),
+            "The machine runs on after a pause for its snapshot."
+        );
+    }
 }
 
-/// Whether nothing more is read of a machine whose drives that must stand still, if there are any, come last.
-fn may_run_on(progress: &Progress, drives_need_pause: bool) -> bool {
+/// Whether nothing more is read of the memory of a machine that stands.
+fn has_read_memory(progress: &Progress) -> bool {
     let volumes = progress.volumes();
-    let wanted = if drives_need_pause { volumes.len() } else { 1 };
     volumes
-        .iter()
-        .take(wanted)
-        .all(|volume| volume.bytes_done == volume.bytes_total)
+        .first()
+        .is_none_or(|memory| memory.bytes_done == memory.bytes_total)
 }
 
 /// Notes which drives need not be captured again while nobody writes to them.
@@ -198,24 +318,6 @@ fn remember(
             guest.known.captured(id, why, &layout, volume);
         }
     }
-}
-
-fn save_two_files(
-    guest: &mut KvmGuest,
-    state_path: &Path,
-    memory_path: &Path,
-    operation: &Operation,
-) -> Result<(), SaveError> {
-    let state = machine_state(guest, &|_| false)?.encode()?;
-    let memory = memory_content(guest, operation.cancel_flag()).map_err(SaveError::Memory)?;
-    let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.bytes())]));
-    operation.enter("copying");
-    watch(operation, &progress);
-    let settings = CaptureSettings::default();
-    let memory = raw::write_raw(&*memory, memory_path, &settings, &progress)?;
-    let of_state = Progress::new([(VolumeName::Memory, state.bytes())]);
-    let state = raw::write_raw(&state, state_path, &settings, &of_state)?;
-    Ok(raw::publish(state, memory, &progress)?)
 }
 
 fn machine_state(

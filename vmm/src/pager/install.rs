@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use runnel_snapshot::pager::{InstallError, PageInstaller};
+use runnel_snapshot::pager::{InstallError, PageInstaller, Protector};
 use runnel_snapshot::units::{PAGE_SIZE, PageIndex};
 
 use super::uffd::{BACKOFF_MAX, BACKOFF_MIN, Installed, Userfaultfd};
@@ -55,6 +55,7 @@ impl HostMapping {
 /// Pages that cannot be installed for want of host memory are tried this often before the machine counts as stalled.
 const TRIES_MAX: u32 = 12;
 
+#[derive(Clone)]
 pub(super) struct Installer {
     pub(super) uffd: Arc<Userfaultfd>,
     pub(super) mappings: Vec<HostMapping>,
@@ -75,6 +76,18 @@ impl Installer {
             })?;
             let pages = pages.min(count);
             self.install_mapped(first, address, pages * PAGE_SIZE, &call)?;
+            first.0 += pages;
+            count -= pages;
+        }
+        Ok(())
+    }
+
+    fn write_protect(&self, mut first: PageIndex, mut count: u64, protect: bool) -> io::Result<()> {
+        while count > 0 {
+            let found = self.mappings.iter().find_map(|mapping| mapping.address_of(first));
+            let (address, pages) = found.ok_or(io::ErrorKind::NotFound)?;
+            let pages = pages.min(count);
+            self.uffd.write_protect(address, pages * PAGE_SIZE, protect)?;
             first.0 += pages;
             count -= pages;
         }
@@ -128,6 +141,17 @@ impl Installer {
 
 fn backoff(tries: u32) -> Duration {
     BACKOFF_MIN.saturating_mul(1 << tries.min(16)).min(BACKOFF_MAX)
+}
+
+/// Write protection through the mappings of an [`Installer`].
+impl Protector for Installer {
+    fn protect(&self, first: PageIndex, count: u64) -> io::Result<()> {
+        self.write_protect(first, count, true)
+    }
+
+    fn unprotect(&self, first: PageIndex, count: u64) -> io::Result<()> {
+        self.write_protect(first, count, false)
+    }
 }
 
 impl PageInstaller for Installer {

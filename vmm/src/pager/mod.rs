@@ -15,7 +15,7 @@ mod uffd;
 
 pub use install::{HostAddress, HostMapping};
 pub use own_pages::own_pages;
-pub use thread::{Pager, PagerError};
+pub use thread::{Pager, PagerError, WriteWatch};
 pub use uffd::{UffdError, check_host};
 
 #[cfg(test)]

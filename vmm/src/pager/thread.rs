@@ -1,15 +1,16 @@
-//! The pager's thread: reads faults, hands them to the logic, and tries again what the host refused.
+//! The thread that answers faults: reads them, hands them to the logic, and tries again what the host refused.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use runnel_snapshot::pager::{Fetcher, MemoryPager};
+use runnel_snapshot::pager::{Fetcher, MemoryPager, WriteProtection};
+use runnel_snapshot::units::PAGE_SIZE;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::install::{HostMapping, Installer};
-use super::uffd::{Fault, UffdError, Userfaultfd};
+use super::uffd::{Fault, FaultKind, UffdError, Userfaultfd, Watch};
 
 /// How often faults that the host refused to let us answer are tried again, in seconds.
 const RETRY_SECONDS: i64 = 1;
@@ -32,10 +33,7 @@ pub enum PagerError {
 /// touches guest memory any more.
 pub struct Pager {
     logic: Arc<MemoryPager>,
-    /// Kept open to the very end: when the last descriptor closes, waiting readers get zeros.
-    uffd: Arc<Userfaultfd>,
-    stop: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
+    faults: FaultThread,
 }
 
 impl Pager {
@@ -45,33 +43,10 @@ impl Pager {
     /// # Errors
     /// When the host cannot page, or the source has no memory.
     pub fn start(fetcher: &Arc<Fetcher>, mappings: Vec<HostMapping>) -> Result<Self, PagerError> {
-        let uffd = Arc::new(Userfaultfd::open()?);
-        for mapping in &mappings {
-            uffd.register(mapping.start, mapping.bytes)?;
-        }
-        let installer = Installer {
-            uffd: uffd.clone(),
-            mappings: mappings.clone(),
-        };
-        let logic = MemoryPager::new(fetcher, Box::new(installer))?;
-        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| PagerError::Thread(error.into()))?;
-        let stop = Arc::new(stop);
-        let reader = Reader {
-            uffd: uffd.clone(),
-            mappings,
-            logic: logic.clone(),
-            stop: stop.clone(),
-        };
-        let thread = std::thread::Builder::new()
-            .name("pager".into())
-            .spawn(move || reader.run())
-            .map_err(PagerError::Thread)?;
-        Ok(Self {
-            logic,
-            uffd,
-            stop,
-            thread: Some(thread),
-        })
+        let installer = Installer::watch(mappings, Watch::All)?;
+        let logic = MemoryPager::new(fetcher, Box::new(installer.clone()))?;
+        let faults = FaultThread::start(installer, Some(logic.clone()))?;
+        Ok(Self { logic, faults })
     }
 
     /// The logic: stalls, counters, discarded pages.
@@ -79,10 +54,100 @@ impl Pager {
     pub fn logic(&self) -> &Arc<MemoryPager> {
         &self.logic
     }
+
+    /// Who write-protects the memory.
+    #[must_use]
+    pub fn write_protection(&self) -> &Arc<WriteProtection> {
+        &self.faults.protection
+    }
 }
 
 impl Drop for Pager {
     fn drop(&mut self) {
+        self.faults.end();
+        if self.logic.is_awaited() {
+            // A thread that could not be ended waits for a page. Closing the descriptor would give it zeros; it is to
+            // wait until the process ends.
+            std::mem::forget(Arc::clone(&self.faults.uffd));
+        }
+    }
+}
+
+/// Guest memory of a machine that was booted, whose pages the kernel fills in, and whose writes are watched while it is
+/// captured. To be dropped like a [`Pager`].
+pub struct WriteWatch {
+    faults: FaultThread,
+}
+
+impl WriteWatch {
+    /// Registers guest memory, and answers writes to protected pages from now on. None is protected yet.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn start(mappings: Vec<HostMapping>) -> Result<Self, PagerError> {
+        let installer = Installer::watch(mappings, Watch::Writes)?;
+        Ok(Self {
+            faults: FaultThread::start(installer, None)?,
+        })
+    }
+
+    /// Who write-protects the memory.
+    #[must_use]
+    pub fn write_protection(&self) -> &Arc<WriteProtection> {
+        &self.faults.protection
+    }
+}
+
+impl Installer {
+    fn watch(mappings: Vec<HostMapping>, watch: Watch) -> Result<Self, UffdError> {
+        let uffd = Arc::new(Userfaultfd::open()?);
+        for mapping in &mappings {
+            uffd.register(mapping.start, mapping.bytes, watch)?;
+        }
+        Ok(Self { uffd, mappings })
+    }
+}
+
+/// The thread, and what it shares.
+struct FaultThread {
+    /// Kept open to the very end: when the last descriptor closes, waiting readers get zeros.
+    uffd: Arc<Userfaultfd>,
+    protection: Arc<WriteProtection>,
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FaultThread {
+    fn start(installer: Installer, logic: Option<Arc<MemoryPager>>) -> Result<Self, PagerError> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| PagerError::Thread(error.into()))?;
+        let stop = Arc::new(stop);
+        let uffd = installer.uffd.clone();
+        let mappings = installer.mappings.clone();
+        let pages = mappings
+            .iter()
+            .map(|mapping| mapping.first_page.0 + mapping.bytes / PAGE_SIZE)
+            .max();
+        let protection = WriteProtection::new(pages.unwrap_or(0), Box::new(installer));
+        let reader = Reader {
+            uffd: uffd.clone(),
+            mappings,
+            logic,
+            protection: protection.clone(),
+            stop: stop.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("pager".into())
+            .spawn(move || reader.run())
+            .map_err(PagerError::Thread)?;
+        Ok(Self {
+            uffd,
+            protection,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    fn end(&mut self) {
         // Writing fails only if the counter overflows, and then the thread is being told already.
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
         if let Some(thread) = self.thread.take()
@@ -90,18 +155,21 @@ impl Drop for Pager {
         {
             tracing::error!("the pager's thread panicked");
         }
-        if self.logic.is_awaited() {
-            // A thread that could not be ended waits for a page. Closing the descriptor would give it zeros; it is to
-            // wait until the process ends.
-            std::mem::forget(Arc::clone(&self.uffd));
-        }
+    }
+}
+
+impl Drop for FaultThread {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
 struct Reader {
     uffd: Arc<Userfaultfd>,
     mappings: Vec<HostMapping>,
-    logic: Arc<MemoryPager>,
+    /// `None` if the kernel fills in what is missing.
+    logic: Option<Arc<MemoryPager>>,
+    protection: Arc<WriteProtection>,
     stop: Arc<OwnedFd>,
 }
 
@@ -109,14 +177,14 @@ impl Reader {
     fn run(&self) {
         let mut faults = Vec::new();
         loop {
-            let refused = self.logic.has_refused();
-            match self.wait(refused) {
+            let refused = self.logic.as_ref().filter(|logic| logic.has_refused());
+            match self.wait(refused.is_some()) {
                 Ok(false) => return,
                 Ok(true) => {}
                 Err(error) => tracing::error!(%error, "waiting for page faults failed; trying again"),
             }
-            if refused {
-                self.logic.retry();
+            if let Some(logic) = refused {
+                logic.retry();
             }
             faults.clear();
             if let Err(error) = self.uffd.read(&mut faults) {
@@ -145,13 +213,17 @@ impl Reader {
     }
 
     fn answer(&self, fault: Fault) {
-        match self
+        let mapping = self
             .mappings
             .iter()
-            .find_map(|mapping| mapping.page_at(fault.address))
-        {
-            Some(page) => self.logic.fault(page, fault.minor),
-            None => tracing::error!(address = fault.address.0, "a page fault outside guest memory"),
+            .find_map(|mapping| mapping.page_at(fault.address));
+        let Some(page) = mapping else {
+            return tracing::error!(address = fault.address.0, "a page fault outside guest memory");
+        };
+        match (fault.kind, &self.logic) {
+            (FaultKind::Write, _) => self.protection.write_fault(page),
+            (kind, Some(logic)) => logic.fault(page, kind == FaultKind::Minor),
+            (_, None) => tracing::error!(page = page.0, "a fault on memory that the kernel fills in"),
         }
     }
 }

@@ -16,14 +16,21 @@ use super::HostAddress;
 const UFFD_API: u64 = 0xAA;
 const UFFD_TYPE: u32 = 0xAA;
 
+const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-const FEATURES: u64 = FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM;
+const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+const FEATURES: u64 =
+    FEATURE_PAGEFAULT_FLAG_WP | FEATURE_MISSING_SHMEM | FEATURE_MINOR_SHMEM | FEATURE_WP_HUGETLBFS_SHMEM;
 
 const REGISTER_MODE_MISSING: u64 = 1 << 0;
+const REGISTER_MODE_WP: u64 = 1 << 1;
 const REGISTER_MODE_MINOR: u64 = 1 << 2;
 
+const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+
 const EVENT_PAGEFAULT: u8 = 0x12;
+const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 const PAGEFAULT_FLAG_MINOR: u64 = 1 << 2;
 
 #[repr(C)]
@@ -55,11 +62,18 @@ struct Install {
     done: i64,
 }
 
+#[repr(C)]
+struct WriteProtect {
+    range: Range,
+    mode: u64,
+}
+
 ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFD_TYPE, 0x00);
 ioctl_iowr_nr!(UFFDIO_API, UFFD_TYPE, 0x3F, Api);
 ioctl_iowr_nr!(UFFDIO_REGISTER, UFFD_TYPE, 0x00, Register);
 ioctl_ior_nr!(UFFDIO_WAKE, UFFD_TYPE, 0x02, Range);
 ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFD_TYPE, 0x04, Install);
+ioctl_iowr_nr!(UFFDIO_WRITEPROTECT, UFFD_TYPE, 0x06, WriteProtect);
 ioctl_iowr_nr!(UFFDIO_CONTINUE, UFFD_TYPE, 0x07, Install);
 
 /// Why this host cannot page.
@@ -72,7 +86,9 @@ pub enum UffdError {
     )]
     Open(#[source] io::Error),
     /// The kernel is too old.
-    #[error("this kernel's userfaultfd lacks minor faults on shared memory; Linux 6.1 or later is needed")]
+    #[error(
+        "this kernel's userfaultfd lacks minor faults or write protection on shared memory; Linux 6.1 or later is needed"
+    )]
     Features(#[source] io::Error),
     /// The range could not be registered.
     #[error("cannot register {len} bytes of guest memory with userfaultfd")]
@@ -98,8 +114,28 @@ pub fn check_host() -> Result<(), UffdError> {
 pub(super) struct Fault {
     /// The page's first byte.
     pub(super) address: HostAddress,
-    /// Whether the page file holds the page.
-    pub(super) minor: bool,
+    /// Why the thread that touched it waits.
+    pub(super) kind: FaultKind,
+}
+
+/// Why a thread waits for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FaultKind {
+    /// It is not there.
+    Missing,
+    /// It is not mapped, and the page file holds it.
+    Minor,
+    /// It is write-protected, and the thread writes.
+    Write,
+}
+
+/// What is to be reported of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Watch {
+    /// Pages that are not mapped, and writes to protected ones.
+    All,
+    /// Writes to protected pages alone: the kernel fills in the others.
+    Writes,
 }
 
 /// How far an installation got.
@@ -111,7 +147,7 @@ pub(super) enum Installed {
     Part(u64, io::Error),
 }
 
-/// A userfaultfd that reports missing and minor faults, of user mode and of the kernel.
+/// A userfaultfd that reports faults of user mode and of the kernel.
 #[derive(Debug)]
 pub(super) struct Userfaultfd(File);
 
@@ -138,11 +174,14 @@ impl Userfaultfd {
     }
 
     /// Has faults in a range of this process's memory reported.
-    pub(super) fn register(&self, start: HostAddress, len: u64) -> Result<(), UffdError> {
+    pub(super) fn register(&self, start: HostAddress, len: u64, watch: Watch) -> Result<(), UffdError> {
         let range = Range { start: start.0, len };
         let mut register = Register {
             range,
-            mode: REGISTER_MODE_MISSING | REGISTER_MODE_MINOR,
+            mode: match watch {
+                Watch::All => REGISTER_MODE_MISSING | REGISTER_MODE_MINOR | REGISTER_MODE_WP,
+                Watch::Writes => REGISTER_MODE_WP,
+            },
             ioctls: 0,
         };
         // SAFETY: the kernel reads and writes the structure that it is given. Faults in the range will wait for the
@@ -171,7 +210,11 @@ impl Userfaultfd {
             if message[0] == EVENT_PAGEFAULT {
                 faults.push(Fault {
                     address: HostAddress(word(16)),
-                    minor: word(8) & PAGEFAULT_FLAG_MINOR != 0,
+                    kind: match word(8) {
+                        flags if flags & PAGEFAULT_FLAG_WP != 0 => FaultKind::Write,
+                        flags if flags & PAGEFAULT_FLAG_MINOR != 0 => FaultKind::Minor,
+                        _ => FaultKind::Missing,
+                    },
                 });
             }
         }
@@ -197,6 +240,31 @@ impl Userfaultfd {
             Err(io::Error::last_os_error())
         } else {
             Ok(())
+        }
+    }
+
+    /// Has writers to these pages wait, or wait no longer; those that wait are woken then. Pages that are there stay
+    /// as they are.
+    pub(super) fn write_protect(&self, start: HostAddress, len: u64, protect: bool) -> io::Result<()> {
+        let mut tries = 0;
+        loop {
+            let mut write_protect = WriteProtect {
+                range: Range { start: start.0, len },
+                mode: if protect { WRITEPROTECT_MODE_WP } else { 0 },
+            };
+            // SAFETY: the kernel reads and writes the structure that it is given. No byte of memory changes; threads
+            // that write there wait for the pager, which answers them.
+            let result = unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_WRITEPROTECT(), &mut write_protect) };
+            if result == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            // The memory map is changing for a moment.
+            if error.raw_os_error() != Some(libc::EAGAIN) || tries >= WRITE_PROTECT_TRIES_MAX {
+                return Err(error);
+            }
+            std::thread::sleep(BACKOFF_MIN.saturating_mul(1 << tries).min(BACKOFF_MAX));
+            tries += 1;
         }
     }
 
@@ -252,5 +320,7 @@ fn open_by_call() -> io::Result<File> {
 
 /// How long to wait before a call that said «try again» is repeated: first this, then twice as long each time.
 pub(super) const BACKOFF_MIN: Duration = Duration::from_micros(50);
+/// How often write protection is tried again before it counts as refused.
+const WRITE_PROTECT_TRIES_MAX: u32 = 12;
 /// The longest such wait.
 pub(super) const BACKOFF_MAX: Duration = Duration::from_millis(20);

@@ -8,10 +8,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use runnel_snapshot::block_store::guest_io::{read_slices_at, total, write_slices_at};
 use runnel_snapshot::block_store::{BlockStore, GuestSlice};
-use runnel_snapshot::units::ByteRange;
+use runnel_snapshot::capture::content::{OwnContent, add_data_pages};
+use runnel_snapshot::copy_before_write::{DriveWrites, EarlyPages, Moment};
+use runnel_snapshot::pager::PageSet;
+use runnel_snapshot::units::{ByteRange, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::io::Errno;
 
@@ -74,9 +78,11 @@ pub enum FileStoreError {
 /// A file as a drive. See the module documentation.
 #[derive(Debug)]
 pub struct FileStore {
-    file: File,
+    file: Arc<File>,
     bytes: u64,
     read_only: bool,
+    /// What has to be kept before the file is written to.
+    capture: DriveWrites,
 }
 
 impl FileStore {
@@ -130,9 +136,10 @@ impl FileStore {
             other => inspect(other.into()),
         })?;
         Ok(Self {
-            file,
+            file: Arc::new(file),
             bytes: bytes - rest,
             read_only,
+            capture: DriveWrites::default(),
         })
     }
 
@@ -140,6 +147,20 @@ impl FileStore {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The drive's content as it is now, for a snapshot; the machine stands still while this is called, and may run on
+    /// when it has returned: what it overwrites then is kept in `early` first.
+    ///
+    /// # Errors
+    /// When the file's holes cannot be told from its data.
+    pub fn freeze(&self, early: &Arc<EarlyPages>) -> io::Result<OwnContent> {
+        let mut own = PageSet::new(self.bytes.div_ceil(PAGE_SIZE));
+        add_data_pages(&self.file, self.bytes, 1, &mut own)?;
+        let pages = Box::new(self.file.clone());
+        let moment = Moment::new(own.clone(), self.bytes, pages, early.clone(), |_, _| {});
+        self.capture.go_by(&moment);
+        Ok(OwnContent::new(own, self.bytes, Box::new(moment)))
     }
 
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -167,9 +188,10 @@ impl FileStore {
         if range.len == 0 {
             return Ok(());
         }
+        self.capture.before(range);
         for way in ways {
             match fallocate(
-                &self.file,
+                &*self.file,
                 *way | FallocateFlags::KEEP_SIZE,
                 range.start,
                 range.len,
@@ -207,7 +229,9 @@ impl BlockStore for FileStore {
     }
 
     fn write_at(&self, offset: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
-        self.check_write(offset, total(from))?;
+        let len = total(from);
+        self.check_write(offset, len)?;
+        self.capture.before(ByteRange { start: offset, len });
         write_slices_at(&self.file, offset, from)
     }
 

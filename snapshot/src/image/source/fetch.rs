@@ -13,6 +13,7 @@ use super::room::Room;
 use crate::blobs::{Blob, BlobError, BlobStore};
 use crate::decode::{ChunkDecoder, DecodeError};
 use crate::digest::BlobDigest;
+use crate::give_way::{FILL, give_way};
 use crate::index::{Entry, IndexError, IndexReader, LayerNumber, StoredChunk};
 use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink};
 use crate::units::{ByteRange, ChunkIndex};
@@ -96,7 +97,7 @@ impl Shared {
     /// The life of a worker or filler.
     pub(super) fn work(&self, hand: Hand) {
         if hand != Hand::Worker {
-            give_way();
+            give_way(FILL);
         }
         let mut hands = Hands::default();
         while let Some(run) = self.queue.take(hand, || self.rest(&mut hands)) {
@@ -260,15 +261,6 @@ impl Shared {
 
     fn volume(&self, id: ChunkId) -> Option<&Volume> {
         self.volumes.get(usize::from(id.volume.0))
-    }
-}
-
-/// Has this thread run where the machine's own threads, and those that it waits for, leave processors idle: at a tenth
-/// of their weight, which still is enough to hold the queue's lock for a moment and let go of it.
-fn give_way() {
-    const NICE: i32 = 10;
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-        tracing::debug!(%error, "background fill runs at the priority of everything else");
     }
 }
 

@@ -25,8 +25,9 @@ use crate::state::{MachineName, StateFolder};
 const HELP: &str = "\
 IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it, whose directory
 must be there. A name is lower-case letters and digits, with '.', '_' or '-' between. Memory, disks and devices are saved as
-of one moment. The machine stands while its memory is read, and then goes on as it was: `runnel ps` calls it \"saving\", and
-the last line here (\"pause_ms\" in JSON) says how long that was. Ctrl-C calls it off, and leaves nothing. If this
+of one moment, for which the machine stands some milliseconds: the last line here (\"pause_ms\" in JSON) says how many. It is
+saved while it runs on; what it writes to meanwhile is copied first, into up to 64 MiB of memory, and then into a file beside
+the image. One that was loaded from Firecracker's two files stands until its memory is read. Ctrl-C calls it off, and leaves nothing. If this
 command is killed (SIGKILL), its machine calls it off; an image that was finished by then stays, and is as whole as any
 other.
 
