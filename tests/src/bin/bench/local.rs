@@ -254,7 +254,10 @@ pub(crate) fn touch(vmm: &mut Vmm, start: u64, length: u64, touches: usize) -> i
 }
 
 /// How fast the guest's time stamp counter runs, by the host's clock.
-fn cycles_per_ms(vmm: &mut Vmm) -> io::Result<f64> {
+///
+/// # Errors
+/// When it does not tell.
+pub(crate) fn cycles_per_ms(vmm: &mut Vmm) -> io::Result<f64> {
     const APART: Duration = Duration::from_millis(300);
     let mut read = || -> io::Result<(f64, Instant)> {
         vmm.type_line("tsc")?;

@@ -10,6 +10,7 @@
 mod content;
 mod local;
 mod metrics;
+mod pauses;
 mod process;
 mod remote;
 
@@ -28,10 +29,11 @@ use serde_json::{Value, json};
 use content::RAM_MIB;
 use local::{Bench, IMAGE, Images, TwoFiles};
 use metrics::{Metrics, Samples};
+use pauses::Case;
 use remote::{Names, Remote};
 
 /// What the figures are, for whoever reads the report.
-const MEANINGS: [(&str, &str); 15] = [
+const MEANINGS: [(&str, &str); 19] = [
     (
         "resume_*",
         "API request sent to a monitor that is up, to the end of the first line that the guest begins, which depends on a counter in its RAM; monitors are fresh each time, files in the page cache",
@@ -75,6 +77,22 @@ const MEANINGS: [(&str, &str); 15] = [
     (
         "snapshot_pause_ms",
         "longest silence of a guest that prints all the time",
+    ),
+    (
+        "pause_*_ms",
+        "the longest time between two looks of the guest at its clock during a snapshot, as the guest sees it, faults after the pause included; a word of each page of its RAM is written before; idle: it does nothing else; writing: it writes to page after page as fast as it can",
+    ),
+    (
+        "gap_without_snapshot_*_ms",
+        "the same without a snapshot, in turn with it: what the host's other work costs the guest",
+    ),
+    (
+        "slowdown_*",
+        "pages written to a millisecond without a snapshot, divided by those with one, half a second before and after it included",
+    ),
+    (
+        "dirtied_*_gib",
+        "RAM that the guest wrote to while it was watched",
     ),
     (
         "snapshot_total_ms",
@@ -157,6 +175,18 @@ fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
         content: &content,
     };
     bench.measure(&Images(images.clone()), &mut metrics)?;
+
+    println!("runnel, pauses of machines of 1 and 4 GiB");
+    for (ram_gib, snapshots) in [(1, 5), (4, 3)] {
+        for is_writing in [false, true] {
+            let case = Case {
+                ram_gib,
+                is_writing,
+                snapshots,
+            };
+            bench.pauses(case, &mut metrics)?;
+        }
+    }
 
     let mut host = about_host();
     println!("runnel, on two hosts, 0 ms apart");
@@ -291,6 +321,7 @@ fn aims(metrics: &Metrics, peers: &Value, first_bytes: &Value, round_trip_ms: f6
         "code_and_files_kib": median("vmm_rss_kib") - median("vmm_rss_anonymous_kib"),
     });
     let [warm, cold] = ["resume_remote_20ms_ms", "resume_remote_20ms_cold_ms"];
+    let mut pauses = Vec::new();
     let mut aims = vec![
         (warm, local + 3.0 * round_trip_ms, of_resume(warm)),
         (cold, local + 6.0 * round_trip_ms, of_resume(cold)),
@@ -301,6 +332,21 @@ fn aims(metrics: &Metrics, peers: &Value, first_bytes: &Value, round_trip_ms: f6
         ),
         ("vmm_rss_kib", 6.0 * 1024.0, of_memory),
     ];
+    for gib in [1, 4] {
+        let without = |kind: &str| json!({"without_a_snapshot_ms": median(&format!("gap_without_snapshot_{gib}gib_{kind}_ms"))});
+        pauses.push((format!("pause_{gib}gib_idle_ms"), 10.0, without("idle")));
+        let dirtied = median(&format!("dirtied_{gib}gib_writing_gib"));
+        pauses.push((
+            format!("pause_{gib}gib_writing_ms"),
+            10.0 + 30.0 * dirtied,
+            without("writing"),
+        ));
+    }
+    aims.extend(
+        pauses
+            .iter()
+            .map(|(name, aim, parts)| (name.as_str(), *aim, parts.clone())),
+    );
     let faults = [
         "fault_remote_20ms_p50_ms",
         "fault_remote_20ms_p99_ms",

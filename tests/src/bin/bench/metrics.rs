@@ -67,16 +67,16 @@ fn rounded(value: f64) -> Value {
 /// What was measured of one monitor, by name.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Metrics {
-    samples: BTreeMap<&'static str, Samples>,
+    samples: BTreeMap<String, Samples>,
 }
 
 impl Metrics {
     /// Adds one, and prints it.
-    pub(crate) fn add(&mut self, name: &'static str, samples: Samples) {
+    pub(crate) fn add(&mut self, name: &str, samples: Samples) {
         let [median, min, max] = [0.5, 0.0, 1.0].map(|share| samples.quantile(share));
         let (unit, runs) = (samples.unit, samples.values.len());
         println!("  {name:<42} {median:>10.2} {unit:<8} ({min:.2} to {max:.2}, {runs} runs)");
-        self.samples.insert(name, samples);
+        self.samples.insert(name.to_owned(), samples);
     }
 
     /// The median of one that was added.
@@ -90,7 +90,7 @@ impl Metrics {
     pub(crate) fn to_json(&self) -> Value {
         let all = self.samples.iter();
         Value::Object(
-            all.map(|(name, samples)| ((*name).to_owned(), samples.to_json()))
+            all.map(|(name, samples)| (name.clone(), samples.to_json()))
                 .collect(),
         )
     }

@@ -100,7 +100,15 @@ impl Vmm {
     /// # Errors
     /// When a request fails.
     pub(crate) fn configure(&self, words: &str, initrd: Option<&Path>) -> io::Result<()> {
-        let machine = json!({"vcpu_count": 1, "mem_size_mib": super::content::RAM_MIB});
+        self.configure_with(super::content::RAM_MIB, words, initrd)
+    }
+
+    /// Boots the bare guest with so much RAM.
+    ///
+    /// # Errors
+    /// When a request fails.
+    pub(crate) fn configure_with(&self, ram_mib: u64, words: &str, initrd: Option<&Path>) -> io::Result<()> {
+        let machine = json!({"vcpu_count": 1, "mem_size_mib": ram_mib});
         self.demand("PUT", "/machine-config", &machine)?;
         let mut boot = json!({"kernel_image_path": runnel_tests::bare_guest(), "boot_args": words});
         if let Some(initrd) = initrd {
