@@ -97,6 +97,35 @@ fn a_resumed_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause() 
     }
 }
 
+#[test]
+fn a_guest_whose_writes_find_no_room_waits_for_the_capture_and_is_saved_as_it_was() {
+    const TRIES: usize = 20;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api.sock");
+    let mut machine = Monitor::spawn_at(&socket, |mut command| {
+        command.env("RUNNEL_EARLY_PAGES", "3").spawn()
+    });
+    machine.wait_for_log("Listening on API socket");
+    configure(&machine, 1, "count:1");
+    start(&mut machine);
+    begin(&mut machine, CHURN);
+    let image = folder.path().join("image");
+    let has_waited = (0..TRIES).any(|_| {
+        if image.exists() {
+            fs::remove_dir_all(&image).unwrap();
+        }
+        save(&machine, &image);
+        let line = machine.wait_for_log("Memory is not protected any more");
+        assert!(figure(&line, "pages_kept_in_memory") <= 3, "{line}");
+        figure(&line, "faults_held") > 0
+    });
+    assert!(has_waited, "in {TRIES} snapshots no write ever waited");
+    end(&mut machine, "churn");
+    verified(&image);
+    let mut again = resumed(&image);
+    end(&mut again, "churn");
+}
+
 /// A machine with the drive `disk` at `path`, which listens.
 fn with_disk(path: &Path) -> Monitor {
     File::create(path).unwrap().set_len(16 << 20).unwrap();

@@ -854,12 +854,12 @@ fn a_machine_that_stands_while_it_is_saved_is_said_to_be_saving() {
     let user = User::new();
     let boot = user
         .boot("count:1", &["--detach", "--name", "web"])
-        .env("RUNNEL_HOLD_PHASE", "copying")
+        .env("RUNNEL_HOLD_PHASE", "saving state")
         .output();
     succeeded(boot.unwrap());
     let saving = user.command(&["snapshot", "web", "web"]).spawn().unwrap();
     wait_until("it stands to be saved", || {
-        user.machines()[0]["operation"]["phase"] == "copying"
+        user.machines()[0]["operation"]["phase"] == "saving state"
     });
     assert_eq!(user.state_of("web"), "saving");
     let listed = user.output(&["ps"]);

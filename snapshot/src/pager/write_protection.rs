@@ -27,6 +27,9 @@ use crate::units::{PAGE_SIZE, PageIndex};
 /// Pages that are armed with one call, 2 MiB: some 70 µs, during which a write to any page waits for the lock.
 const ARM_PAGES: u64 = 512;
 
+/// Pages that are let go of together once they are saved, 2 MiB.
+const LET_GO_PAGES: u64 = 512;
+
 /// Pages that are let go of at most when writes follow each other, 64 KiB.
 const WINDOW_MAX: u64 = 16;
 
@@ -74,6 +77,9 @@ struct State {
     counters: ProtectionCounters,
     /// While the memory is captured.
     frozen: Option<Arc<CopyBeforeWrite>>,
+    /// Runs of pages that were saved, and are let go of together: each call costs the guest's processors an interruption.
+    saved: Vec<(u64, u64)>,
+    saved_pages: u64,
     /// Pages whose writers wait for the capture.
     held: BTreeSet<u64>,
     streams: [Stream; STREAMS],
@@ -97,6 +103,8 @@ impl WriteProtection {
                 armed: PageSet::new(pages),
                 counters: ProtectionCounters::default(),
                 frozen: None,
+                saved: Vec::new(),
+                saved_pages: 0,
                 held: BTreeSet::new(),
                 streams: [Stream::default(); STREAMS],
                 next_stream: 0,
@@ -202,6 +210,8 @@ impl WriteProtection {
         let (counters, runs): (_, Vec<_>) = {
             let mut state = self.lock();
             state.frozen = None;
+            state.saved.clear();
+            state.saved_pages = 0;
             (std::mem::take(&mut state.counters), state.armed.runs().collect())
         };
         for (first, count) in runs {
@@ -215,7 +225,11 @@ impl WriteProtection {
     /// The capture has saved these pages.
     fn saved(&self, first: PageIndex, count: u64) {
         let mut state = self.lock();
-        self.let_go(&mut state, first, count);
+        state.saved.push((first.0, count));
+        state.saved_pages += count;
+        if state.saved_pages >= LET_GO_PAGES || !state.held.is_empty() {
+            self.let_go_of_saved(&mut state);
+        }
         // There may be room now for what others wait to have kept.
         while let Some(page) = state.held.first().copied().map(PageIndex) {
             let writable = state
@@ -226,6 +240,17 @@ impl WriteProtection {
                 break;
             }
             self.let_go(&mut state, page, 1);
+        }
+    }
+
+    fn let_go_of_saved(&self, state: &mut State) {
+        state.saved_pages = 0;
+        let mut runs = std::mem::take(&mut state.saved);
+        runs.sort_unstable();
+        for run in runs.chunk_by(|left, right| left.0 + left.1 == right.0) {
+            if let (Some((first, _)), Some((last, count))) = (run.first(), run.last()) {
+                self.let_go(state, PageIndex(*first), last + count - first);
+            }
         }
     }
 

@@ -18,6 +18,9 @@ use crate::pager::{WriteWatch, own_pages};
 /// Holes of a booted machine's memory that are shorter are armed like data: looking at each would take longer.
 const HOLE_PAGES_MIN: u64 = 64;
 
+/// See [`limits`].
+const VARIABLE: &str = "RUNNEL_EARLY_PAGES";
+
 /// Write protection of a running machine's memory, for one snapshot; dropped, nothing is protected any more.
 pub(super) struct Live {
     protection: Arc<WriteProtection>,
@@ -58,7 +61,7 @@ impl Live {
         };
         let live = Self {
             protection,
-            early: Arc::new(EarlyPages::new(EarlyPagesLimits::default(), folder)),
+            early: Arc::new(EarlyPages::new(limits(), folder)),
             own,
         };
         live.protection.arm_ahead(&live.own)?;
@@ -111,6 +114,22 @@ impl Live {
     pub(super) fn holds_writers(&self) -> bool {
         self.protection.held() > 0
     }
+}
+
+/// How much is kept of what is overwritten. In a monitor with debug assertions, [`VARIABLE`] in its environment says how
+/// many pages of memory, without a file: a test can meet writers that wait.
+fn limits() -> EarlyPagesLimits {
+    let pages = if cfg!(debug_assertions) {
+        std::env::var(VARIABLE)
+            .ok()
+            .and_then(|pages| pages.parse::<u64>().ok())
+    } else {
+        None
+    };
+    pages.map_or_else(EarlyPagesLimits::default, |pages| EarlyPagesLimits {
+        memory_bytes: pages.saturating_mul(PAGE_SIZE),
+        file_bytes: 0,
+    })
 }
 
 impl Drop for Live {
