@@ -47,7 +47,7 @@ pub struct AgentArguments {
     #[arg(long, value_name = "DIR")]
     pub drive_pages: Option<PathBuf>,
 
-    /// How much RAM pages of memory may take, with K, M, G or T, and at least 16M. Beyond it chunks are taken out again,
+    /// How much RAM pages of memory may take, with K, M, G or T, and at least 4M. Beyond it chunks are taken out again,
     /// those that no machine needs first, and fetched anew if one does [default: three quarters of what the directory's
     /// file system has room for]
     #[arg(long, value_name = "SIZE", value_parser = parse_quota)]
@@ -189,8 +189,8 @@ fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
     rate.ok_or_else(|| "give bytes a second, without a unit and at least 1, as in 10000000; without --fill-rate there is no limit".to_owned())
 }
 
-/// The smallest quota: several times what the workers of an image write at once.
-const QUOTA_BYTES_MIN: u64 = 16 << 20;
+/// The smallest quota: more than the workers of an image write at once, in chunks of 64 KiB.
+const QUOTA_BYTES_MIN: u64 = 4 << 20;
 
 /// A quota, as somebody writes it.
 fn parse_quota(text: &str) -> Result<u64, String> {
@@ -241,9 +241,9 @@ mod tests {
 
     #[test]
     fn a_quota_is_a_size_of_some_use() {
-        assert_eq!(parse_quota("16M"), Ok(16 << 20));
+        assert_eq!(parse_quota("4M"), Ok(4 << 20));
         assert_eq!(parse_quota("2 GiB"), Ok(2 << 30));
-        for text in ["", "0", "15M", "1.5G", "lots", "99999999999T"] {
+        for text in ["", "0", "3M", "1.5G", "lots", "99999999999T"] {
             assert!(parse_quota(text).unwrap_err().contains("as in 512M"), "{text}");
         }
     }

@@ -270,17 +270,19 @@ fn half_a_chunk_that_a_killed_agent_left_is_fetched_anew() {
     let stored = Stored::new();
     let server = serve(&[&stored.path()]);
     let home = Home::new();
-    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
-    fs::create_dir_all(&folder).unwrap();
-    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    fs::set_permissions(home.path().join("memory"), private).unwrap();
-    // As if it had been killed in the middle of writing.
-    fs::write(folder.join("memory"), &chunk_of(1)[..CHUNK / 3]).unwrap();
-    let _agent = home.start();
+    let agent = home.start();
     let machine = home.machine(&format!("http://{}/web", server.address())).unwrap();
-    machine.ask(&[0]);
-    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
-    assert!(machine.has(0, 1));
+    machine.gets(3);
+    agent.stop();
+    // As if it had been killed in the middle of writing.
+    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
+    let path = folder.join("memory");
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&chunk_of(1)[..CHUNK / 3], 0).unwrap();
+    let _agent = home.start();
+    machine.gets(0);
+    assert!(machine.has(0, 1) && machine.has(3, 2));
 }
 
 #[test]

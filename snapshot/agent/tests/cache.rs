@@ -272,6 +272,29 @@ fn what_an_agent_inherits_counts_against_its_quota_and_is_looked_at_before_it_is
     assert!(is_in(&home, &image, 4), "what somebody has asked for");
 }
 
+#[test]
+fn an_image_that_is_removed_in_use_says_what_to_do_and_goes_on_when_that_was_done() {
+    let stored = Stored::new();
+    let removed = registry(&stored, |_, _| Reply::status("404 Not Found", &[]));
+    let home = Home::new();
+    let agent = home.start();
+    let url = format!("{}/web", removed.base());
+    let machine = home.machine(&url).unwrap();
+    machine.ask(&[0]);
+    let failure = machine.answer().1.unwrap_err();
+    assert!(!failure.transient, "{failure}");
+    for what in [
+        url.as_str(),
+        "removed in use: copy it there again, or resume it from another place",
+    ] {
+        assert!(failure.reason.contains(what), "{failure}");
+    }
+    assert!(agent.status().images[0].trouble.is_some());
+    let _other = home.machine(stored.path().to_str().unwrap()).unwrap();
+    machine.gets(0);
+    assert!(machine.has(0, 1));
+}
+
 fn is_root(what: &str) -> bool {
     if rustix::process::geteuid().is_root() {
         return true;

@@ -22,6 +22,7 @@ mod line;
 mod pages;
 mod places;
 mod settings;
+mod view;
 
 pub use pages::PagesError;
 pub use settings::{AgentSettings, UNUSED_AFTER};

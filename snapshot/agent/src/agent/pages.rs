@@ -19,6 +19,8 @@ use runnel_snapshot::source::PageFileLayout;
 use runnel_snapshot::volume::VolumeName;
 use rustix::fs::FlockOperation;
 
+use super::view::ReadOnlyView;
+
 /// Why the agent's directories cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
@@ -60,6 +62,8 @@ pub(super) struct PageFolders {
 #[derive(Debug)]
 struct Folder {
     path: PathBuf,
+    /// Through which monitors get page files, if there is one.
+    view: Option<ReadOnlyView>,
     _lock: File,
     /// Whether it was not there before.
     is_new: bool,
@@ -101,9 +105,12 @@ impl PageFolders {
         volume: &VolumeName,
         layout: PageFileLayout,
     ) -> Result<PageFile, SourceError> {
-        let folder = self.folder_of(volume).join(image.hex());
+        let its_folder = self.of(volume);
+        let name = Path::new(&image.hex()).join(file_name(volume));
+        let folder = its_folder.path.join(image.hex());
         make_private(&folder)
-            .and_then(|()| PageFile::named(&folder.join(file_name(volume)), layout))
+            .and_then(|()| PageFile::named(&its_folder.path.join(&name), layout))
+            .and_then(|file| its_folder.guard(file, &name))
             .map_err(|source| SourceError::PageFile {
                 volume: volume.clone(),
                 bytes: layout.volume_bytes,
@@ -114,9 +121,13 @@ impl PageFolders {
 
     /// Where page files of such a volume lie, those of each image in a folder of their own.
     pub(super) fn folder_of(&self, volume: &VolumeName) -> PathBuf {
+        self.of(volume).path.clone()
+    }
+
+    fn of(&self, volume: &VolumeName) -> &Folder {
         match volume {
-            VolumeName::Memory => self.memory.path.clone(),
-            VolumeName::Drive(_) => self.drive_folder(),
+            VolumeName::Memory => &self.memory,
+            VolumeName::Drive(_) => self.drives(),
         }
     }
 
@@ -137,7 +148,9 @@ impl PageFolders {
                     let Some(volume) = entry.file_name().to_str().and_then(volume_of) else {
                         continue;
                     };
-                    match PageFile::left(&entry.path()) {
+                    let name = Path::new(&image.hex()).join(entry.file_name());
+                    let file = PageFile::left(&entry.path());
+                    match file.and_then(|file| file.map(|file| folder.guard(file, &name)).transpose()) {
                         Ok(Some(file)) => left.push((image, volume, file)),
                         Ok(None) => {}
                         Err(error) => {
@@ -184,6 +197,14 @@ impl PageFolders {
 }
 
 impl Folder {
+    /// Has monitors get a page file of this folder, `name`, through its view.
+    fn guard(&self, file: PageFile, name: &Path) -> io::Result<PageFile> {
+        match &self.view {
+            Some(view) => file.handed_out_as(view.open(name)?),
+            None => Ok(file),
+        }
+    }
+
     fn take(path: &Path) -> Result<Self, PagesError> {
         for _ in 1..ATTEMPTS_MAX {
             match Self::try_take(path) {
@@ -229,6 +250,7 @@ impl Folder {
             return Err(failed("locking", &file)(io::ErrorKind::NotFound.into()));
         }
         Ok(Self {
+            view: ReadOnlyView::of(path),
             path: path.clone(),
             _lock: lock,
             is_new,

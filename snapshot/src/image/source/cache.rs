@@ -95,10 +95,21 @@ impl Volume {
             written = self.pages.put(plain, spot, is_fill);
         }
         self.room.tried(&written, Instant::now());
-        written.map_err(FetchError::PageFile)?;
+        written.map_err(|error| self.not_kept(error))?;
         self.present.insert(spot.chunk);
         self.cache.keeps(digest, &self.pages, spot.chunk);
         Ok(())
+    }
+
+    /// What a chunk that cannot be kept is told with: where to make room, if that is why.
+    pub(super) fn not_kept(&self, error: io::Error) -> FetchError {
+        FetchError::PageFile(match self.pages.folder().filter(|_| is_no_room(&error)) {
+            Some(folder) => {
+                let message = format!("{error}: make room in {}", folder.display());
+                io::Error::new(error.kind(), message)
+            }
+            None => error,
+        })
     }
 
     /// Whether the chunk is in the page file since an earlier process put it there.

@@ -199,7 +199,8 @@ impl Shared {
         let bytes = last.frame.start + last.frame.len - start;
         let found = self.volume(*first).ok_or(FetchError::NoVolume);
         let found = found.and_then(|volume| {
-            volume.room.check(Instant::now()).map_err(FetchError::PageFile)?;
+            let room = volume.room.check(Instant::now());
+            room.map_err(|error| volume.not_kept(error))?;
             Ok((volume, volume.layer(number)?))
         });
         let (volume, layer) = match found {

@@ -7,7 +7,7 @@ use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,6 +31,8 @@ pub struct PageFile {
     read_only: Arc<File>,
     /// Whether there may be chunks in it already, written by nobody knows whom.
     inherited: AtomicBool,
+    /// Where it has a name.
+    folder: Option<PathBuf>,
     /// What it takes to take chunks out again: of one with a name.
     kept: Option<Kept>,
 }
@@ -63,18 +65,24 @@ impl PageFile {
     fn unnamed(writable: File, bytes: u64) -> io::Result<Self> {
         // Whole pages, so that the last one can be mapped.
         writable.set_len(bytes.next_multiple_of(PAGE_SIZE))?;
-        Self::of(writable, false, None)
+        Self::of(writable, false, None, None)
     }
 
     /// The page file at `path`, made if it is not there. What is in it is looked at, chunk by chunk, before it counts.
+    /// One without marks is not gone on with: who reads it may not look for any.
     ///
     /// # Errors
     /// When it is no regular file, or cannot be made.
     pub fn named(path: &Path, layout: PageFileLayout) -> io::Result<Self> {
-        let file = open_named(path, OFlags::CREATE)?;
-        let inherited = file.metadata()?.len() > 0;
+        let mut file = open_named(path, OFlags::CREATE)?;
+        let mut inherited = file.metadata()?.len() > 0;
+        if inherited && PageFileLayout::read(&file)? != Some(layout) {
+            std::fs::remove_file(path)?;
+            file = open_named(path, OFlags::CREATE | OFlags::EXCL)?;
+            inherited = false;
+        }
         let kept = Kept::new(&file, layout)?;
-        Self::of(file, inherited, Some(kept))
+        Self::of(file, inherited, path.parent(), Some(kept))
     }
 
     /// The page file at `path` that an earlier process left, whatever its volume is; `None` if it is none.
@@ -87,17 +95,33 @@ impl PageFile {
             return Ok(None);
         };
         let kept = Kept::new(&file, layout)?;
-        Self::of(file, true, Some(kept)).map(Some)
+        Self::of(file, true, path.parent(), Some(kept)).map(Some)
     }
 
-    fn of(writable: File, inherited: bool, kept: Option<Kept>) -> io::Result<Self> {
+    fn of(writable: File, inherited: bool, folder: Option<&Path>, kept: Option<Kept>) -> io::Result<Self> {
         // A second open file, not a duplicate: that one could write.
         let read_only = Arc::new(File::open(format!("/proc/self/fd/{}", writable.as_raw_fd()))?);
         Ok(Self {
             writable,
             read_only,
             inherited: AtomicBool::new(inherited),
+            folder: folder.map(Path::to_owned),
             kept,
+        })
+    }
+
+    /// Has others get it as `read_only`, which is the same file, opened in a way that leads to no writing.
+    ///
+    /// # Errors
+    /// When it is another file.
+    pub fn handed_out_as(self, read_only: File) -> io::Result<Self> {
+        let (one, other) = (self.writable.metadata()?, read_only.metadata()?);
+        if (one.dev(), one.ino()) != (other.dev(), other.ino()) {
+            return Err(io::Error::other("somebody has put another file in its place"));
+        }
+        Ok(Self {
+            read_only: Arc::new(read_only),
+            ..self
         })
     }
 
@@ -145,6 +169,11 @@ impl PageFile {
     pub fn has_chunks(&self) -> bool {
         let end = self.layout().map_or(0, |layout| layout.volume_bytes);
         next_data(&self.writable, 0).is_some_and(|next| next < end)
+    }
+
+    /// Where it lies, if it has a name: what it is handed out as may not tell.
+    pub(super) fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
     }
 
     /// Bytes that it takes on its file system.
@@ -363,6 +392,21 @@ mod tests {
         assert_eq!(file.take_out(1 << 30, TakeOut::Unused), CHUNK + 4096);
         assert_eq!(file.allocated_bytes(), empty);
         assert_eq!(out(), [true; 3]);
+    }
+
+    #[test]
+    fn one_without_marks_is_left_to_those_who_read_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("drive");
+        std::fs::write(&path, vec![7; CHUNK as usize]).unwrap();
+        let read = File::open(&path).unwrap();
+        assert!(PageFile::left(&path).unwrap().is_none());
+        let file = PageFile::named(&path, layout()).unwrap();
+        file.put(&vec![8; CHUNK as usize], spot(0), false).unwrap();
+        assert_eq!(file.take_out(1, TakeOut::Unused), CHUNK);
+        let mut seen = vec![0; CHUNK as usize];
+        read.read_exact_at(&mut seen, 0).unwrap();
+        assert_eq!(seen, vec![7; CHUNK as usize]);
     }
 
     #[test]
