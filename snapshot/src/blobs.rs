@@ -28,7 +28,10 @@ impl fmt::Display for Blob {
 #[derive(Debug, thiserror::Error)]
 pub enum BlobError {
     /// The store does not have it.
-    #[error("blob {digest} is not in {store}: copy the image again, it is incomplete")]
+    #[error(
+        "blob {digest} is not in {store}: the image is incomplete there, or was removed in use: copy it there again, or \
+         resume it from another place"
+    )]
     Missing {
         /// Which blob.
         digest: BlobDigest,

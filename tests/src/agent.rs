@@ -37,6 +37,12 @@ impl AgentFolders {
         self.folder.path().join("agent.sock")
     }
 
+    /// Where pages of memory lie.
+    #[must_use]
+    pub fn memory_pages(&self) -> PathBuf {
+        self.shared.path().join("pages")
+    }
+
     /// An agent to be started with these folders and `arguments`.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {
@@ -46,9 +52,7 @@ impl AgentFolders {
     fn command_at(&self, socket: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(program("runnel-agent"));
         command.arg("--socket").arg(socket);
-        command
-            .arg("--memory-pages")
-            .arg(self.shared.path().join("pages"));
+        command.arg("--memory-pages").arg(self.memory_pages());
         command
             .arg("--drive-pages")
             .arg(self.folder.path().join("drives"));

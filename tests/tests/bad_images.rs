@@ -452,6 +452,7 @@ fn a_layer_that_is_gone_stalls_the_machine_which_goes_on_when_it_is_there_again(
     assert_eq!(stalled["volume"], "memory", "{stalled}");
     assert!(stalled["chunk"].is_u64(), "{stalled}");
     assert!(reason.contains(&layer.hex()), "{reason}");
+    assert!(reason.contains("removed in use: copy it there again"), "{reason}");
     assert_eq!(stalled["needs_repair"], true, "{stalled}");
     fs::rename(&aside, &path).unwrap();
     hear(&mut machine, "checkfill=right");

@@ -627,6 +627,20 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
         status["images"][0]["bytes_received"].as_u64().unwrap() > 0,
         "{status}"
     );
+    let memory = &status["cache"]["memory"];
+    let bytes = |what: &str| memory[what].as_u64().unwrap();
+    assert!(
+        0 < bytes("bytes") && bytes("bytes") < bytes("bytes_max"),
+        "{memory}"
+    );
+    assert!(
+        status["images"][0]["bytes_kept"].as_u64().unwrap() > 0,
+        "{status}"
+    );
+    let told = user.output(&["agent", "status"]);
+    for what in ["KEPT", "SAVED", "pages of memory take ", "pages of drives take "] {
+        assert!(told.contains(what), "{told}");
+    }
     signal(server.id(), "TERM");
     assert!(server.wait().unwrap().success());
     user.output(&["agent", "--stop"]);

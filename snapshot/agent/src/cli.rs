@@ -47,6 +47,16 @@ pub struct AgentArguments {
     #[arg(long, value_name = "DIR")]
     pub drive_pages: Option<PathBuf>,
 
+    /// How much RAM pages of memory may take, with K, M, G or T, and at least 4M. Beyond it chunks are taken out again,
+    /// those that no machine needs first, and fetched anew if one does [default: three quarters of what the directory's
+    /// file system has room for]
+    #[arg(long, value_name = "SIZE", value_parser = parse_quota)]
+    pub memory_quota: Option<u64>,
+
+    /// How much disk pages of drives may take, likewise [default: half of what the directory's file system has room for]
+    #[arg(long, value_name = "SIZE", value_parser = parse_quota)]
+    pub drive_quota: Option<u64>,
+
     /// Certificates of the authorities to trust, in PEM, in place of the system's
     #[arg(long, value_name = "FILE")]
     pub tls_ca: Option<PathBuf>,
@@ -104,6 +114,8 @@ impl AgentArguments {
             },
             fill_bytes_per_second: self.fill_rate,
             unused_after: Duration::from_secs(self.keep_unused),
+            memory_quota: self.memory_quota,
+            drive_quota: self.drive_quota,
             ..AgentSettings::new(socket, memory, drives)
         })
     }
@@ -177,6 +189,33 @@ fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
     rate.ok_or_else(|| "give bytes a second, without a unit and at least 1, as in 10000000; without --fill-rate there is no limit".to_owned())
 }
 
+/// The smallest quota: more than the workers of an image write at once, in chunks of 64 KiB.
+const QUOTA_BYTES_MIN: u64 = 4 << 20;
+
+/// A quota, as somebody writes it.
+fn parse_quota(text: &str) -> Result<u64, String> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let shift = match text[end..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => Some(0),
+        "k" | "kib" => Some(10),
+        "m" | "mib" => Some(20),
+        "g" | "gib" => Some(30),
+        "t" | "tib" => Some(40),
+        _ => None,
+    };
+    let number: Option<u64> = text[..end].parse().ok();
+    number
+        .zip(shift)
+        .and_then(|(number, shift)| number.checked_mul(1 << shift))
+        .filter(|bytes| *bytes >= QUOTA_BYTES_MIN)
+        .ok_or_else(|| {
+            format!(
+                "give at least {}M, as in 512M or 20G (powers of 1024)",
+                QUOTA_BYTES_MIN >> 20
+            )
+        })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,6 +237,15 @@ mod tests {
             "{refused}"
         );
         assert!(!folder.path().join("nope").exists());
+    }
+
+    #[test]
+    fn a_quota_is_a_size_of_some_use() {
+        assert_eq!(parse_quota("4M"), Ok(4 << 20));
+        assert_eq!(parse_quota("2 GiB"), Ok(2 << 30));
+        for text in ["", "0", "3M", "1.5G", "lots", "99999999999T"] {
+            assert!(parse_quota(text).unwrap_err().contains("as in 512M"), "{text}");
+        }
     }
 
     #[test]

@@ -5,9 +5,7 @@
 mod wire;
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::FileExt;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex};
@@ -19,6 +17,7 @@ use runnel_snapshot::protocol::{self, ConnectError};
 use runnel_snapshot::source::{Arrived, PageSource, Urgency};
 use wire::fixture::{CHUNK, chunk_of};
 use wire::host::{Home, LONG, ids, registry, registry_at_times};
+use wire::program::Program;
 use wire::scripted::Reply;
 use wire::{Stored, serve};
 
@@ -235,54 +234,6 @@ fn a_new_agent_goes_on_with_the_same_files_and_is_asked_again() {
     assert_eq!(asked.load(Ordering::SeqCst), fetched);
 }
 
-/// The agent as a program.
-struct Program(Child);
-
-impl Program {
-    fn start(home: &Home) -> Self {
-        Self::start_by(Command::new(env!("CARGO_BIN_EXE_runnel-agent")), home)
-    }
-
-    /// With a file system of that size, its alone, for pages of memory.
-    fn start_with_little_room(home: &Home, size: &str) -> Self {
-        let memory = home.path().join("memory");
-        fs::create_dir(&memory).unwrap();
-        let mut mounting = Command::new("unshare");
-        mounting.args(["--mount", "sh", "-ec"]);
-        mounting.arg(format!(
-            "mount -t tmpfs -o size={size},mode=700 none \"$0\"; exec \"$@\""
-        ));
-        mounting.arg(&memory).arg(env!("CARGO_BIN_EXE_runnel-agent"));
-        Self::start_by(mounting, home)
-    }
-
-    fn start_by(mut command: Command, home: &Home) -> Self {
-        let folder = |name: &str| home.path().join(name);
-        let child = command
-            .arg("--socket")
-            .arg(home.socket())
-            .arg("--memory-pages")
-            .arg(folder("memory"))
-            .arg("--drive-pages")
-            .arg(folder("drives"))
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let program = Self(child);
-        while !protocol::is_answering(&home.socket()) {
-            std::thread::yield_now();
-        }
-        program
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
-}
-
 #[test]
 fn what_was_asked_of_a_killed_agent_comes_from_the_next_one() {
     let stored = Stored::new();
@@ -315,67 +266,23 @@ fn what_was_asked_of_a_killed_agent_comes_from_the_next_one() {
 }
 
 #[test]
-fn what_cannot_be_kept_is_named_and_not_fetched_again_and_again() {
-    if !rustix::process::geteuid().is_root() {
-        assert!(
-            std::env::var_os("RUNNEL_LAB").is_none_or(|lab| lab != "full"),
-            "a full page folder needs root to be tested"
-        );
-        writeln!(
-            std::io::stderr(),
-            "skipped: a full page folder needs root to be tested"
-        )
-        .unwrap(); // past the test harness, which keeps back what is printed
-        return;
-    }
-    let stored = Stored::new();
-    let fetched = Arc::new(AtomicUsize::new(0));
-    let fetching = Arc::clone(&fetched);
-    let server = registry(&stored, move |request, bytes| {
-        fetching.fetch_add(1, Ordering::SeqCst);
-        Reply::part(request, bytes)
-    });
-    let home = Home::new();
-    // Room for one chunk, and for where the image was found.
-    let _agent = Program::start_with_little_room(&home, "96k");
-    let machine = home.machine(&format!("{}/web", server.base())).unwrap();
-    machine.ask(&[0]);
-    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
-
-    for _ in 0..10 {
-        machine.ask(&[3]);
-        let failure = machine.answer().1.unwrap_err();
-        assert!(
-            failure.transient && failure.reason.contains("No space left"),
-            "{failure}"
-        );
-    }
-    let fetched = fetched.load(Ordering::SeqCst);
-    assert!(fetched < 10, "{fetched} times");
-    let status = protocol::status(&home.socket(), LONG).unwrap();
-    let unkept = status.images[0].unkept.as_deref().unwrap();
-    let memory = home.path().join("memory");
-    let expected = format!("memory in {}: No space left", memory.display());
-    assert!(unkept.starts_with(&expected), "{unkept}");
-    assert_eq!(status.images[0].trouble, None);
-}
-
-#[test]
 fn half_a_chunk_that_a_killed_agent_left_is_fetched_anew() {
     let stored = Stored::new();
     let server = serve(&[&stored.path()]);
     let home = Home::new();
-    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
-    fs::create_dir_all(&folder).unwrap();
-    let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-    fs::set_permissions(home.path().join("memory"), private).unwrap();
-    // As if it had been killed in the middle of writing.
-    fs::write(folder.join("memory"), &chunk_of(1)[..CHUNK / 3]).unwrap();
-    let _agent = home.start();
+    let agent = home.start();
     let machine = home.machine(&format!("http://{}/web", server.address())).unwrap();
-    machine.ask(&[0]);
-    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
-    assert!(machine.has(0, 1));
+    machine.gets(3);
+    agent.stop();
+    // As if it had been killed in the middle of writing.
+    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
+    let path = folder.join("memory");
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&chunk_of(1)[..CHUNK / 3], 0).unwrap();
+    let _agent = home.start();
+    machine.gets(0);
+    assert!(machine.has(0, 1) && machine.has(3, 2));
 }
 
 #[test]

@@ -79,12 +79,11 @@ impl OverImage {
             });
             self.fetcher.prefetch(&ahead.collect::<Vec<_>>());
         }
-        match self.fetcher.wait_unless(id, &*self.is_cancelled)? {
+        let wait = || self.fetcher.wait_unless(id, &*self.is_cancelled);
+        let read = || self.base.read_exact_at(into, offset);
+        match self.fetcher.read_held(id, wait, read)? {
             Arrived::Zero => Ok(Found::Zero),
-            Arrived::Data => {
-                self.base.read_exact_at(into, offset)?;
-                Ok(Found::Data)
-            }
+            Arrived::Data => Ok(Found::Data),
         }
     }
 }

@@ -220,6 +220,32 @@ impl Overlay {
         runs
     }
 
+    fn cut_into_chunks(&self, run: ByteRange) -> impl Iterator<Item = ByteRange> {
+        let (size, end) = (self.about.chunk_size, run.start + run.len);
+        let mut start = run.start;
+        std::iter::from_fn(move || {
+            let next = ((size.chunk_holding(start).0 + 1) * size.bytes()).min(end);
+            let len = next.checked_sub(start).filter(|len| *len > 0)?;
+            let part = ByteRange { start, len };
+            start = next;
+            Some(part)
+        })
+    }
+
+    /// Reads a part of one chunk of the image.
+    fn read_base(&self, part: ByteRange, into: &[GuestSlice<'_>]) -> io::Result<()> {
+        let id = ChunkId {
+            volume: self.volume,
+            chunk: self.about.chunk_size.chunk_holding(part.start),
+        };
+        let read = || guest_io::read_slices_at(&self.base, part.start, into);
+        match self.fetcher.read_held(id, || self.fetcher.wait(id), read)? {
+            Arrived::Data => Ok(()),
+            // There is a hole in its place.
+            Arrived::Zero => guest_io::read_slices_at(&self.base, part.start, into),
+        }
+    }
+
     /// Makes the blocks that `range` covers only in part the overlay's, so that the part around it is not lost.
     fn take_over_edges(&self, range: ByteRange) -> io::Result<()> {
         let end = range.start + range.len;
@@ -242,12 +268,11 @@ impl Overlay {
             volume: self.volume,
             chunk: self.about.chunk_size.chunk_holding(block.offset()),
         };
-        let what = self.fetcher.wait(id)?;
         let mut bytes = [0; PAGE_SIZE as usize];
         let bytes = &mut bytes[..len as usize];
-        if what == Arrived::Data {
-            self.base.read_exact_at(bytes, block.offset())?;
-        }
+        let wait = || self.fetcher.wait(id);
+        let read = || self.base.read_exact_at(bytes, block.offset());
+        self.fetcher.read_held(id, wait, read)?;
         self.keep(block.offset(), || self.own.write_all_at(bytes, block.offset()))?;
         self.written().insert_run(block, 1);
         Ok(())
@@ -308,8 +333,14 @@ impl BlockStore for Overlay {
         self.await_base(range)?;
         let mut slices = guest_io::Cursor::new(into);
         for (own, run) in self.runs(range) {
-            let from = if own { &*self.own } else { &*self.base };
-            guest_io::read_slices_at(from, run.start, &slices.take(run.len))?;
+            if own {
+                guest_io::read_slices_at(&self.own, run.start, &slices.take(run.len))?;
+                continue;
+            }
+            // The image's chunks one by one: each may be taken out of the page file on its own.
+            for part in self.cut_into_chunks(run) {
+                self.read_base(part, &slices.take(part.len))?;
+            }
         }
         Ok(())
     }

@@ -10,19 +10,24 @@
 //! ```
 //!
 //! One fetcher serves a whole machine: its memory through [`MemoryPager`](super::MemoryPager), its drives through
-//! overlays that block in [`Fetcher::wait`].
+//! overlays that block in [`Fetcher::wait`]. That a chunk has arrived says that it was in the page file at some time: who
+//! maps it learns from the kernel whether it still is, and who reads it does so through [`Fetcher::read_held`].
 
 mod fill;
+mod held;
 mod queue;
 mod report;
 mod room;
 mod settings;
 
+use std::fs::File;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+use crate::source::{
+    Arrived, ChunkFailure, ChunkId, ChunkSink, Marks, PageSource, SourceVolume, Urgency, VolumeId,
+};
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
 
@@ -45,6 +50,8 @@ struct Volume {
     about: SourceVolume,
     /// `ABSENT`, `DATA` or `ZERO`, one a chunk; read without a lock on the fault path.
     chunks: Vec<AtomicU8>,
+    /// What was taken out of the page file; `None` where nothing ever is.
+    marks: Option<Marks>,
     on_arrival: OnceLock<ArrivalHook>,
 }
 
@@ -66,9 +73,11 @@ impl Fetcher {
     /// so that a resume's first chunks have the link to themselves.
     ///
     /// # Errors
-    /// When the thread cannot be started.
+    /// When a page file cannot be used, or the thread cannot be started.
     pub fn start(source: Arc<dyn PageSource>, settings: FetcherSettings) -> std::io::Result<Arc<Self>> {
-        let volumes = source.volumes().iter().map(Volume::new).collect();
+        let volumes = (0..).zip(source.volumes());
+        let volumes = volumes.map(|(id, about)| Volume::new(about, &source.page_file(VolumeId(id))));
+        let volumes = volumes.collect::<std::io::Result<_>>()?;
         let work = Arc::<Work>::default();
         let fetcher = Arc::new(Self {
             source: source.clone(),
@@ -498,13 +507,14 @@ impl Drop for Fetcher {
 }
 
 impl Volume {
-    fn new(about: &SourceVolume) -> Self {
+    fn new(about: &SourceVolume, page_file: &File) -> std::io::Result<Self> {
         let chunks = about.chunk_size.chunks_in(about.bytes);
-        Self {
+        Ok(Self {
             about: about.clone(),
             chunks: (0..chunks).map(|_| AtomicU8::new(ABSENT)).collect(),
+            marks: Marks::of(page_file, about.layout())?,
             on_arrival: OnceLock::new(),
-        }
+        })
     }
 }
 

@@ -20,7 +20,7 @@ use crate::units::{ChunkIndex, ChunkSize};
 use crate::volume::VolumeName;
 
 /// The version of this protocol.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The longest message. It leaves room in a socket's default buffer (208 KiB) for several.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
@@ -86,6 +86,29 @@ pub struct AgentStatus {
     pub process: u32,
     /// Its images.
     pub images: Vec<ImageStatus>,
+    /// What their page files take, and may.
+    #[serde(default)]
+    pub cache: CacheStatus,
+}
+
+/// What an agent's page files take, and may.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// Those of memory.
+    pub memory: PoolStatus,
+    /// Those of drives.
+    pub drives: PoolStatus,
+}
+
+/// Page files of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// Bytes that they take.
+    pub bytes: u64,
+    /// Bytes that they may take.
+    pub bytes_max: u64,
+    /// Bytes that were taken out of them to make room, since the agent started.
+    pub bytes_evicted: u64,
 }
 
 /// One of an agent's images.
@@ -101,6 +124,15 @@ pub struct ImageStatus {
     pub bytes_received: u64,
     /// Bytes that went out for it.
     pub bytes_sent: u64,
+    /// Bytes that its page files take.
+    #[serde(default)]
+    pub bytes_kept: u64,
+    /// Chunks that were copied from page files of other images, and not fetched.
+    #[serde(default)]
+    pub chunks_copied: u64,
+    /// Bytes, as the image stores them, that were not fetched for these.
+    #[serde(default)]
+    pub bytes_saved: u64,
     /// Each place in which the last read of it failed, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<String>,
@@ -434,7 +466,7 @@ mod tests {
             urgency in prop::sample::select(vec![Urgency::Fill, Urgency::Soon, Urgency::Demand]),
             image in ".{0,40}",
         ) {
-            let hello = Hello { protocol: 1, image, digest: None, machine: "m".into() };
+            let hello = Hello { protocol: PROTOCOL_VERSION, image, digest: None, machine: "m".into() };
             let messages =
                 [FromMonitor::Hello(hello), FromMonitor::Ask(urgency, chunks.clone()), FromMonitor::Cancel(chunks)];
             for message in messages {
@@ -500,12 +532,16 @@ mod tests {
             machines: u64::MAX,
             bytes_received: u64::MAX,
             bytes_sent: u64::MAX,
+            bytes_kept: u64::MAX,
+            chunks_copied: u64::MAX,
+            bytes_saved: u64::MAX,
             trouble: Some("\"".repeat(4000)),
             unkept: Some("\"".repeat(4000)),
         };
         let status = FromAgent::Status(AgentStatus {
             process: 1,
             images: vec![image; 1000],
+            cache: CacheStatus::default(),
         });
         let bytes = status.to_bytes();
         assert!(bytes.len() <= MESSAGE_BYTES_MAX);
@@ -524,12 +560,16 @@ mod tests {
             machines: 1,
             bytes_received: 1,
             bytes_sent: 1,
+            bytes_kept: 1,
+            chunks_copied: 1,
+            bytes_saved: 1,
             trouble: Some(trouble.clone()),
             unkept: None,
         };
         let status = FromAgent::Status(AgentStatus {
             process: 1,
             images: vec![image; 3],
+            cache: CacheStatus::default(),
         });
         let FromAgent::Status(read) = FromAgent::parse(&status.to_bytes()).unwrap() else {
             panic!()

@@ -23,6 +23,9 @@
 //! `Arrived` is sent. After a reconnection the page files must be the same files; that is what the agent's page
 //! directory is for.
 //!
+//! A chunk that has arrived may be taken out of its page file again, at any time and without a message: who reads page
+//! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused.
+//!
 //! **Versions.** `Hello` names the protocol's version; an agent that does not speak it refuses with the versions that it
 //! does. Fields may be added to the JSON of `Hello`, `Opened` and `Refused` within a version; a new message or another
 //! layout of an old one is a new version.
@@ -36,7 +39,7 @@ mod socket;
 
 pub use client::{AgentSource, ConnectError, Opening, is_answering, status};
 pub use message::{
-    AgentStatus, BadMessage, CHUNKS_MAX, FromAgent, FromMonitor, Hello, ImageStatus, MESSAGE_BYTES_MAX,
-    Opened, OpenedVolume, PROTOCOL_VERSION, Refused, VOLUMES_MAX,
+    AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus,
+    MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused, VOLUMES_MAX,
 };
 pub use socket::{PacketListener, PacketSocket};

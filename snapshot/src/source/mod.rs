@@ -6,6 +6,10 @@ use std::sync::Arc;
 use crate::units::{ByteRange, ChunkIndex, ChunkSize};
 use crate::volume::VolumeName;
 
+pub(crate) mod marks;
+
+pub use marks::{Mark, Marks, PageFileLayout};
+
 /// A volume that a [`PageSource`] can deliver.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceVolume {
@@ -18,6 +22,15 @@ pub struct SourceVolume {
 }
 
 impl SourceVolume {
+    /// Where everything is in its page file, if that has marks.
+    #[must_use]
+    pub fn layout(&self) -> PageFileLayout {
+        PageFileLayout {
+            volume_bytes: self.bytes,
+            chunk_size: self.chunk_size,
+        }
+    }
+
     /// The bytes that `chunk` covers; empty if it lies outside.
     #[must_use]
     pub fn range_of(&self, chunk: ChunkIndex) -> ByteRange {
@@ -80,7 +93,9 @@ pub trait ChunkSink: Send + Sync {
 /// «Give me these chunks»: an image directory, an agent, later a live machine.
 ///
 /// Chunks appear in one *page file* a volume, at their own offset; a chunk is verified before any byte of it is
-/// visible there. The page file is opened for reading alone, and other machines may map the same one.
+/// visible there. The page file is opened for reading alone, and other machines may map the same one. A chunk that has
+/// arrived may be taken out again, to make room: who maps the file is told by the next fault, and who reads it looks at
+/// its [`Marks`], and asks again.
 pub trait PageSource: Send + Sync {
     /// The volumes, in the order that [`VolumeId`] counts.
     fn volumes(&self) -> &[SourceVolume];

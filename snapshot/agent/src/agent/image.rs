@@ -14,7 +14,7 @@ use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
-use runnel_snapshot::image::source::{ImageSource, SourceError};
+use runnel_snapshot::image::source::{HostCache, ImageSource, SourceError};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::index::IndexError;
 use runnel_snapshot::protocol::{ImageStatus, Opened, OpenedVolume, VOLUMES_MAX};
@@ -23,6 +23,7 @@ use runnel_snapshot::state::{MachineState, StateError};
 use runnel_snapshot::volume::VolumeName;
 use rustix::fs::{MemfdFlags, SealFlags};
 
+use super::cache::Cache;
 use super::fan_out::{FanOut, MachineNumber};
 use super::line::Line;
 use super::pages::PageFolders;
@@ -106,6 +107,7 @@ impl FoundImage {
 pub(super) struct OpenImage {
     digest: BlobDigest,
     places: Arc<Places>,
+    cache: Arc<Cache>,
     source: ImageSource,
     waiting: Arc<FanOut>,
     /// Held while chunks are asked for or let go, with the table of who waits for them: so that nobody lets go of
@@ -126,6 +128,7 @@ impl OpenImage {
     pub(super) fn open(
         found: FoundImage,
         folders: &PageFolders,
+        cache: &Arc<Cache>,
         settings: &AgentSettings,
     ) -> Result<Arc<Self>, OpenError> {
         let FoundImage {
@@ -143,8 +146,12 @@ impl OpenImage {
         let first_chunks = MachineState::decode(&state)?.first_chunks;
         let places = Arc::new(Places::new(place, folders.places_of(&digest)));
         image.store = Arc::clone(&places) as _;
-        let make_page_file = |volume: &_, bytes| folders.page_file(&digest, volume, bytes);
-        let source = ImageSource::with_page_files(&image, &how, &make_page_file)?;
+        let make_page_file = |volume: &_, layout| {
+            let make = || folders.page_file(&digest, volume, layout);
+            cache.page_file(&digest, volume, layout, make)
+        };
+        let host_cache: Arc<dyn HostCache> = Arc::clone(cache) as _;
+        let source = ImageSource::with_page_files(&image, &how, &make_page_file, &host_cache)?;
         places.write_down();
         source.learn(&first_chunks);
         let waiting = Arc::new(FanOut::default());
@@ -164,6 +171,7 @@ impl OpenImage {
         let open = Arc::new(Self {
             digest,
             places,
+            cache: Arc::clone(cache),
             waiting,
             asking: Mutex::new(()),
             first: first.iter().copied().collect(),
@@ -279,12 +287,16 @@ impl OpenImage {
     /// What there is to say of it.
     pub(super) fn status(&self) -> ImageStatus {
         let (bytes_received, bytes_sent) = self.places.bytes();
+        let (chunks_copied, bytes_saved) = self.source.copied();
         ImageStatus {
             image: self.places.reference().to_string(),
             digest: self.digest,
             machines: self.waiting.machines() as u64,
             bytes_received,
             bytes_sent,
+            bytes_kept: self.cache.bytes_of(&self.digest),
+            chunks_copied,
+            bytes_saved,
             trouble: self.places.trouble(),
             unkept: self.unkept(),
         }

@@ -9,6 +9,7 @@ use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::protocol::{AgentStatus, Hello, Refused};
 
+use super::cache::Cache;
 use super::image::{FoundImage, OpenError, OpenImage};
 use super::pages::PageFolders;
 use super::places::{Rank, written_down};
@@ -30,6 +31,7 @@ const SEEK_PAUSES: [Duration; 4] = [
 pub(super) struct Images {
     settings: AgentSettings,
     folders: PageFolders,
+    cache: Arc<Cache>,
     table: Mutex<Table>,
     /// Told when the agent ends.
     ends: Condvar,
@@ -62,6 +64,7 @@ pub(super) struct Lease {
 impl Images {
     pub(super) fn new(settings: AgentSettings, folders: PageFolders) -> Self {
         Self {
+            cache: Arc::new(Cache::new(&settings, &folders)),
             settings,
             folders,
             table: Mutex::new(Table {
@@ -146,7 +149,7 @@ impl Images {
                 open.found_again(found, Rank::First);
                 Ok(Arc::clone(open))
             }
-            None => OpenImage::open(found, &self.folders, &self.settings),
+            None => OpenImage::open(found, &self.folders, &self.cache, &self.settings),
         };
         match opened {
             Ok(open) => {
@@ -255,6 +258,7 @@ impl Images {
             unused_since: Instant::now(),
         });
         slot.users += 1;
+        self.cache.used(&digest);
         Arc::clone(&slot.image)
     }
 
@@ -262,6 +266,7 @@ impl Images {
         if let Some(slot) = self.lock().slots.get_mut(digest) {
             slot.users -= 1;
             slot.unused_since = Instant::now();
+            self.cache.left(digest);
         }
     }
 
@@ -288,7 +293,7 @@ impl Images {
         let unused: Vec<BlobDigest> = unused.map(|(digest, _)| *digest).collect();
         for digest in &unused {
             tracing::info!(%digest, "dropping an image that no machine uses");
-            self.folders.remove(digest);
+            self.remove(digest);
         }
         let dropped = unused
             .iter()
@@ -299,10 +304,16 @@ impl Images {
             let left = self.folders.images().into_iter();
             for digest in left.filter(|digest| !table.slots.contains_key(digest)) {
                 tracing::info!(%digest, "removing page files of an earlier agent");
-                self.folders.remove(&digest);
+                self.remove(&digest);
             }
         }
         dropped
+    }
+
+    /// Takes an image's page files away.
+    fn remove(&self, digest: &BlobDigest) {
+        self.folders.remove(digest);
+        self.cache.forget(digest);
     }
 
     /// The agent ends: what no machine uses goes with it, what one does stays for the next agent.
@@ -334,6 +345,7 @@ impl Images {
         AgentStatus {
             process: std::process::id(),
             images,
+            cache: self.cache.status(),
         }
     }
 

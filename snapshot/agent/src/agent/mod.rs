@@ -4,7 +4,8 @@
 //! whatever number of machines run from it, and whatever number of places it can be read in: a chunk is fetched once,
 //! and told to all who asked. Page files have names,
 //! in directories that outlive the agent: one that is killed is followed by one that goes on with the same files,
-//! holding each chunk against its digest before it counts.
+//! holding each chunk against its digest before it counts. Together they are the host's cache, which has a quota and
+//! takes chunks out again: see [`cache`].
 //!
 //! ```text
 //!   monitor ── Line ──┐  one thread a monitor listens
@@ -13,6 +14,7 @@
 //!                    who waits for what └── page files, handed out for reading alone
 //! ```
 
+mod cache;
 mod fan_out;
 mod image;
 mod images;
@@ -20,6 +22,7 @@ mod line;
 mod pages;
 mod places;
 mod settings;
+mod view;
 
 pub use pages::PagesError;
 pub use settings::{AgentSettings, UNUSED_AFTER};

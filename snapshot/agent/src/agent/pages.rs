@@ -15,8 +15,11 @@ use std::path::{Path, PathBuf};
 
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::source::{PageFile, SourceError};
+use runnel_snapshot::source::PageFileLayout;
 use runnel_snapshot::volume::VolumeName;
 use rustix::fs::FlockOperation;
+
+use super::view::ReadOnlyView;
 
 /// Why the agent's directories cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +62,8 @@ pub(super) struct PageFolders {
 #[derive(Debug)]
 struct Folder {
     path: PathBuf,
+    /// Through which monitors get page files, if there is one.
+    view: Option<ReadOnlyView>,
     _lock: File,
     /// Whether it was not there before.
     is_new: bool,
@@ -66,6 +71,12 @@ struct Folder {
 
 /// The lock's file in a folder.
 const LOCK: &str = "lock";
+
+/// The page file of memory.
+const MEMORY: &str = "memory";
+
+/// Before a drive's identifier, the page file of that drive.
+const DRIVE: &str = "drive-";
 
 /// How often a folder is taken anew that an ending agent just takes away.
 const ATTEMPTS_MAX: u32 = 100;
@@ -92,19 +103,17 @@ impl PageFolders {
         &self,
         image: &BlobDigest,
         volume: &VolumeName,
-        bytes: u64,
+        layout: PageFileLayout,
     ) -> Result<PageFile, SourceError> {
-        let (folder, name) = match volume {
-            VolumeName::Memory => (&self.memory, "memory".to_owned()),
-            // An identifier of a drive is letters, digits, '-' and '_'.
-            VolumeName::Drive(id) => (self.drives(), format!("drive-{id}")),
-        };
-        let folder = folder.path.join(image.hex());
+        let its_folder = self.of(volume);
+        let name = Path::new(&image.hex()).join(file_name(volume));
+        let folder = its_folder.path.join(image.hex());
         make_private(&folder)
-            .and_then(|()| PageFile::named(&folder.join(name), bytes))
+            .and_then(|()| PageFile::named(&its_folder.path.join(&name), layout))
+            .and_then(|file| its_folder.guard(file, &name))
             .map_err(|source| SourceError::PageFile {
                 volume: volume.clone(),
-                bytes,
+                bytes: layout.volume_bytes,
                 place: folder.display().to_string(),
                 source,
             })
@@ -112,10 +121,47 @@ impl PageFolders {
 
     /// Where page files of such a volume lie, those of each image in a folder of their own.
     pub(super) fn folder_of(&self, volume: &VolumeName) -> PathBuf {
+        self.of(volume).path.clone()
+    }
+
+    fn of(&self, volume: &VolumeName) -> &Folder {
         match volume {
-            VolumeName::Memory => self.memory.path.clone(),
-            VolumeName::Drive(_) => self.drives().path.clone(),
+            VolumeName::Memory => &self.memory,
+            VolumeName::Drive(_) => self.drives(),
         }
+    }
+
+    /// Where page files of drives lie.
+    pub(super) fn drive_folder(&self) -> PathBuf {
+        self.drives().path.clone()
+    }
+
+    /// The page files that an earlier agent left. What cannot be opened is left alone.
+    pub(super) fn left(&self) -> Vec<(BlobDigest, VolumeName, PageFile)> {
+        let mut left = Vec::new();
+        for image in self.images() {
+            for folder in self.both() {
+                let Ok(entries) = fs::read_dir(folder.path.join(image.hex())) else {
+                    continue;
+                };
+                for entry in entries.flatten() {
+                    let Some(volume) = entry.file_name().to_str().and_then(volume_of) else {
+                        continue;
+                    };
+                    let name = Path::new(&image.hex()).join(entry.file_name());
+                    let file = PageFile::left(&entry.path());
+                    match file.and_then(|file| file.map(|file| folder.guard(file, &name)).transpose()) {
+                        Ok(Some(file)) => left.push((image, volume, file)),
+                        Ok(None) => {}
+                        Err(error) => {
+                            let path = entry.path();
+                            tracing::warn!(path = %path.display(), %error, "a page file cannot be used again");
+                        }
+                    }
+                }
+            }
+        }
+        left
     }
 
     /// Where an image's places are written down, beside its memory.
@@ -151,6 +197,14 @@ impl PageFolders {
 }
 
 impl Folder {
+    /// Has monitors get a page file of this folder, `name`, through its view.
+    fn guard(&self, file: PageFile, name: &Path) -> io::Result<PageFile> {
+        match &self.view {
+            Some(view) => file.handed_out_as(view.open(name)?),
+            None => Ok(file),
+        }
+    }
+
     fn take(path: &Path) -> Result<Self, PagesError> {
         for _ in 1..ATTEMPTS_MAX {
             match Self::try_take(path) {
@@ -196,6 +250,7 @@ impl Folder {
             return Err(failed("locking", &file)(io::ErrorKind::NotFound.into()));
         }
         Ok(Self {
+            view: ReadOnlyView::of(path),
             path: path.clone(),
             _lock: lock,
             is_new,
@@ -220,6 +275,22 @@ impl Drop for Folder {
     }
 }
 
+fn file_name(volume: &VolumeName) -> String {
+    match volume {
+        VolumeName::Memory => MEMORY.to_owned(),
+        // An identifier of a drive is letters, digits, '-' and '_'.
+        VolumeName::Drive(id) => format!("{DRIVE}{id}"),
+    }
+}
+
+/// The volume whose page file has that name.
+fn volume_of(name: &str) -> Option<VolumeName> {
+    match name {
+        MEMORY => Some(VolumeName::Memory),
+        name => Some(VolumeName::Drive(name.strip_prefix(DRIVE)?.to_owned())),
+    }
+}
+
 /// Makes a directory for its owner alone, unless there is one.
 fn make_private(path: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
@@ -231,7 +302,16 @@ fn make_private(path: &Path) -> io::Result<()> {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use runnel_snapshot::units::ChunkSize;
+
     use super::*;
+
+    fn layout(volume_bytes: u64) -> PageFileLayout {
+        PageFileLayout {
+            volume_bytes,
+            chunk_size: ChunkSize::DEFAULT,
+        }
+    }
 
     #[test]
     fn two_agents_do_not_share_and_a_later_one_finds_the_same_files() {
@@ -249,20 +329,24 @@ mod tests {
             ));
         }
         let inode = |folders: &PageFolders| {
-            folders.page_file(&image, &VolumeName::Memory, 4096).unwrap();
+            folders
+                .page_file(&image, &VolumeName::Memory, layout(4096))
+                .unwrap();
             fs::metadata(memory.join(image.hex()).join("memory"))
                 .unwrap()
                 .ino()
         };
         let before = inode(&first);
         first
-            .page_file(&image, &VolumeName::Drive("root".into()), 512)
+            .page_file(&image, &VolumeName::Drive("root".into()), layout(512))
             .unwrap();
         assert!(drives.join(image.hex()).join("drive-root").is_file());
         drop(first);
         let second = PageFolders::take(&memory, &drives).unwrap();
         assert_eq!(inode(&second), before);
         assert_eq!(second.images(), [image]);
+        let left: Vec<_> = second.left().into_iter().map(|(_, volume, _)| volume).collect();
+        assert_eq!(left, [VolumeName::Memory, VolumeName::Drive("root".into())]);
         second.remove(&image);
         assert_eq!(second.images(), []);
         drop(second);

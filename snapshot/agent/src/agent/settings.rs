@@ -27,6 +27,10 @@ pub struct AgentSettings {
     pub fill_bytes_per_second: Option<NonZeroU64>,
     /// How long an image is kept that no machine uses.
     pub unused_after: Duration,
+    /// Bytes that page files of memory may take; three quarters of what there is room for unless that is said.
+    pub memory_quota: Option<u64>,
+    /// Bytes that page files of drives may take; half of what there is room for unless that is said.
+    pub drive_quota: Option<u64>,
 }
 
 impl AgentSettings {
@@ -40,6 +44,8 @@ impl AgentSettings {
             remote: RemoteSettings::default(),
             fill_bytes_per_second: None,
             unused_after: UNUSED_AFTER,
+            memory_quota: None,
+            drive_quota: None,
         }
     }
 

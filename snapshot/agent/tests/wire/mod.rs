@@ -8,6 +8,7 @@
 #[path = "../../../tests/fixture/mod.rs"]
 pub(crate) mod fixture;
 pub(crate) mod host;
+pub(crate) mod program;
 pub(crate) mod scripted;
 
 use std::io::{Read, Write};

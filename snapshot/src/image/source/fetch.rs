@@ -6,8 +6,9 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use super::cache::{Copied, HostCache};
 use super::chunk_set::ChunkSet;
-use super::page_file::PageFile;
+use super::page_file::{PageFile, Spot};
 use super::queue::{AskQueue, Hand, Run};
 use super::room::Room;
 use crate::blobs::{Blob, BlobError, BlobStore};
@@ -15,7 +16,7 @@ use crate::decode::{ChunkDecoder, DecodeError};
 use crate::digest::BlobDigest;
 use crate::give_way::{FILL, give_way};
 use crate::index::{Entry, IndexError, IndexReader, LayerNumber, StoredChunk};
-use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink};
+use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, Urgency};
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
 
@@ -24,7 +25,7 @@ const GAP_BYTES_MAX: u64 = 4 << 10;
 
 /// Why a chunk could not be delivered.
 #[derive(Debug, thiserror::Error)]
-enum FetchError {
+pub(super) enum FetchError {
     #[error(transparent)]
     Index(#[from] IndexError),
     #[error(transparent)]
@@ -73,7 +74,9 @@ pub(super) struct Volume {
     pub(super) name: VolumeName,
     pub(super) layers: Vec<Blob>,
     pub(super) index: IndexReader,
-    pub(super) pages: PageFile,
+    pub(super) pages: Arc<PageFile>,
+    pub(super) cache: Arc<dyn HostCache>,
+    pub(super) copied: Copied,
     pub(super) room: Room,
     /// Chunks whose bytes are in the page file.
     pub(super) present: ChunkSet,
@@ -100,8 +103,10 @@ impl Shared {
             give_way(FILL);
         }
         let mut hands = Hands::default();
-        while let Some(run) = self.queue.take(hand, || self.rest(&mut hands)) {
+        let has_room = || self.has_room_to_fill();
+        while let Some(run) = self.queue.take(hand, has_room, || self.rest(&mut hands)) {
             hands.used = true;
+            hands.is_fill = run.urgency == Urgency::Fill;
             let stored_bytes = self.deliver(&run, &mut hands);
             self.queue.finished(run.urgency, stored_bytes);
         }
@@ -142,7 +147,7 @@ impl Shared {
         let volume = self.volume(id).ok_or(FetchError::NoVolume)?;
         if volume.present.contains(id.chunk) {
             // Who asks again may have found it gone.
-            if volume.pages.is_whole(volume.range_of(id.chunk)) {
+            if volume.pages.is_whole(volume.spot(id.chunk)) {
                 return Ok(Lookup::There(Arrived::Data));
             }
             volume.present.remove(id.chunk);
@@ -160,11 +165,8 @@ impl Shared {
                 Entry::Data(stored) => stored,
             },
         };
-        if volume
-            .pages
-            .holds(volume.range_of(id.chunk), &stored.digest, &mut hands.plain)
-        {
-            volume.present.insert(id.chunk);
+        let spot = volume.spot(id.chunk);
+        if volume.inherits(spot, &stored.digest, hands) || volume.copies(spot, &stored, hands) {
             return Ok(Lookup::There(Arrived::Data));
         }
         Ok(Lookup::Stored(stored))
@@ -198,7 +200,8 @@ impl Shared {
         let bytes = last.frame.start + last.frame.len - start;
         let found = self.volume(*first).ok_or(FetchError::NoVolume);
         let found = found.and_then(|volume| {
-            volume.room.check(Instant::now()).map_err(FetchError::PageFile)?;
+            let room = volume.room.check(Instant::now());
+            room.map_err(|error| volume.not_kept(error))?;
             Ok((volume, volume.layer(number)?))
         });
         let (volume, layer) = match found {
@@ -279,9 +282,10 @@ enum Lookup {
 }
 
 impl Volume {
-    fn range_of(&self, chunk: ChunkIndex) -> ByteRange {
+    fn spot(&self, chunk: ChunkIndex) -> Spot {
         let root = self.index.root();
-        root.chunk_size().range_of(chunk, root.volume_bytes())
+        let range = root.chunk_size().range_of(chunk, root.volume_bytes());
+        Spot { chunk, range }
     }
 
     fn first_entry(&self, chunk: ChunkIndex) -> Option<StoredChunk> {
@@ -300,12 +304,14 @@ impl Volume {
 
 /// What a worker keeps between chunks.
 #[derive(Default)]
-struct Hands {
+pub(super) struct Hands {
     /// Since the last rest.
     used: bool,
+    /// Nobody waits for what they are at.
+    pub(super) is_fill: bool,
     decoder: Option<ChunkDecoder>,
     frames: Vec<u8>,
-    plain: Vec<u8>,
+    pub(super) plain: Vec<u8>,
 }
 
 impl Hands {
@@ -318,8 +324,8 @@ impl Hands {
         stored: &StoredChunk,
         frame: &[u8],
     ) -> Result<(), FetchError> {
-        let range = volume.range_of(id.chunk);
-        self.plain.resize(range.len as usize, 0);
+        let spot = volume.spot(id.chunk);
+        self.plain.resize(spot.range.len as usize, 0);
         let decoder = match &mut self.decoder {
             Some(decoder) => decoder,
             none => none.insert(ChunkDecoder::new().map_err(FetchError::Decoder)?),
@@ -331,10 +337,6 @@ impl Hands {
                 frame: stored.frame,
                 source: Box::new(source),
             })?;
-        let written = volume.pages.write(&self.plain, range.start);
-        volume.room.tried(&written, Instant::now());
-        written.map_err(FetchError::PageFile)?;
-        volume.present.insert(id.chunk);
-        Ok(())
+        volume.keep(&self.plain, spot, &stored.digest, self.is_fill)
     }
 }

@@ -3,13 +3,15 @@
 //! Chunks are handed out by urgency. A demand costs reading, decompressing, hashing and one write. Background fill has
 //! threads of its own, which give way to all others in the queue, on the link and on the processors.
 
+mod cache;
 mod chunk_set;
 mod fetch;
 mod page_file;
 mod queue;
 mod room;
 
-pub use page_file::PageFile;
+pub use cache::{HostCache, Uncached};
+pub use page_file::{PageFile, TakeOut};
 
 use std::fs::File;
 use std::io;
@@ -21,10 +23,11 @@ use std::thread::{self, JoinHandle};
 use crate::image::Image;
 use crate::index::IndexError;
 use crate::layer::frame::frame_bytes_max;
-use crate::source::{ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+use crate::source::{ChunkId, ChunkSink, PageFileLayout, PageSource, SourceVolume, Urgency, VolumeId};
 use crate::state::FirstChunk;
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
+use cache::Copied;
 use chunk_set::ChunkSet;
 use fetch::{Shared, Volume};
 use queue::{AskQueue, Hand, Rules};
@@ -100,8 +103,8 @@ pub struct ImageSource {
     workers: Vec<JoinHandle<()>>,
 }
 
-/// Makes the page file of a volume: its name, its length.
-pub type MakePageFile<'a> = dyn Fn(&VolumeName, u64) -> Result<PageFile, SourceError> + 'a;
+/// Makes the page file of a volume: its name, its length and how it is cut.
+pub type MakePageFile<'a> = dyn Fn(&VolumeName, PageFileLayout) -> Result<Arc<PageFile>, SourceError> + 'a;
 
 impl ImageSource {
     /// Starts the workers over page files without names: those of memory on tmpfs, those of drives in a folder, as a
@@ -110,12 +113,15 @@ impl ImageSource {
     /// # Errors
     /// When a page file or a thread cannot be made.
     pub fn new(image: &Image, settings: &SourceSettings, drive_folder: &Path) -> Result<Self, SourceError> {
-        Self::with_page_files(image, settings, &|volume, bytes| {
-            unnamed_page_file(volume, bytes, drive_folder)
-        })
+        Self::with_page_files(
+            image,
+            settings,
+            &|volume, layout| unnamed_page_file(volume, layout.volume_bytes, drive_folder).map(Arc::new),
+            &(Arc::new(Uncached) as _),
+        )
     }
 
-    /// Starts the workers over page files that the caller makes.
+    /// Starts the workers over page files that the caller makes, which are part of `cache`.
     ///
     /// # Errors
     /// When a page file or a thread cannot be made.
@@ -123,21 +129,26 @@ impl ImageSource {
         image: &Image,
         settings: &SourceSettings,
         make: &MakePageFile<'_>,
+        cache: &Arc<dyn HostCache>,
     ) -> Result<Self, SourceError> {
         let mut volumes = Vec::new();
         let mut described = Vec::new();
         for volume in &image.manifest.volumes {
             let (bytes, chunk_size) = (volume.root.volume_bytes(), volume.root.chunk_size());
-            described.push(SourceVolume {
+            let about = SourceVolume {
                 name: volume.name.clone(),
                 bytes,
                 chunk_size,
-            });
+            };
+            let pages = make(&volume.name, about.layout())?;
+            described.push(about);
             volumes.push(Volume {
                 name: volume.name.clone(),
                 layers: volume.layers.clone(),
                 index: image.index(volume),
-                pages: make(&volume.name, bytes)?,
+                pages,
+                cache: Arc::clone(cache),
+                copied: Copied::default(),
                 room: Room::default(),
                 present: ChunkSet::new(volume.root.chunks()),
                 zeros: ChunkSet::new(volume.root.chunks()),
@@ -191,6 +202,13 @@ impl ImageSource {
     pub fn trouble(&self) -> impl Iterator<Item = (&VolumeName, io::Error)> {
         let volumes = self.shared.volumes.iter();
         volumes.filter_map(|volume| Some((&volume.name, volume.room.trouble()?)))
+    }
+
+    /// Chunks that were copied from page files of other images, and the stored bytes that were not fetched for them.
+    #[must_use]
+    pub fn copied(&self) -> (u64, u64) {
+        let volumes = self.shared.volumes.iter().map(|volume| volume.copied.read());
+        volumes.fold((0, 0), |sum, more| (sum.0 + more.0, sum.1 + more.1))
     }
 
     /// Reads the part of the index that tells of `chunk`, unless it is at hand.

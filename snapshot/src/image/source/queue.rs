@@ -25,6 +25,9 @@ const STAND_BACK: Duration = Duration::from_millis(100);
 /// How long somebody who waits for chunks keeps what the last ones needed.
 pub(super) const REST_AFTER: Duration = Duration::from_secs(1);
 
+/// How often fill looks whether there is room for it again.
+const ROOM_LOOK: Duration = Duration::from_secs(1);
+
 /// How chunks are handed out.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
@@ -140,9 +143,15 @@ impl AskQueue {
         lines.throw_out_stale();
     }
 
-    /// Waits for chunks and takes them in hand; `None` once the queue is closed. If none come for [`REST_AFTER`], calls
-    /// `rest` before it waits on.
-    pub(super) fn take(&self, hand: Hand, mut rest: impl FnMut()) -> Option<Run> {
+    /// Waits for chunks and takes them in hand; `None` once the queue is closed. Fill waits for room too, as
+    /// `has_room_to_fill` says: who waits for what it would bring asks for it, and a worker takes it then. If none come
+    /// for [`REST_AFTER`], calls `rest` before it waits on.
+    pub(super) fn take(
+        &self,
+        hand: Hand,
+        has_room_to_fill: impl Fn() -> bool,
+        mut rest: impl FnMut(),
+    ) -> Option<Run> {
         let mut lines = self.lock();
         let mut rests_at = Some(Instant::now() + REST_AFTER);
         loop {
@@ -150,8 +159,10 @@ impl AskQueue {
                 return None;
             }
             let now = Instant::now();
+            let is_held = hand != Hand::Worker && lines.has_fill() && !has_room_to_fill();
             let next = match hand {
                 Hand::Worker => lines.next(&self.rules),
+                Hand::Filler(_) if is_held => None,
                 Hand::Filler(number) => lines.next_fill(&self.rules, number, now),
             };
             if let Some(run) = next {
@@ -173,7 +184,9 @@ impl AskQueue {
                     lines
                 }
                 Hand::Filler(number) => {
-                    let pause = lines.fill_comes(number, now).into_iter().chain(until_rest).min();
+                    let comes = lines.fill_comes(number, now);
+                    let looks = is_held.then_some(ROOM_LOOK);
+                    let pause = comes.into_iter().chain(until_rest).chain(looks).min();
                     wait(&self.to_fill, lines, pause)
                 }
             };
@@ -286,9 +299,12 @@ impl Lines {
 
     /// In how long this filler may go on, if there is something to do for it.
     fn fill_comes(&self, number: usize, now: Instant) -> Option<Duration> {
-        let waits = !self.lines[Urgency::Fill as usize].is_empty();
         let pause = self.fill_may_not_before(number)?.checked_duration_since(now)?;
-        waits.then_some(pause)
+        self.has_fill().then_some(pause)
+    }
+
+    fn has_fill(&self) -> bool {
+        !self.lines[Urgency::Fill as usize].is_empty()
     }
 
     /// Keeps the lines about as long as what waits, whatever is asked and cancelled.
@@ -358,7 +374,10 @@ mod tests {
         queue.ask(&[chunk(1), chunk(2), chunk(3)], Urgency::Fill);
         queue.ask(&[chunk(3)], Urgency::Demand);
         queue.ask(&[chunk(3), chunk(3)], Urgency::Fill);
-        assert_eq!(queue.take(Hand::Worker, || ()).unwrap().chunks, [chunk(3)]);
+        assert_eq!(
+            queue.take(Hand::Worker, || true, || ()).unwrap().chunks,
+            [chunk(3)]
+        );
         // In hand: it will be answered.
         queue.ask(&[chunk(3)], Urgency::Demand);
         assert_eq!(drain(&queue), [1, 2]);
@@ -451,7 +470,7 @@ mod tests {
         assert_eq!(numbers(&lines.next_fill(&RULES, 0, later).unwrap()), [2]);
         drop(lines);
         queue.ask(&[chunk(3)], Urgency::Demand);
-        assert_eq!(numbers(&queue.take(Hand::Worker, || ()).unwrap()), [3]);
+        assert_eq!(numbers(&queue.take(Hand::Worker, || true, || ()).unwrap()), [3]);
     }
 
     #[test]
@@ -469,7 +488,8 @@ mod tests {
         let queue = AskQueue::new(RULES);
         for (hand, urgency) in [(Hand::Worker, Urgency::Demand), (Hand::Filler(0), Urgency::Fill)] {
             let mut rests = 0;
-            let run = queue.take(hand, || {
+            let has_room = || true;
+            let run = queue.take(hand, has_room, || {
                 rests += 1;
                 queue.ask(&[chunk(1)], urgency);
             });
@@ -479,12 +499,26 @@ mod tests {
     }
 
     #[test]
+    fn fill_for_which_there_is_no_room_waits_and_is_taken_by_a_worker_when_somebody_wants_it() {
+        let queue = AskQueue::new(RULES);
+        queue.ask(&[1, 2].map(chunk), Urgency::Fill);
+        let has_room = || false;
+        std::thread::scope(|scope| {
+            let filler = scope.spawn(|| queue.take(Hand::Filler(0), has_room, || ()));
+            queue.ask(&[chunk(1)], Urgency::Demand);
+            assert_eq!(numbers(&queue.take(Hand::Worker, has_room, || ()).unwrap()), [1]);
+            queue.close();
+            assert_eq!(filler.join().unwrap(), None);
+        });
+    }
+
+    #[test]
     fn closing_sends_those_home_who_wait() {
         let queue = AskQueue::new(RULES);
         std::thread::scope(|scope| {
             let waiting = [Hand::Worker, Hand::Filler(0)].map(|hand| {
                 let queue = &queue;
-                scope.spawn(move || queue.take(hand, || ()))
+                scope.spawn(move || queue.take(hand, || true, || ()))
             });
             queue.close();
             for waiting in waiting {

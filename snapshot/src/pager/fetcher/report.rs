@@ -41,7 +41,7 @@ pub struct FetcherCounters {
 }
 
 impl FetcherCounters {
-    /// Whether every chunk has arrived: the machine needs its source no more.
+    /// Whether every chunk has arrived. The machine needs its source again only for what is taken out of page files.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.data_chunks + self.zero_chunks == self.chunks_total

@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use super::super::message::{BadMessage, Hello, Opened};
 use super::*;
 use crate::protocol::message::OpenedVolume;
-use crate::protocol::{PacketListener, Refused};
+use crate::protocol::{PROTOCOL_VERSION, PacketListener, Refused};
 use crate::source::{Arrived, model::id};
 use crate::units::ChunkSize;
 use crate::volume::VolumeName;
@@ -123,7 +123,7 @@ fn opened(rig: &Rig) -> (AgentSource, AgentLine, mpsc::Receiver<Heard>) {
         let (line, hello) = rig.agent.accept();
         assert_eq!(
             (hello.image.as_str(), hello.digest, hello.protocol),
-            ("http://host/web", None, 1)
+            ("http://host/web", None, PROTOCOL_VERSION)
         );
         rig.agent.open(&line, &rig.agent.pages);
         (source.join().unwrap(), line)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::{AgentArguments, tidy_up};
-use runnel_snapshot::protocol::{AgentStatus, ImageStatus, is_answering, status};
+use runnel_snapshot::protocol::{AgentStatus, CacheStatus, ImageStatus, PoolStatus, is_answering, status};
 use runnel_snapshot::shell::shell_word;
 use rustix::process::Signal;
 
@@ -42,7 +42,12 @@ runs; this starts it by hand, with other settings, in the foreground. One that i
 with the same files.
 
 --status shows each image once, where it is read now: RECEIVED and SENT are what it cost, for all of its MACHINES
-together, which share its pages. `runnel ps` counts what each has been given.
+together, which share its pages. `runnel ps` counts what each has been given. KEPT is what its pages take here, and SAVED what
+did not have to be fetched, because another image has the same chunks. Below stands what all of them take, of how much.
+
+Pages that are over --memory-quota or --drive-quota, or for which there is no room, are taken out again: first those of images
+that no machine uses, the longest unused first, then what machines are least likely to need. They fetch what they still need
+when they next touch it.
 
 An agent that `resume` started logs to agent.log beside its socket; one started by hand, to standard error.
 
@@ -51,6 +56,7 @@ and `skopeo login` write them. The token of `runnel serve` is any user's passwor
 
 Examples:
     runnel agent --fill-rate 50000000
+    runnel agent --memory-quota 8G --drive-quota 100G
     runnel agent --status          or: runnel agent status
     runnel agent --stop            or: runnel agent stop";
 
@@ -186,7 +192,7 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
         print_json(&status)?;
         return Ok(Exit::Done);
     }
-    let mut table = Table::new(&["IMAGE", "DIGEST", "MACHINES", "RECEIVED", "SENT"]);
+    let mut table = Table::new(&["IMAGE", "DIGEST", "MACHINES", "RECEIVED", "SENT", "KEPT", "SAVED"]);
     for image in &status.images {
         table.push(vec![
             one_line(&image.image, 60),
@@ -194,9 +200,15 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
             image.machines.to_string(),
             size::bytes(image.bytes_received),
             size::bytes(image.bytes_sent),
+            size::bytes(image.bytes_kept),
+            size::bytes(image.bytes_saved),
         ]);
     }
     print(&format!("the agent is process {}\n{table}", status.process))?;
+    let CacheStatus { memory, drives } = status.cache;
+    for (kind, pool) in [("memory", memory), ("drives", drives)] {
+        print(&pool_line(kind, pool))?;
+    }
     for image in &status.images {
         if let Some(trouble) = &image.trouble {
             let name = one_line(&image.image, 60);
@@ -215,6 +227,16 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
         }
     }
     Ok(Exit::Done)
+}
+
+/// What page files of one kind take.
+fn pool_line(kind: &str, pool: PoolStatus) -> String {
+    let evicted = match pool.bytes_evicted {
+        0 => String::new(),
+        bytes => format!("; {} were taken out to make room", size::bytes(bytes)),
+    };
+    let (bytes, bytes_max) = (size::bytes(pool.bytes), size::bytes(pool.bytes_max));
+    format!("pages of {kind} take {bytes} of {bytes_max}{evicted}\n")
 }
 
 /// What helps an image that cannot be read somewhere.
