@@ -82,12 +82,22 @@ impl PageFile {
 
     /// Whether a chunk is in the file since before. `room` is for its bytes.
     pub(super) fn holds(&self, range: ByteRange, digest: &ChunkDigest, room: &mut Vec<u8>) -> bool {
+        self.holds_right(range, room, |chunk| ChunkDigest::of(chunk) == *digest)
+    }
+
+    /// Whether a chunk of which `are_right` says so is in the file since before. `room` is for its bytes.
+    pub(super) fn holds_right(
+        &self,
+        range: ByteRange,
+        room: &mut Vec<u8>,
+        are_right: impl FnOnce(&[u8]) -> bool,
+    ) -> bool {
         if !self.inherited || !self.has_data(range) {
             return false;
         }
         // The length of a chunk was capped when the index was parsed.
         room.resize(range.len as usize, 0);
-        self.writable.read_exact_at(room, range.start).is_ok() && ChunkDigest::of(room) == *digest
+        self.writable.read_exact_at(room, range.start).is_ok() && are_right(room)
     }
 
     /// Whether nothing of a chunk that was written has been taken out since, to make room.
