@@ -19,7 +19,7 @@ use runnel_snapshot::capture::{CaptureError, CaptureSettings, Job, VolumeSource}
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::index::{Entry, PARTS_MAX};
+use runnel_snapshot::index::{Entry, LAYERS_MAX, PARTS_MAX};
 use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::{ChunkIndex, ChunkSize, PAGE_SIZE, PageIndex};
@@ -169,6 +169,26 @@ fn a_chunk_of_which_a_page_changes_again_and_again_is_written_anew_before_it_is_
         }
     }
     assert_eq!(most, PARTS_MAX);
+}
+
+#[test]
+fn a_volume_over_as_many_layers_as_there_may_be_is_captured_whole() {
+    let volume = vec![3; 130 * 4 * PAGE];
+    let mut chain = Chain::new(chunk_size(16 << 10), volume);
+    for step in 1..=usize::from(LAYERS_MAX) {
+        chain.step(&[Change {
+            first: 4 * step,
+            count: 1,
+            seed: step as u8,
+        }]);
+        let layers = chain.image().manifest.volumes[0].layers.len();
+        let whole = step == usize::from(LAYERS_MAX);
+        assert_eq!(layers, if whole { 1 } else { 1 + step });
+        if step >= usize::from(LAYERS_MAX) - 1 {
+            chain.check();
+        }
+    }
+    assert!(chain.image().manifest.volumes[0].has_full_layer);
 }
 
 #[test]

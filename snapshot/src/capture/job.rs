@@ -133,7 +133,8 @@ pub enum VolumeSource {
         volume: ImageVolume,
     },
     /// It lies over the volume of an image of this host, and is as long. What changed becomes a diff layer, and the image's
-    /// layers that are still used are taken over; the new image is cut into chunks as that one is.
+    /// layers that are still used are taken over; the new image is cut into chunks as that one is. Over as many layers as
+    /// there may be, all of it is captured instead.
     Changes {
         /// The whole volume as it is now. Only chunks with changed pages are read.
         content: Arc<dyn Content>,
@@ -363,7 +364,17 @@ impl Job {
         layout: &Layout,
         wanted: BTreeSet<ChunkIndex>,
     ) -> Result<WrittenVolume, CaptureError> {
+        let (name, content, chunk_size) = (changes.name, changes.content, changes.base.root.chunk_size());
         let merge = Merge::new(changes, &self.progress)?;
+        if !merge.fits() {
+            // All of the content is at hand: no snapshot fails because there were many before it.
+            tracing::info!(volume = %name, "all of a volume is captured, since it lies over too many layers");
+            let settings = CaptureSettings {
+                chunk_size,
+                ..self.settings.clone()
+            };
+            return self.capture(publication, position, name, content, &settings, wanted);
+        }
         // First, so that one that is missing is told before anything is read.
         for layer in merge.kept_layers() {
             publication.take_over(layout, &layer)?;

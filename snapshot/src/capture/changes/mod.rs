@@ -30,7 +30,7 @@ use crate::blobs::Blob;
 use crate::digest::ChunkDigest;
 use crate::image::manifest::ImageVolume;
 use crate::image::publication::Publication;
-use crate::index::{IndexError, IndexReader, PageBits, StoredPart, parts};
+use crate::index::{IndexError, IndexReader, LAYERS_MAX, PageBits, StoredPart, parts};
 use crate::layer::frame::{ChunkCompressor, is_zero};
 use crate::pager::PageSet;
 use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE};
@@ -89,6 +89,11 @@ impl<'a> Merge<'a> {
             return Err(CaptureError::Cancelled);
         }
         Ok(Self { changes, kept })
+    }
+
+    /// Whether there may be as many layers as it would have.
+    pub(super) fn fits(&self) -> bool {
+        self.kept.count() < LAYERS_MAX
     }
 
     /// The layers of the base that the new volume has too.
