@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::ChunkDigest;
-use crate::index::{LayerNumber, StoredChunk};
+use crate::index::{Entry, LayerNumber, PARTS_MAX, PageBits, StoredChunk, StoredPart};
 use crate::section::SavedSection;
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
@@ -74,42 +74,107 @@ pub struct MachineState {
     pub first_chunks: Vec<FirstChunk>,
 }
 
-/// A chunk together with its entry in the index.
+/// A chunk together with its entry in the index, which is not that of zeros.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Stored", into = "Stored")]
 pub struct FirstChunk {
     /// The volume.
     pub volume: VolumeName,
     /// The chunk.
     pub chunk: ChunkIndex,
-    /// The layer that holds its frame.
-    pub layer: LayerNumber,
-    /// The bytes of the layer.
-    pub frame: ByteRange,
-    /// The digest of its plain bytes.
-    pub digest: ChunkDigest,
+    /// Where its bytes are.
+    pub entry: Entry,
 }
 
-impl FirstChunk {
-    /// Joins a chunk and its entry.
-    #[must_use]
-    pub fn new(volume: VolumeName, chunk: ChunkIndex, stored: StoredChunk) -> Self {
-        Self {
-            volume,
-            chunk,
-            layer: stored.layer,
-            frame: stored.frame,
-            digest: stored.digest,
-        }
-    }
+/// A first chunk as JSON has it: with one frame, or with parts.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    volume: VolumeName,
+    chunk: ChunkIndex,
+    /// The layer that holds its frame.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    layer: Option<LayerNumber>,
+    /// The bytes of the layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    frame: Option<ByteRange>,
+    /// The digest of its plain bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    digest: Option<ChunkDigest>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parts: Vec<Part>,
+}
 
-    /// Its entry in the index.
-    #[must_use]
-    pub fn stored(&self) -> StoredChunk {
-        StoredChunk {
-            layer: self.layer,
-            frame: self.frame,
-            digest: self.digest,
+/// A part of a first chunk as JSON has it.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Part {
+    held: PageBits,
+    shown: PageBits,
+    layer: LayerNumber,
+    frame: ByteRange,
+    digest: ChunkDigest,
+}
+
+/// A first chunk whose place is not told, or told twice.
+#[derive(Debug, thiserror::Error)]
+#[error("{chunk} of {volume} has neither a frame nor up to {PARTS_MAX} parts, or both")]
+struct BadFirstChunk {
+    volume: VolumeName,
+    chunk: ChunkIndex,
+}
+
+impl TryFrom<Stored> for FirstChunk {
+    type Error = BadFirstChunk;
+
+    fn try_from(stored: Stored) -> Result<Self, BadFirstChunk> {
+        let (volume, chunk) = (stored.volume, stored.chunk);
+        let entry = match (stored.layer, stored.frame, stored.digest, stored.parts) {
+            (Some(layer), Some(frame), Some(digest), parts) if parts.is_empty() => {
+                Entry::Data(StoredChunk { layer, frame, digest })
+            }
+            (None, None, None, parts) if (1..=PARTS_MAX).contains(&parts.len()) => {
+                let part = |part: Part| StoredPart {
+                    stored: StoredChunk {
+                        layer: part.layer,
+                        frame: part.frame,
+                        digest: part.digest,
+                    },
+                    held: part.held,
+                    shown: part.shown,
+                };
+                Entry::Parts(parts.into_iter().map(part).collect())
+            }
+            _ => return Err(BadFirstChunk { volume, chunk }),
+        };
+        Ok(Self { volume, chunk, entry })
+    }
+}
+
+impl From<FirstChunk> for Stored {
+    fn from(first: FirstChunk) -> Self {
+        let whole = match first.entry {
+            Entry::Data(stored) => Some(stored),
+            _ => None,
+        };
+        let parts = match &first.entry {
+            Entry::Parts(parts) => &parts[..],
+            _ => &[],
+        };
+        let part = |part: &StoredPart| Part {
+            held: part.held,
+            shown: part.shown,
+            layer: part.stored.layer,
+            frame: part.stored.frame,
+            digest: part.stored.digest,
+        };
+        Self {
+            volume: first.volume,
+            chunk: first.chunk,
+            layer: whole.map(|stored| stored.layer),
+            frame: whole.map(|stored| stored.frame),
+            digest: whole.map(|stored| stored.digest),
+            parts: parts.iter().map(part).collect(),
         }
     }
 }
@@ -193,15 +258,23 @@ mod tests {
         };
         let mut state = MachineState::new(1_700_000_000_000, vec![section]);
         state.compatibility.insert("tsc_khz".into(), 2_400_000.into());
-        let frame = ByteRange { start: 7, len: 9 };
         let stored = StoredChunk {
             layer: LayerNumber(0),
-            frame,
+            frame: ByteRange { start: 7, len: 9 },
             digest: ChunkDigest::of(b"x"),
         };
-        state
-            .first_chunks
-            .push(FirstChunk::new(VolumeName::Memory, ChunkIndex(3), stored));
+        let part = StoredPart {
+            stored,
+            held: PageBits::first(3),
+            shown: PageBits::first(1),
+        };
+        for (chunk, entry) in [(3, Entry::Data(stored)), (4, Entry::Parts([part; 2].into()))] {
+            state.first_chunks.push(FirstChunk {
+                volume: VolumeName::Memory,
+                chunk: ChunkIndex(chunk),
+                entry,
+            });
+        }
         state
     }
 
@@ -231,6 +304,29 @@ mod tests {
                 .first_chunks
                 .is_empty()
         );
+    }
+
+    /// What every image before there were parts has.
+    #[test]
+    fn a_first_chunk_of_one_frame_keeps_its_shape_and_one_of_no_or_two_places_is_refused() {
+        let digest = ChunkDigest::of(b"x").to_string();
+        let json = serde_json::json!({
+            "volume": "memory", "chunk": 3, "layer": 0, "frame": { "start": 7, "len": 9 }, "digest": digest,
+        });
+        assert_eq!(serde_json::to_value(&state().first_chunks[0]).unwrap(), json);
+        let refused = |change: &dyn Fn(&mut serde_json::Value)| {
+            let mut json = json.clone();
+            change(&mut json);
+            serde_json::from_value::<FirstChunk>(json).is_err()
+        };
+        assert!(!refused(&|_| {}));
+        assert!(refused(&|json| _ = json.as_object_mut().unwrap().remove("frame")));
+        let parts = serde_json::to_value(&state().first_chunks[1]).unwrap()["parts"].clone();
+        assert!(refused(&|json| json["parts"] = parts.clone()));
+        assert!(refused(
+            &|json| *json = serde_json::json!({ "volume": "memory", "chunk": 3 })
+        ));
+        assert!(refused(&|json| json["pages"] = 1.into()));
     }
 
     #[test]

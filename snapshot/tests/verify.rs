@@ -200,7 +200,7 @@ impl Forgery {
                 digest,
             })
         });
-        let entries = [&entries[..], &[Entry::Zero; 2]].concat();
+        let entries = [&entries[..], &[Entry::Zero, Entry::Zero]].concat();
         Self {
             volume_bytes: 4 * CHUNK as u64,
             frames,
@@ -238,13 +238,16 @@ impl Forgery {
         let volume = ImageVolume {
             name: VolumeName::Memory,
             layers,
+            has_full_layer: true,
             index,
             root,
         };
         let mut state = MachineState::new(0, Vec::new());
-        let first = self
-            .first_chunk
-            .map(|stored| FirstChunk::new(VolumeName::Memory, ChunkIndex(0), stored));
+        let first = self.first_chunk.map(|stored| FirstChunk {
+            volume: VolumeName::Memory,
+            chunk: ChunkIndex(0),
+            entry: Entry::Data(stored),
+        });
         state.first_chunks.extend(first);
         state.format_version = self.state_version;
         let state = publication.add(&state.encode().unwrap()).unwrap();
@@ -275,7 +278,7 @@ fn forged_images_are_found_out_although_every_digest_is_right() {
     // The index says zeros where the layer has data, and the other way round.
     forged(|f| f.entries[1] = Entry::Zero, "chunk 1");
     forged(|f| f.frames[2] = data(&[3; 2 * CHUNK]), "other bytes");
-    forged(|f| f.entries[2] = f.entries[1], "chunk 2");
+    forged(|f| f.entries[2] = f.entries[1].clone(), "chunk 2");
     // Zeros of another length than the seek table claims, for stock zstd to stumble over.
     forged(|f| f.frames[2].0 = zeros(2 * CHUNK + 1).0, "zeros");
     forged(|f| f.frames[2].0 = zeros(CHUNK).0, "zeros");

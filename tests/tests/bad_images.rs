@@ -68,7 +68,7 @@ impl Victim {
         let chunk = volume.root.chunk_size().chunk_holding(offset);
         match image.index(volume).entry(chunk).unwrap() {
             Entry::Data(stored) => (chunk, stored.frame.start, stored.frame.len),
-            Entry::Zero => panic!("{chunk} is zeros"),
+            other => panic!("{chunk} is {other:?}"),
         }
     }
 

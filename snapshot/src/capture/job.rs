@@ -6,17 +6,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::CaptureSettings;
+use super::changes::{Changes, Merge};
 use super::content::Content;
+use super::image_content::ImageContent;
 use super::pool::capture_volume;
 use super::progress::{Progress, Stage};
-use super::volume_writer::{VolumeWriter, WriteError};
+use super::volume_writer::{VolumeWriter, WriteError, WrittenVolume};
 use crate::blobs::Blob;
 use crate::digest::BlobDigest;
 use crate::image::layout::{Layout, LayoutError};
 use crate::image::manifest::{ImageVolume, ManifestDraft};
 use crate::image::publication::{Publication, PublishError};
 use crate::image::reference::is_tag;
-use crate::index::{Entry, IndexError, IndexReader, StoredChunk};
+use crate::index::{Entry, IndexError, IndexReader};
+use crate::pager::PageSet;
 use crate::state::{FirstChunk, MachineState, StateError};
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
@@ -67,7 +70,7 @@ pub enum CaptureError {
     /// The state cannot be encoded.
     #[error(transparent)]
     State(#[from] StateError),
-    /// A volume that did not change cannot be taken over.
+    /// A volume that did not change, or what a volume lies over, cannot be taken over.
     #[error("the volume {volume} cannot be taken over from {from}")]
     TakeOver {
         /// Which volume.
@@ -77,6 +80,27 @@ pub enum CaptureError {
         /// Why.
         #[source]
         source: Box<TakeOverError>,
+    },
+    /// The index of the image that a volume's changes lie over cannot be had.
+    #[error("the index of the image that volume {volume} lies over cannot be read")]
+    Below {
+        /// Which volume.
+        volume: VolumeName,
+        /// Why.
+        #[source]
+        source: Box<IndexError>,
+    },
+    /// Changes of a volume that is not that of the image.
+    #[error(
+        "volume {volume} has {bytes} bytes, and that of the image which it should lie over {below}: capture all of it"
+    )]
+    OtherLength {
+        /// Which volume.
+        volume: VolumeName,
+        /// Its length.
+        bytes: u64,
+        /// That of the image's.
+        below: u64,
     },
     /// Two volumes of one name.
     #[error("there are two volumes named {0}")]
@@ -108,13 +132,29 @@ pub enum VolumeSource {
         /// The volume there.
         volume: ImageVolume,
     },
+    /// It lies over the volume of an image of this host, and is as long. What changed becomes a diff layer, and the image's
+    /// layers that are still used are taken over; the new image is cut into chunks as that one is. Over as many layers as
+    /// there may be, all of it is captured instead.
+    Changes {
+        /// The whole volume as it is now. Only chunks with changed pages are read.
+        content: Arc<dyn Content>,
+        /// The pages that may differ from the image's: all others are as they are there.
+        changed: PageSet,
+        /// The directory of the image below.
+        layout: Arc<Layout>,
+        /// The volume there.
+        base: ImageVolume,
+    },
+    /// It is byte for byte the volume of an image, and becomes one full layer, cut into chunks as it is there.
+    Squashed(Arc<ImageContent>),
 }
 
 impl VolumeSource {
     fn bytes(&self) -> u64 {
         match self {
-            Self::Content(content) => content.bytes(),
+            Self::Content(content) | Self::Changes { content, .. } => content.bytes(),
             Self::Unchanged { volume, .. } => volume.root.volume_bytes(),
+            Self::Squashed(content) => content.bytes(),
         }
     }
 }
@@ -126,6 +166,8 @@ pub struct Job {
     /// The chunks whose entries go into the machine state.
     first_chunks: Vec<(VolumeName, ChunkIndex)>,
     parent: Option<BlobDigest>,
+    /// That of another image of the same chunks, and where it is.
+    working_set: Option<(Arc<Layout>, Blob)>,
     name: Option<String>,
     progress: Arc<Progress>,
 }
@@ -163,6 +205,7 @@ impl Job {
             volumes,
             first_chunks: Vec::new(),
             parent: None,
+            working_set: None,
             name: None,
             progress,
         })
@@ -179,6 +222,13 @@ impl Job {
     #[must_use]
     pub fn with_parent(mut self, parent: BlobDigest) -> Self {
         self.parent = Some(parent);
+        self
+    }
+
+    /// The working set of an image that is written anew, which lies in `layout`.
+    #[must_use]
+    pub fn with_working_set(mut self, layout: Arc<Layout>, working_set: Blob) -> Self {
+        self.working_set = Some((layout, working_set));
         self
     }
 
@@ -206,22 +256,51 @@ impl Job {
         }
         let publication = Publication::begin(target)?;
         let mut volumes = Vec::new();
-        let mut places: BTreeMap<(VolumeName, ChunkIndex), StoredChunk> = BTreeMap::new();
+        let mut places: BTreeMap<(VolumeName, ChunkIndex), Entry> = BTreeMap::new();
         for (position, (name, source)) in self.volumes.iter().enumerate() {
             let wanted = self.first_chunks.iter().filter(|(volume, _)| volume == name);
             let wanted: BTreeSet<ChunkIndex> = wanted.map(|(_, chunk)| *chunk).collect();
-            let (volume, found) = match source {
-                VolumeSource::Content(content) => {
-                    self.capture(&publication, position, name, content.as_ref(), wanted)?
+            let WrittenVolume { volume, wanted } = match source {
+                VolumeSource::Content(content) => self.capture(
+                    &publication,
+                    position,
+                    name,
+                    content.as_ref(),
+                    &self.settings,
+                    wanted,
+                )?,
+                VolumeSource::Squashed(content) => {
+                    let chunk_size = content.chunk_size();
+                    let settings = CaptureSettings {
+                        chunk_size,
+                        ..self.settings.clone()
+                    };
+                    self.capture(&publication, position, name, content.as_ref(), &settings, wanted)?
                 }
                 VolumeSource::Unchanged { layout, volume } => {
                     self.take_over(&publication, position, name, layout, volume, &wanted)?
                 }
+                VolumeSource::Changes {
+                    content,
+                    changed,
+                    layout,
+                    base,
+                } => {
+                    let index = base_index(name, layout, base)?;
+                    let changes = Changes {
+                        name,
+                        content: content.as_ref(),
+                        changed,
+                        base,
+                        index: &index,
+                    };
+                    self.capture_changes(&publication, position, changes, layout, wanted)?
+                }
             };
             places.extend(
-                found
+                wanted
                     .into_iter()
-                    .map(|(chunk, stored)| ((name.clone(), chunk), stored)),
+                    .map(|(chunk, entry)| ((name.clone(), chunk), entry)),
             );
             volumes.push(volume);
         }
@@ -229,10 +308,17 @@ impl Job {
             .first_chunks
             .iter()
             .filter_map(|(volume, chunk)| {
-                let stored = places.remove(&(volume.clone(), *chunk))?; // once, however often it is named
-                Some(FirstChunk::new(volume.clone(), *chunk, stored))
+                let entry = places.remove(&(volume.clone(), *chunk))?; // once, however often it is named
+                Some(FirstChunk {
+                    volume: volume.clone(),
+                    chunk: *chunk,
+                    entry,
+                })
             })
             .collect();
+        if let Some((layout, working_set)) = &self.working_set {
+            publication.take_over(layout, working_set)?;
+        }
         let state_bytes = state.encode()?;
         let state = publication.add(&state_bytes)?;
         if self.progress.is_cancelled() {
@@ -243,7 +329,7 @@ impl Job {
             state,
             state_inline: Some(state_bytes),
             volumes,
-            working_set: None,
+            working_set: self.working_set.as_ref().map(|(_, blob)| *blob),
             parent: self.parent,
         };
         let manifest = publication.publish(&draft, self.name.as_deref())?;
@@ -260,19 +346,42 @@ impl Job {
         position: usize,
         name: &VolumeName,
         content: &dyn Content,
+        settings: &CaptureSettings,
         wanted: BTreeSet<ChunkIndex>,
-    ) -> Result<(ImageVolume, BTreeMap<ChunkIndex, StoredChunk>), CaptureError> {
-        let mut writer = VolumeWriter::new(publication, content.bytes(), self.settings.chunk_size, wanted)?;
-        capture_volume(
-            name,
-            content,
-            &self.settings,
-            (&self.progress, position),
-            &mut writer,
-        )?;
+    ) -> Result<WrittenVolume, CaptureError> {
+        let mut writer = VolumeWriter::new(publication, content.bytes(), settings.chunk_size, wanted)?;
+        capture_volume(name, content, settings, (&self.progress, position), &mut writer)?;
         let written = writer.finish(publication, name.clone())?;
         self.progress.set_stored(position, written.volume.stored_bytes());
-        Ok((written.volume, written.wanted))
+        Ok(written)
+    }
+
+    fn capture_changes(
+        &self,
+        publication: &Publication,
+        position: usize,
+        changes: Changes<'_>,
+        layout: &Layout,
+        wanted: BTreeSet<ChunkIndex>,
+    ) -> Result<WrittenVolume, CaptureError> {
+        let (name, content, chunk_size) = (changes.name, changes.content, changes.base.root.chunk_size());
+        let merge = Merge::new(changes, &self.progress)?;
+        if !merge.fits() {
+            // All of the content is at hand: no snapshot fails because there were many before it.
+            tracing::info!(volume = %name, "all of a volume is captured, since it lies over too many layers");
+            let settings = CaptureSettings {
+                chunk_size,
+                ..self.settings.clone()
+            };
+            return self.capture(publication, position, name, content, &settings, wanted);
+        }
+        // First, so that one that is missing is told before anything is read.
+        for layer in merge.kept_layers() {
+            publication.take_over(layout, &layer)?;
+        }
+        let written = merge.capture(&self.settings, publication, (&self.progress, position), wanted)?;
+        self.progress.set_stored(position, written.volume.stored_bytes());
+        Ok(written)
     }
 
     fn take_over(
@@ -283,35 +392,48 @@ impl Job {
         layout: &Layout,
         volume: &ImageVolume,
         wanted: &BTreeSet<ChunkIndex>,
-    ) -> Result<(ImageVolume, BTreeMap<ChunkIndex, StoredChunk>), CaptureError> {
-        let failed = |source| CaptureError::TakeOver {
-            volume: name.clone(),
-            from: layout.path().display().to_string(),
-            source: Box::new(source),
-        };
+    ) -> Result<WrittenVolume, CaptureError> {
         let root = volume.root_blob();
         for blob in volume.layers.iter().chain([&volume.index, &root]) {
             publication.take_over(layout, blob)?;
         }
-        let store = layout
-            .open_blobs([volume.index])
-            .map_err(|error| failed(error.into()))?;
-        let layer_bytes = volume.layers.iter().map(|layer| layer.bytes).collect();
-        let index = IndexReader::new(Arc::new(store), volume.index, volume.root.clone(), layer_bytes);
+        let index = base_index(name, layout, volume)?;
         let mut found = BTreeMap::new();
         for chunk in wanted {
-            if let Entry::Data(stored) = index.entry(*chunk).map_err(|error| failed(error.into()))? {
-                found.insert(*chunk, stored);
+            let entry = index.entry(*chunk);
+            match entry.map_err(|error| not_taken_over(name, layout, error.into()))? {
+                Entry::Zero => {}
+                entry => _ = found.insert(*chunk, entry),
             }
         }
         self.progress.add_done(position, volume.root.volume_bytes());
         self.progress.set_stored(position, volume.stored_bytes());
-        Ok((
-            ImageVolume {
+        Ok(WrittenVolume {
+            volume: ImageVolume {
                 name: name.clone(),
                 ..volume.clone()
             },
-            found,
-        ))
+            wanted: found,
+        })
+    }
+}
+
+/// The index of a volume of an image of this host.
+fn base_index(name: &VolumeName, layout: &Layout, volume: &ImageVolume) -> Result<IndexReader, CaptureError> {
+    let store = layout.open_blobs([volume.index]);
+    let store = store.map_err(|error| not_taken_over(name, layout, error.into()))?;
+    Ok(IndexReader::new(
+        Arc::new(store),
+        volume.index,
+        volume.root.clone(),
+        volume.layer_bytes(),
+    ))
+}
+
+fn not_taken_over(name: &VolumeName, layout: &Layout, source: TakeOverError) -> CaptureError {
+    CaptureError::TakeOver {
+        volume: name.clone(),
+        from: layout.path().display().to_string(),
+        source: Box::new(source),
     }
 }

@@ -5,19 +5,27 @@
 //!    (holes cost nothing)      read · zero? · zstd · BLAKE3      (capped)       SHA-256       fsync, rename
 //! ```
 //!
+//! Of a volume that lies over an image's, what changed may be captured alone (`changes`), and an image of many layers
+//! be written anew as one of few ([`squash`]).
+//!
 //! The machine may stand still meanwhile, or run on while its [`Content`] answers with what each page was at the
 //! pause: nothing here knows which. Whatever fails, or a cancellation, leaves no half image and no thread behind.
 
+mod changes;
 pub mod content;
+mod image_content;
 mod job;
 mod line;
 mod pool;
 pub mod progress;
 pub mod raw;
 mod splitter;
+pub mod squash;
 pub mod volume_writer;
 
+pub use changes::ChangesError;
 pub use content::Content;
+pub use image_content::ImageContent;
 pub use job::{CaptureError, Captured, Job, VolumeSource};
 pub use progress::Progress;
 

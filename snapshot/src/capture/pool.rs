@@ -19,7 +19,7 @@ use crate::volume::VolumeName;
 
 /// Pieces in flight beyond one for each compressor. So many may wait for the one at the front when the host puts its
 /// compressor aside for a moment; with more, throughput did not rise, and each is up to 256 KiB of memory.
-const PLACES_AHEAD: usize = 14;
+pub(super) const PLACES_AHEAD: usize = 14;
 
 /// A finished piece.
 enum Finished {
@@ -96,7 +96,7 @@ pub(super) fn capture_volume(
 }
 
 /// Calls when dropped.
-struct OnDrop<F: FnMut()>(F);
+pub(super) struct OnDrop<F: FnMut()>(pub(super) F);
 
 impl<F: FnMut()> Drop for OnDrop<F> {
     fn drop(&mut self) {

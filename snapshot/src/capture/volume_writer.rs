@@ -46,7 +46,7 @@ pub struct VolumeWriter {
     zeros_pending: u64,
     /// The chunks whose entries are wanted beside the index.
     wanted: BTreeSet<ChunkIndex>,
-    found: BTreeMap<ChunkIndex, StoredChunk>,
+    found: BTreeMap<ChunkIndex, Entry>,
 }
 
 /// A volume whose layer and index are on stable storage.
@@ -54,7 +54,7 @@ pub struct WrittenVolume {
     /// As the manifest describes it.
     pub volume: ImageVolume,
     /// The entries of the chunks that were wanted, without those of zeros.
-    pub wanted: BTreeMap<ChunkIndex, StoredChunk>,
+    pub wanted: BTreeMap<ChunkIndex, Entry>,
 }
 
 impl VolumeWriter {
@@ -129,7 +129,7 @@ impl VolumeWriter {
             };
             let number = ChunkIndex(self.builder.chunks());
             if self.wanted.contains(&number) {
-                self.found.insert(number, stored);
+                self.found.insert(number, Entry::Data(stored));
             }
             // A chunk has at most 2 MiB.
             self.seek_table
@@ -163,6 +163,7 @@ impl VolumeWriter {
         let volume = ImageVolume {
             name,
             layers: vec![self.layer.finish()?],
+            has_full_layer: true,
             index: self.index.finish()?,
             root,
         };

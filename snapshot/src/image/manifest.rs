@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blobs::Blob;
 use crate::digest::BlobDigest;
-use crate::index::{IndexRoot, RootError};
+use crate::index::{IndexRoot, LAYERS_MAX, RootError};
 use crate::volume::VolumeName;
 
 /// The manifest's own media type.
@@ -33,13 +33,30 @@ pub const WORKING_SET: &str = "application/vnd.runnel.working-set.v1";
 
 /// Annotation of a descriptor: the volume it belongs to.
 pub const VOLUME: &str = "vnd.runnel.volume";
-/// Annotation of a layer: `full`, or a kind that a later version brings.
+/// Annotation of a layer: `full` or `diff`, as [`LayerKind`] explains, or a kind that a later version brings.
 pub const LAYER_KIND: &str = "vnd.runnel.layer";
 /// Annotation of the manifest: the digest of the manifest that this image descends from.
 pub const PARENT: &str = "vnd.runnel.parent";
 
-/// The kind of layer that covers every byte of its volume in order.
-const FULL: &str = "full";
+/// What a layer has of its volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerKind {
+    /// Every byte, in order. It lies below all others; alone, it is the volume.
+    Full,
+    /// What changed since the layers below it: whole chunks, and pages of chunks.
+    Diff,
+}
+
+impl LayerKind {
+    /// As the annotation [`LAYER_KIND`] says it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Diff => "diff",
+        }
+    }
+}
 
 /// What registries accept as a manifest, 4 MiB.
 pub const MANIFEST_BYTES_MAX: u64 = 4 << 20;
@@ -185,8 +202,11 @@ struct OciManifest {
 pub struct ImageVolume {
     /// Its name.
     pub name: VolumeName,
-    /// Its layers, as [`crate::index::LayerNumber`] counts them.
+    /// Its layers, as [`crate::index::LayerNumber`] counts them, the lowest first.
     pub layers: Vec<Blob>,
+    /// Whether the first of them is a full one: it is not where each of its frames was overwritten by now. All others are
+    /// diff layers.
+    pub has_full_layer: bool,
     /// The blob of its index's segments.
     pub index: Blob,
     /// The root of its index.
@@ -194,6 +214,22 @@ pub struct ImageVolume {
 }
 
 impl ImageVolume {
+    /// The layers with their kinds.
+    pub fn layers_with_kinds(&self) -> impl Iterator<Item = (Blob, LayerKind)> {
+        let kind = |number| match number {
+            0 if self.has_full_layer => LayerKind::Full,
+            _ => LayerKind::Diff,
+        };
+        let layers = self.layers.iter().enumerate();
+        layers.map(move |(number, blob)| (*blob, kind(number)))
+    }
+
+    /// How long the layers are, as [`crate::index::IndexReader`] wants to know it.
+    #[must_use]
+    pub fn layer_bytes(&self) -> Vec<u64> {
+        self.layers.iter().map(|layer| layer.bytes).collect()
+    }
+
     /// What the volume takes in its image.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
@@ -282,12 +318,12 @@ impl ManifestDraft {
 
 fn volume_descriptors(volume: &ImageVolume) -> Vec<Descriptor> {
     let name = volume.name.to_string();
-    let layer = |blob: &Blob| {
-        Descriptor::new(LAYER, *blob)
+    let layer = |(blob, kind): (Blob, LayerKind)| {
+        Descriptor::new(LAYER, blob)
             .annotated(VOLUME, &name)
-            .annotated(LAYER_KIND, FULL)
+            .annotated(LAYER_KIND, kind.name())
     };
-    let mut descriptors: Vec<Descriptor> = volume.layers.iter().map(layer).collect();
+    let mut descriptors: Vec<Descriptor> = volume.layers_with_kinds().map(layer).collect();
     descriptors.push(Descriptor::new(INDEX, volume.index).annotated(VOLUME, &name));
     let mut root = Descriptor::new(INDEX_ROOT, volume.root_blob()).annotated(VOLUME, &name);
     root.data = Some(BASE64.encode(volume.root.to_bytes()));
@@ -361,6 +397,7 @@ fn expect_kind(what: &'static str, found: &str, expected: &'static str) -> Resul
 #[derive(Default)]
 struct Parts {
     layers: Vec<Blob>,
+    has_full_layer: bool,
     index: Option<Blob>,
     root: Option<IndexRoot>,
 }
@@ -424,8 +461,20 @@ fn read_descriptor(
     };
     match descriptor.media_type.as_str() {
         LAYER => match descriptor.annotations.get(LAYER_KIND).map(String::as_str) {
-            Some(FULL) if parts.layers.is_empty() => parts.layers.push(descriptor.blob()),
-            Some(FULL) => return refuse(format!("it is a second full layer of volume {volume}")),
+            _ if parts.layers.len() >= usize::from(LAYERS_MAX) => {
+                return refuse(format!("volume {volume} has more than {LAYERS_MAX} layers"));
+            }
+            Some("full") if parts.has_full_layer => {
+                return refuse(format!("it is a second full layer of volume {volume}"));
+            }
+            Some("full") if !parts.layers.is_empty() => {
+                return refuse(format!("it is a full layer of volume {volume} over others"));
+            }
+            Some("full") => {
+                parts.has_full_layer = true;
+                parts.layers.push(descriptor.blob());
+            }
+            Some("diff") => parts.layers.push(descriptor.blob()),
             kind => {
                 let kind = kind.unwrap_or("no").chars().take(40).collect::<String>();
                 return newer(format!("it is a layer of {kind} kind"));
@@ -481,6 +530,7 @@ fn read_inline(descriptor: &Descriptor) -> Result<Option<Vec<u8>>, ManifestError
 fn complete(volume: VolumeName, parts: Parts) -> Result<ImageVolume, ManifestError> {
     let Parts {
         layers,
+        has_full_layer,
         index: Some(index),
         root: Some(root),
     } = parts
@@ -509,6 +559,7 @@ fn complete(volume: VolumeName, parts: Parts) -> Result<ImageVolume, ManifestErr
     Ok(ImageVolume {
         name: volume,
         layers,
+        has_full_layer,
         index,
         root,
     })

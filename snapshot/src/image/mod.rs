@@ -8,6 +8,7 @@
 //! IMAGE/blobs/sha256/<manifest>         → state, layers, indexes, roots (also inline), working set
 //! ```
 
+pub mod chunk_reader;
 mod first_chunks;
 pub mod folder;
 pub mod layout;
@@ -147,12 +148,11 @@ impl Image {
     /// The index of one of the image's volumes.
     #[must_use]
     pub fn index(&self, volume: &ImageVolume) -> IndexReader {
-        let layer_bytes = volume.layers.iter().map(|layer| layer.bytes).collect();
         IndexReader::new(
             Arc::clone(&self.store),
             volume.index,
             volume.root.clone(),
-            layer_bytes,
+            volume.layer_bytes(),
         )
     }
 }

@@ -1,13 +1,16 @@
 //! Writes an index, chunk after chunk, holding no more than one segment. The blob's header is its writer's to put first.
 
-use super::segment::{KIND_DATA, KIND_ZERO};
-use super::{Entry, IndexRoot, LAYERS_MAX, SEGMENT_VOLUME_BYTES, StoredChunk, VOLUME_BYTES_MAX, varint};
-use crate::units::ChunkSize;
+use super::segment::{KIND_DATA, KIND_PARTS, KIND_ZERO, page_bytes};
+use super::{
+    Entry, IndexRoot, LAYERS_MAX, LayerNumber, SEGMENT_VOLUME_BYTES, StoredChunk, StoredPart,
+    VOLUME_BYTES_MAX, parts, varint,
+};
+use crate::units::{ChunkIndex, ChunkSize};
 
 /// A volume that the format cannot describe.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "a volume of {volume_bytes} bytes in {layers} layers is not possible: 1 to {VOLUME_BYTES_MAX} bytes in at most {LAYERS_MAX} layers are"
+    "a volume of {volume_bytes} bytes in {layers} layers is not possible: 1 to {VOLUME_BYTES_MAX} bytes in at most {LAYERS_MAX} layers are (`runnel image squash` makes an image of one layer)"
 )]
 pub struct IndexTooLarge {
     volume_bytes: u64,
@@ -43,6 +46,11 @@ enum OpenRun {
         end: u64,
         /// Lengths and digests, as they are stored.
         frames: Vec<u8>,
+    },
+    Parts {
+        chunks: u64,
+        /// The chunks' parts, as they are stored.
+        stored: Vec<u8>,
     },
 }
 
@@ -100,19 +108,23 @@ impl IndexBuilder {
     /// The first error of `write`.
     ///
     /// # Panics
-    /// If the volume has no more chunks than were described already, or not that layer.
+    /// If the volume has no more chunks than were described already, or not that layer, or the parts are none that a
+    /// chunk can have.
     pub fn push<E>(&mut self, entry: Entry, mut write: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
-        let chunk = match entry {
-            Entry::Zero => return self.push_zeros(1, write),
-            Entry::Data(chunk) => chunk,
-        };
-        assert!(
-            chunk.layer.0 < self.layers,
-            "layer {} of {}",
-            chunk.layer.0,
-            self.layers
-        );
+        for stored in entry.frames() {
+            let layer = stored.layer.0;
+            assert!(layer < self.layers, "layer {layer} of {}", self.layers);
+        }
         assert!(self.left_in_segment() > 0, "more chunks than the volume has");
+        match entry {
+            Entry::Zero => return self.push_zeros(1, write),
+            Entry::Data(chunk) => self.push_data(chunk),
+            Entry::Parts(parts) => self.push_parts(&parts),
+        }
+        self.advance(1, &mut write)
+    }
+
+    fn push_data(&mut self, chunk: StoredChunk) {
         match &mut self.open {
             OpenRun::Data {
                 chunks, first, end, ..
@@ -134,7 +146,48 @@ impl IndexBuilder {
             varint::append(chunk.frame.len, frames);
             frames.extend_from_slice(&chunk.digest.0);
         }
-        self.advance(1, &mut write)
+    }
+
+    fn push_parts(&mut self, parts: &[StoredPart]) {
+        let chunk = self
+            .chunk_size
+            .range_of(ChunkIndex(self.chunks), self.volume_bytes);
+        assert_eq!(parts::check(parts, chunk.len), Ok(()), "{parts:?}");
+        let (mut chunks, mut stored) = match std::mem::take(&mut self.open) {
+            OpenRun::Parts { chunks, stored } => (chunks, stored),
+            other => {
+                self.open = other;
+                self.close_run();
+                (0, Vec::new())
+            }
+        };
+        chunks += 1;
+        varint::append(parts.len() as u64, &mut stored);
+        let bytes = page_bytes(self.chunk_size);
+        for part in parts {
+            for pages in [part.held, part.shown] {
+                stored.extend(pages.to_bytes().iter().take(bytes));
+            }
+            let StoredChunk { layer, frame, digest } = part.stored;
+            varint::append(u64::from(layer.0), &mut stored);
+            varint::append_signed(self.distance(layer, frame.start), &mut stored);
+            varint::append(frame.len, &mut stored);
+            stored.extend_from_slice(&digest.0);
+            self.ends_at(layer, frame.start + frame.len);
+        }
+        self.open = OpenRun::Parts { chunks, stored };
+    }
+
+    /// How far a frame begins behind the end of the layer's last one.
+    fn distance(&self, layer: LayerNumber, start: u64) -> i64 {
+        let end = self.layer_ends.get(usize::from(layer.0)).copied().unwrap_or(0);
+        start.wrapping_sub(end) as i64
+    }
+
+    fn ends_at(&mut self, layer: LayerNumber, end: u64) {
+        if let Some(last) = self.layer_ends.get_mut(usize::from(layer.0)) {
+            *last = end;
+        }
     }
 
     /// Ends the index. The root says where `write` was given what.
@@ -149,6 +202,11 @@ impl IndexBuilder {
             "chunks described"
         );
         IndexRoot::new(self.volume_bytes, self.chunk_size, self.layers, self.segments)
+    }
+
+    /// Takes the last layer away, of which no chunk was said to have anything.
+    pub(crate) fn drop_last_layer(&mut self) {
+        self.layers = self.layers.saturating_sub(1);
     }
 
     /// How many chunks were described.
@@ -195,14 +253,14 @@ impl IndexBuilder {
             } => {
                 varint::append(chunks << 2 | KIND_DATA, &mut self.segment);
                 varint::append(u64::from(first.layer.0), &mut self.segment);
-                if let Some(last_end) = self.layer_ends.get_mut(usize::from(first.layer.0)) {
-                    varint::append_signed(
-                        first.frame.start.wrapping_sub(*last_end) as i64,
-                        &mut self.segment,
-                    );
-                    *last_end = end;
-                }
+                let distance = self.distance(first.layer, first.frame.start);
+                varint::append_signed(distance, &mut self.segment);
+                self.ends_at(first.layer, end);
                 self.segment.extend_from_slice(&frames);
+            }
+            OpenRun::Parts { chunks, stored } => {
+                varint::append(chunks << 2 | KIND_PARTS, &mut self.segment);
+                self.segment.extend_from_slice(&stored);
             }
         }
     }

@@ -10,6 +10,10 @@ use crate::units::ChunkIndex;
 /// Segments kept parsed: 4 GiB of volume, some 100 KiB each at the default chunk size.
 const SEGMENTS_KEPT: usize = 32;
 
+/// Memory that they take at most, whatever they are, unless one alone takes more: those of small chunks are larger, and
+/// those of chunks of many parts larger still.
+const KEPT_BYTES_MAX: usize = 16 << 20;
+
 /// Segments that are read ahead: as many again stay for those that were asked for.
 const SEGMENTS_AHEAD_MAX: usize = SEGMENTS_KEPT / 2;
 
@@ -187,9 +191,15 @@ impl Kept {
     }
 
     fn keep(&mut self, number: SegmentIndex, segment: &Arc<Segment>) {
-        if self.segments.len() >= SEGMENTS_KEPT {
+        self.segments.push((number, Arc::clone(segment)));
+        let bytes = |kept: &Self| -> usize {
+            kept.segments
+                .iter()
+                .map(|(_, segment)| segment.memory_bytes())
+                .sum()
+        };
+        while self.segments.len() > SEGMENTS_KEPT || self.segments.len() > 1 && bytes(self) > KEPT_BYTES_MAX {
             self.segments.remove(0);
         }
-        self.segments.push((number, Arc::clone(segment)));
     }
 }

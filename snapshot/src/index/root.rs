@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::{INDEX_BLOB_HEADER, LAYERS_MAX, SEGMENT_VOLUME_BYTES, VOLUME_BYTES_MAX};
+use super::segment::page_bytes;
+use super::{INDEX_BLOB_HEADER, LAYERS_MAX, PARTS_MAX, SEGMENT_VOLUME_BYTES, VOLUME_BYTES_MAX};
 use crate::units::{ByteRange, ChunkIndex, ChunkSize};
 
 const MAGIC: &[u8; 4] = b"RNLX";
@@ -224,9 +225,12 @@ impl IndexRoot {
         (ChunkIndex(first), chunks as u32)
     }
 
-    /// The most bytes that a segment can have: every chunk a run of its own, every number of full length.
+    /// The most bytes that a segment can have: every chunk a run of its own and of as many parts as may be, every number
+    /// of full length. From 97 KiB, at chunks of 2 MiB, to 4.2 MiB.
     fn segment_bytes_max(&self) -> u64 {
-        self.chunks_per_segment() * 64
+        // A number takes up to ten bytes: those of a layer, an offset and a length. A digest takes 32.
+        let part = 2 * page_bytes(self.chunk_size) as u64 + 3 * 10 + 32;
+        self.chunks_per_segment() * (2 * 10 + PARTS_MAX as u64 * part)
     }
 
     fn chunks_per_segment(&self) -> u64 {

@@ -160,6 +160,18 @@ impl LayerSeekTable {
     }
 }
 
+impl LayerSeekTable {
+    /// The number of the frame that begins at byte `start` of the layer.
+    #[must_use]
+    pub fn starting_at(&self, start: u64) -> Option<u32> {
+        if start >= self.stored_bytes() {
+            return None; // zeekstd looks for the last frame then, also where there is none
+        }
+        let number = self.table.frame_index_comp(start);
+        (self.table.frame_start_comp(number).ok()? == start).then_some(number)
+    }
+}
+
 /// The length of the whole table, from its last bytes.
 fn table_bytes(footer: [u8; FOOTER_BYTES as usize]) -> Result<u64, String> {
     let [n0, n1, n2, n3, descriptor, m0, m1, m2, m3] = footer;
@@ -225,11 +237,16 @@ mod tests {
             }
         );
         assert!(read.frame(20_000).is_none());
+        assert_eq!(read.starting_at(first), Some(12_345));
+        assert_eq!(read.starting_at(first + 1), None);
+        assert_eq!(read.starting_at(read.stored_bytes()), None);
+        assert_eq!(read.starting_at(u64::MAX), None);
     }
 
     #[test]
     fn an_empty_table_is_a_table() {
-        assert_eq!(LayerSeekTable::parse(&table(&[])).unwrap().frames(), 0);
+        let empty = LayerSeekTable::parse(&table(&[])).unwrap();
+        assert_eq!((empty.frames(), empty.starting_at(0)), (0, None));
     }
 
     #[test]

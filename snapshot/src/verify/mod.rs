@@ -1,8 +1,10 @@
 //! Verify: every digest of an image, and index, seek table and frames held against each other.
 //!
 //! What is found names blob and chunk. An image without findings resumes byte for byte, and stock `zstd -dc` of each
-//! layer is its volume.
+//! layer that lies alone is its volume.
 
+mod diff;
+mod full;
 mod volume;
 
 use std::sync::Mutex;

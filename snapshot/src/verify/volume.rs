@@ -1,4 +1,9 @@
-//! One volume: its seek table says where frames are, its index what they should be, and the frames what they are.
+//! One volume: the seek tables of its layers say where frames are, its index what they should be, and the frames what
+//! they are.
+//!
+//! The frames of a full layer follow the volume, so its seek table says which chunk each is; what a diff layer has, the
+//! index alone can tell. Where a later layer lies over a frame, nobody knows its digest any more, and it is only held
+//! against its length.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -7,68 +12,76 @@ use std::thread;
 
 use super::{Finding, Verification};
 use crate::blobs::{Blob, BlobStore};
-use crate::decode::{ChunkDecoder, check_zeros};
-use crate::digest::BlobDigest;
+use crate::decode::{ChunkDecoder, DecodeError};
 use crate::image::layout::{DirectoryBlobs, Layout};
-use crate::image::manifest::ImageVolume;
-use crate::index::{Entry, INDEX_BLOB_HEADER, IndexError, IndexReader, SegmentIndex, StoredChunk};
+use crate::image::manifest::{ImageVolume, LayerKind};
+use crate::index::{INDEX_BLOB_HEADER, IndexReader, SegmentIndex, StoredChunk};
+use crate::layer::frame::frame_bytes_max;
 use crate::layer::seek_table::{FrameAt, LayerSeekTable};
 use crate::state::FirstChunk;
 use crate::units::{ByteRange, ChunkIndex};
 
 /// Frames that a thread takes at once.
-const BATCH: u32 = 256;
+pub(super) const BATCH: u32 = 256;
 
 /// What the threads that look at one volume share.
-struct Frames<'a> {
-    verification: &'a Verification<'a>,
-    volume: &'a ImageVolume,
-    layer: Blob,
-    store: Arc<DirectoryBlobs>,
-    index: IndexReader,
-    table: LayerSeekTable,
-    next: AtomicU32,
+pub(super) struct Look<'a> {
+    pub(super) verification: &'a Verification<'a>,
+    pub(super) volume: &'a ImageVolume,
+    pub(super) store: Arc<DirectoryBlobs>,
+    pub(super) index: IndexReader,
+    pub(super) layers: Vec<LookedAt>,
 }
 
-/// Verifies a volume of one full layer.
+/// A layer that is looked at.
+pub(super) struct LookedAt {
+    pub(super) blob: Blob,
+    pub(super) kind: LayerKind,
+    pub(super) table: LayerSeekTable,
+    /// The next frames to be taken by a thread.
+    pub(super) next: AtomicU32,
+    /// Of a diff layer: which of its frames the index names.
+    pub(super) used: super::diff::Used,
+}
+
+/// Verifies a volume.
 pub(super) fn verify_volume(verification: &Verification<'_>, store: DirectoryBlobs, volume: &ImageVolume) {
     let store = Arc::new(store);
-    // Reading the manifest saw to it that there is one, and that it is full.
-    let [layer] = volume.layers[..] else { return };
     let index = index_of(&store, volume);
     verify_index(verification, store.as_ref(), volume, &index);
-    let table = match LayerSeekTable::read(store.as_ref(), &layer) {
-        Ok(table) => table,
-        Err(error) => {
-            let source = Box::new(error);
-            return verification.find(Finding::SeekTable {
+    let read = |(blob, kind): (Blob, LayerKind)| {
+        let table = LayerSeekTable::read(store.as_ref(), &blob).map_err(|error| {
+            verification.find(Finding::SeekTable {
                 volume: volume.name.clone(),
-                source,
+                source: Box::new(error),
             });
-        }
+        });
+        table.map(|table| LookedAt {
+            blob,
+            kind,
+            next: AtomicU32::new(0),
+            used: super::diff::Used::new(&table, kind),
+            table,
+        })
     };
-    let frames = Frames {
+    // All that are wrong are found. Without one of them the numbers of the others would be wrong.
+    let layers: Vec<_> = volume.layers_with_kinds().map(read).collect();
+    let Ok(layers) = layers.into_iter().collect() else {
+        return;
+    };
+    let look = Look {
         verification,
         volume,
-        layer,
         store,
         index,
-        table,
-        next: AtomicU32::new(0),
+        layers,
     };
-    if frames.table.content_bytes() != volume.root.volume_bytes() {
-        let (found, expected) = (frames.table.content_bytes(), volume.root.volume_bytes());
-        frames.disagree(
-            ChunkIndex(0),
-            format!("its frames hold {found} bytes, and the volume has {expected}"),
-        );
-    }
-    thread::scope(|scope| {
-        for _ in 1..verification.threads {
-            scope.spawn(|| frames.work());
-        }
-        frames.work();
+    let next_segment = AtomicU32::new(0);
+    look.with_threads(|hands| {
+        look.full_layer(hands);
+        look.diff_layers(&next_segment, hands);
     });
+    look.with_threads(|hands| look.unused(hands));
 }
 
 /// Whether the place that a machine state gives is that of the index.
@@ -77,15 +90,14 @@ pub(super) fn agrees(layout: &Layout, volume: &ImageVolume, first: &FirstChunk) 
         return true;
     }; // found already
     match index_of(&Arc::new(store), volume).entry(first.chunk) {
-        Ok(entry) => entry == Entry::Data(first.stored()),
+        Ok(entry) => entry == first.entry,
         Err(_) => first.chunk.0 < volume.root.chunks(), // found already, unless it is no chunk at all
     }
 }
 
 fn index_of(store: &Arc<DirectoryBlobs>, volume: &ImageVolume) -> IndexReader {
-    let layer_bytes = volume.layers.iter().map(|layer| layer.bytes).collect();
     let store: Arc<dyn BlobStore> = Arc::<DirectoryBlobs>::clone(store);
-    IndexReader::new(store, volume.index, volume.root.clone(), layer_bytes)
+    IndexReader::new(store, volume.index, volume.root.clone(), volume.layer_bytes())
 }
 
 /// Parses every segment, so that a broken one is found once and not with each of its chunks.
@@ -121,150 +133,135 @@ fn verify_index(
 
 /// What a thread keeps between frames.
 #[derive(Default)]
-struct Hands {
+pub(super) struct Hands {
     decoder: Option<ChunkDecoder>,
     stored: Vec<u8>,
     plain: Vec<u8>,
 }
 
-impl Frames<'_> {
-    fn work(&self) {
-        let mut hands = Hands::default();
-        loop {
-            let first = self.next.fetch_add(BATCH, Ordering::Relaxed);
-            if first >= self.table.frames() {
-                return;
+impl Look<'_> {
+    fn with_threads(&self, work: impl Fn(&mut Hands) + Sync) {
+        thread::scope(|scope| {
+            for _ in 1..self.verification.threads {
+                scope.spawn(|| work(&mut Hands::default()));
             }
-            for frame in (first..first + BATCH).map_while(|number| self.table.frame(number)) {
-                if self.verification.progress.is_cancelled() {
-                    return;
-                }
-                self.frame(frame, &mut hands);
-                self.verification.progress.add(frame.stored.len);
-                self.verification
-                    .volume_bytes
-                    .fetch_add(frame.content.len, Ordering::Relaxed);
-            }
-        }
+            work(&mut Hands::default());
+        });
     }
 
-    fn frame(&self, frame: FrameAt, hands: &mut Hands) {
+    /// The next frames of a layer that nobody has taken, with their numbers; `None` when there are no more, or it was
+    /// called off.
+    pub(super) fn take_frames(&self, layer: &LookedAt) -> Option<std::ops::Range<u32>> {
+        let first = layer.next.fetch_add(BATCH, Ordering::Relaxed);
+        let frames = layer.table.frames();
+        (first < frames && !self.verification.progress.is_cancelled())
+            .then(|| first..frames.min(first + BATCH))
+    }
+
+    pub(super) fn range_of(&self, chunk: ChunkIndex) -> ByteRange {
+        let root = &self.volume.root;
+        root.chunk_size().range_of(chunk, root.volume_bytes())
+    }
+
+    /// Holds a frame that is what the index says of `chunk`, `plain_bytes` long, against its digest; false if it is not.
+    pub(super) fn is_right(
+        &self,
+        chunk: ChunkIndex,
+        layer: &LookedAt,
+        stored: &StoredChunk,
+        plain_bytes: u64,
+        hands: &mut Hands,
+    ) -> bool {
+        let decode = |decoder: &mut ChunkDecoder, frame: &[u8], plain: &mut [u8]| {
+            decoder.decode(frame, &stored.digest, plain)
+        };
+        self.decodes(chunk, layer, stored.frame, plain_bytes, hands, decode)
+    }
+
+    /// Checks that a frame of which the index says nothing any more decompresses to so many bytes, no more than a chunk.
+    pub(super) fn overwritten(
+        &self,
+        chunk: ChunkIndex,
+        layer: &LookedAt,
+        frame: &FrameAt,
+        hands: &mut Hands,
+    ) {
         let chunk_size = self.volume.root.chunk_size();
-        let chunk = chunk_size.chunk_holding(frame.content.start);
-        if !frame.content.start.is_multiple_of(chunk_size.bytes()) {
-            return self.disagree(
-                chunk,
-                format!("a frame begins at byte {}, inside it", frame.content.start),
+        if frame.stored.len > frame_bytes_max(chunk_size)
+            || !(1..=chunk_size.bytes()).contains(&frame.content.len)
+        {
+            let reason = format!(
+                "the seek table has a frame at {} with {} bytes of content, which is no chunk's",
+                frame.stored, frame.content.len
             );
+            return self.disagree(chunk, layer, reason);
         }
-        match self.index.entry(chunk) {
-            Ok(Entry::Data(stored)) => self.data(chunk, stored, frame, hands),
-            Ok(Entry::Zero) => self.zeros(chunk, frame),
-            Err(IndexError::Outside { .. }) => {
-                self.disagree(chunk, "a frame lies behind the end of the volume".into());
-            }
-            Err(_) => {} // the segment was found already
-        }
+        self.decodes(
+            chunk,
+            layer,
+            frame.stored,
+            frame.content.len,
+            hands,
+            ChunkDecoder::decompress,
+        );
     }
 
-    fn data(&self, chunk: ChunkIndex, stored: StoredChunk, frame: FrameAt, hands: &mut Hands) {
-        let range = self
-            .volume
-            .root
-            .chunk_size()
-            .range_of(chunk, self.volume.root.volume_bytes());
-        if frame.stored != stored.frame || frame.content != range {
-            let reason = format!(
-                "the index places it at {} of the layer, and the seek table at {} with {} bytes of content",
-                stored.frame, frame.stored, frame.content.len
-            );
-            return self.disagree(chunk, reason);
-        }
-        // Both lengths were capped when the index was parsed.
-        hands.stored.resize(frame.stored.len as usize, 0);
-        hands.plain.resize(range.len as usize, 0);
-        if let Err(error) = self
-            .store
-            .read_range(&self.layer, frame.stored.start, &mut hands.stored)
-        {
-            return self.verification.find(error.into());
+    /// Reads and decodes a frame. Both lengths were capped.
+    fn decodes(
+        &self,
+        chunk: ChunkIndex,
+        layer: &LookedAt,
+        frame: ByteRange,
+        plain_bytes: u64,
+        hands: &mut Hands,
+        decode: impl FnOnce(&mut ChunkDecoder, &[u8], &mut [u8]) -> Result<(), DecodeError>,
+    ) -> bool {
+        hands.stored.resize(frame.len as usize, 0);
+        hands.plain.resize(plain_bytes as usize, 0);
+        let read = self.store.read_range(&layer.blob, frame.start, &mut hands.stored);
+        if let Err(error) = read {
+            self.verification.find(error.into());
+            return false;
         }
         let decoder = match &mut hands.decoder {
             Some(decoder) => decoder,
             none => match ChunkDecoder::new() {
                 Ok(decoder) => none.insert(decoder),
-                Err(error) => return self.disagree(chunk, format!("zstd cannot be set up: {error}")),
+                Err(error) => {
+                    self.disagree(chunk, layer, format!("zstd cannot be set up: {error}"));
+                    return false;
+                }
             },
         };
-        match decoder.decode(&hands.stored, &stored.digest, &mut hands.plain) {
-            Ok(()) => _ = self.verification.chunks.fetch_add(1, Ordering::Relaxed),
-            Err(source) => self.verification.find(Finding::Chunk {
+        let decoded = decode(decoder, &hands.stored, &mut hands.plain);
+        let is_right = decoded.is_ok();
+        if let Err(source) = decoded {
+            self.verification.find(Finding::Chunk {
                 volume: self.volume.name.clone(),
                 chunk,
-                layer: self.layer.digest,
-                frame: frame.stored,
-                source,
-            }),
-        }
-    }
-
-    fn zeros(&self, first: ChunkIndex, frame: FrameAt) {
-        let root = &self.volume.root;
-        let end = frame.content.start + frame.content.len; // offsets of a seek table: sums of 2^27 lengths of 32 bits
-        if end > root.volume_bytes() {
-            return; // found already
-        }
-        let chunks = root.chunk_size().chunks_in(end);
-        for chunk in (first.0..chunks).map(ChunkIndex) {
-            match self.index.entry(chunk) {
-                Ok(Entry::Zero) => {}
-                Ok(Entry::Data(_)) => {
-                    return self.disagree(
-                        chunk,
-                        "the seek table has it in a run of zeros, and the index not".into(),
-                    );
-                }
-                Err(_) => return, // found already
-            }
-        }
-        if !end.is_multiple_of(root.chunk_size().bytes()) && end != root.volume_bytes() {
-            return self.disagree(
-                ChunkIndex(chunks - 1),
-                format!("a run of zeros ends at byte {end}, inside it"),
-            );
-        }
-        let bytes = FrameReader {
-            store: self.store.as_ref(),
-            layer: &self.layer,
-            rest: frame.stored,
-        };
-        if let Err(source) = check_zeros(bytes, frame.content.len) {
-            self.verification.find(Finding::Zeros {
-                volume: self.volume.name.clone(),
-                chunk: first,
-                layer: self.layer.digest,
-                frame: frame.stored,
+                layer: layer.blob.digest,
+                frame,
                 source,
             });
         }
+        is_right
     }
 
-    fn disagree(&self, chunk: ChunkIndex, reason: String) {
-        let layer: BlobDigest = self.layer.digest;
+    pub(super) fn disagree(&self, chunk: ChunkIndex, layer: &LookedAt, reason: String) {
         self.verification.find(Finding::Disagree {
             volume: self.volume.name.clone(),
             chunk,
-            layer,
+            layer: layer.blob.digest,
             reason,
         });
     }
 }
 
 /// Reads a frame piece by piece: one of zeros may be of any length that the seek table claims.
-struct FrameReader<'a> {
-    store: &'a dyn BlobStore,
-    layer: &'a Blob,
-    rest: ByteRange,
+pub(super) struct FrameReader<'a> {
+    pub(super) store: &'a dyn BlobStore,
+    pub(super) layer: &'a Blob,
+    pub(super) rest: ByteRange,
 }
 
 impl Read for FrameReader<'_> {

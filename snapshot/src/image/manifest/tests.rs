@@ -27,6 +27,7 @@ fn volume(name: &str) -> ImageVolume {
     ImageVolume {
         name: name.parse().unwrap(),
         layers: vec![blob(name)],
+        has_full_layer: true,
         index,
         root: builder.finish(),
     }
@@ -129,7 +130,16 @@ fn what_is_no_image_or_a_newer_one_is_refused_by_name() {
     assert!(refused(&|json| json["config"]["mediaType"] = json!("x/y")).contains("x/y"));
     assert!(refused(&|json| json["schemaVersion"] = json!(1)).contains("schemaVersion"));
     assert!(refused(&|json| json["layers"][0]["mediaType"] = json!("a/b")).contains("a/b"));
-    assert!(refused(&|json| json["layers"][0]["annotations"][LAYER_KIND] = json!("diff")).contains("diff"));
+    assert!(refused(&|json| json["layers"][0]["annotations"][LAYER_KIND] = json!("delta")).contains("delta"));
+    let over = refused(&|json| {
+        let mut diff = json["layers"][0].clone();
+        diff["annotations"][LAYER_KIND] = json!("diff");
+        json["layers"].as_array_mut().unwrap().insert(0, diff);
+    });
+    assert!(
+        over.contains("full layer") && over.contains("over others"),
+        "{over}"
+    );
     assert!(refused(&|json| json["layers"][0]["annotations"][VOLUME] = json!("drive:../x")).contains("../x"));
     assert!(refused(&|json| json["layers"][0]["annotations"] = json!({})).contains(VOLUME));
     assert!(refused(&|json| json["annotations"][PARENT] = json!("nobody")).contains("nobody"));

@@ -80,12 +80,12 @@ impl Shared {
 }
 
 impl Volume {
-    /// Puts a verified chunk into the page file.
+    /// Puts a verified chunk into the page file; `digest` is that of all of it, if there is one.
     pub(super) fn keep(
         &self,
         plain: &[u8],
         spot: Spot,
-        digest: &ChunkDigest,
+        digest: Option<&ChunkDigest>,
         is_fill: bool,
     ) -> Result<(), FetchError> {
         let bytes = plain.len() as u64;
@@ -97,7 +97,9 @@ impl Volume {
         self.room.tried(&written, Instant::now());
         written.map_err(|error| self.not_kept(error))?;
         self.present.insert(spot.chunk);
-        self.cache.keeps(digest, &self.pages, spot.chunk);
+        if let Some(digest) = digest {
+            self.cache.keeps(digest, &self.pages, spot.chunk);
+        }
         Ok(())
     }
 
@@ -130,7 +132,7 @@ impl Volume {
             return false;
         }
         // What cannot be kept is not kept either once it was fetched, and that is told then.
-        let kept = self.keep(&hands.plain, spot, &stored.digest, hands.is_fill);
+        let kept = self.keep(&hands.plain, spot, Some(&stored.digest), hands.is_fill);
         if kept.is_ok() {
             self.copied.chunks.fetch_add(1, Ordering::Relaxed);
             self.copied

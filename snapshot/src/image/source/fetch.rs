@@ -1,5 +1,6 @@
 //! What a worker does: finds chunks in the index, reads their frames, several at once where they lie together,
-//! decodes and verifies them, and writes them to the page file.
+//! decodes and verifies them, and writes them to the page file. A chunk of several parts is put together aside, and
+//! written when all of it is there.
 
 use std::collections::HashMap;
 use std::io;
@@ -8,20 +9,19 @@ use std::time::Instant;
 
 use super::cache::{Copied, HostCache};
 use super::chunk_set::ChunkSet;
+use super::making::{FrameWanted, InTheMaking, Making, Wanted, together};
 use super::page_file::{PageFile, Spot};
 use super::queue::{AskQueue, Hand, Run};
 use super::room::Room;
 use crate::blobs::{Blob, BlobError, BlobStore};
 use crate::decode::{ChunkDecoder, DecodeError};
-use crate::digest::BlobDigest;
+use crate::digest::{BlobDigest, ChunkDigest};
 use crate::give_way::{FILL, give_way};
-use crate::index::{Entry, IndexError, IndexReader, LayerNumber, StoredChunk};
+use crate::index::{Entry, IndexError, IndexReader, LayerNumber, StoredPart};
+use crate::layer::frame::is_zero;
 use crate::source::{Arrived, ChunkFailure, ChunkId, ChunkSink, Urgency};
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
-
-/// What may lie between two frames that are read at once: frames of zeros, which cost less than another request.
-const GAP_BYTES_MAX: u64 = 4 << 10;
 
 /// Why a chunk could not be delivered.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +83,7 @@ pub(super) struct Volume {
     /// Chunks that the index says are zeros.
     pub(super) zeros: ChunkSet,
     /// Entries that came ahead of the index, with the machine state.
-    pub(super) first: OnceLock<HashMap<ChunkIndex, StoredChunk>>,
+    pub(super) first: OnceLock<HashMap<ChunkIndex, Entry>>,
 }
 
 /// What workers and askers share.
@@ -126,21 +126,20 @@ impl Shared {
     /// Answers every chunk of a run; returns how many stored bytes that took.
     fn deliver(&self, run: &Run, hands: &mut Hands) -> u64 {
         let mut stored_bytes = 0;
-        // Frames that lie together, waiting to be read at once.
-        let mut together: Vec<(ChunkId, StoredChunk)> = Vec::new();
+        let mut making = InTheMaking::default();
         for &id in &run.chunks {
             match self.look_up(id, hands) {
                 Ok(Lookup::There(what)) => self.answer(id, Ok(what)),
-                Ok(Lookup::Stored(stored)) => {
-                    if !self.joins(&together, id, &stored) {
-                        stored_bytes += self.read_together(&mut together, hands);
+                Ok(Lookup::Stored(entry, range)) => {
+                    if making.is_full_for(&entry, range) {
+                        stored_bytes += self.make(&mut making, hands);
                     }
-                    together.push((id, stored));
+                    making.add(id, &entry, range);
                 }
                 Err(error) => self.answer(id, Err(&error)),
             }
         }
-        stored_bytes + self.read_together(&mut together, hands)
+        stored_bytes + self.make(&mut making, hands)
     }
 
     fn look_up(&self, id: ChunkId, hands: &mut Hands) -> Result<Lookup, FetchError> {
@@ -155,50 +154,54 @@ impl Shared {
         if volume.zeros.contains(id.chunk) {
             return Ok(Lookup::There(Arrived::Zero));
         }
-        let stored = match volume.first_entry(id.chunk) {
-            Some(stored) => stored,
-            None => match volume.index.entry(id.chunk)? {
-                Entry::Zero => {
-                    volume.zeros.insert(id.chunk);
-                    return Ok(Lookup::There(Arrived::Zero));
-                }
-                Entry::Data(stored) => stored,
-            },
+        let entry = match volume.first_entry(id.chunk) {
+            Some(entry) => entry,
+            None => volume.index.entry(id.chunk)?,
         };
         let spot = volume.spot(id.chunk);
-        if volume.inherits(spot, &stored.digest, hands) || volume.copies(spot, &stored, hands) {
+        let is_there = match &entry {
+            Entry::Zero => {
+                volume.zeros.insert(id.chunk);
+                return Ok(Lookup::There(Arrived::Zero));
+            }
+            Entry::Data(stored) => {
+                volume.inherits(spot, &stored.digest, hands) || volume.copies(spot, stored, hands)
+            }
+            Entry::Parts(parts) => volume.inherits_parts(spot, parts, hands),
+        };
+        if is_there {
             return Ok(Lookup::There(Arrived::Data));
         }
-        Ok(Lookup::Stored(stored))
+        Ok(Lookup::Stored(entry, spot.range))
     }
 
-    /// Whether a frame follows on those that wait to be read, and they are not too many with it.
-    fn joins(&self, together: &[(ChunkId, StoredChunk)], id: ChunkId, stored: &StoredChunk) -> bool {
-        let (Some((first, first_stored)), Some((_, last))) = (together.first(), together.last()) else {
-            return true;
-        };
-        first.volume == id.volume
-            && last.layer == stored.layer
-            && last
-                .frame
-                .end()
-                .and_then(|end| stored.frame.start.checked_sub(end))
-                .is_some_and(|gap| gap <= GAP_BYTES_MAX)
-            && stored
-                .frame
-                .end()
-                .is_some_and(|end| end - first_stored.frame.start <= self.read_bytes_max)
+    /// Reads the frames of chunks, and answers them; returns how many stored bytes that took.
+    fn make(&self, making: &mut InTheMaking, hands: &mut Hands) -> u64 {
+        let frames = making.take_frames();
+        let mut stored_bytes = 0;
+        let mut rest = &frames[..];
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(together(rest, self.read_bytes_max));
+            stored_bytes += self.read_together(now, &mut making.chunks, hands);
+            rest = later;
+        }
+        making.clear();
+        stored_bytes
     }
 
-    /// Reads frames that lie together, and answers their chunks.
-    fn read_together(&self, together: &mut Vec<(ChunkId, StoredChunk)>, hands: &mut Hands) -> u64 {
-        let (Some((first, first_stored)), Some((_, last))) = (together.first(), together.last()) else {
+    /// Reads frames that lie together, and answers the chunks of which nothing is missing any more, and those that
+    /// cannot be had.
+    fn read_together(&self, frames: &[FrameWanted], chunks: &mut [Making], hands: &mut Hands) -> u64 {
+        // Those of chunks that failed for another frame are not needed.
+        let mut waiting: Vec<&FrameWanted> = frames.iter().collect();
+        waiting.retain(|wanted| !chunks[wanted.chunk].is_answered);
+        let (Some(first), Some(last)) = (waiting.first(), waiting.last()) else {
             return 0;
         };
-        let (start, number) = (first_stored.frame.start, first_stored.layer);
+        let (start, number) = (first.stored().frame.start, first.stored().layer);
         // Each length was capped as it was parsed, and so was their sum as they were joined.
-        let bytes = last.frame.start + last.frame.len - start;
-        let found = self.volume(*first).ok_or(FetchError::NoVolume);
+        let bytes = last.stored().frame.start + last.stored().frame.len - start;
+        let found = self.volume(chunks[first.chunk].id).ok_or(FetchError::NoVolume);
         let found = found.and_then(|volume| {
             let room = volume.room.check(Instant::now());
             room.map_err(|error| volume.not_kept(error))?;
@@ -207,43 +210,58 @@ impl Shared {
         let (volume, layer) = match found {
             Ok(found) => found,
             Err(error) => {
-                together
-                    .drain(..)
-                    .for_each(|(id, _)| self.answer(id, Err(&error)));
+                waiting
+                    .iter()
+                    .for_each(|wanted| self.fail(&mut chunks[wanted.chunk], &error));
                 return 0;
             }
         };
-        let mut frames = std::mem::take(&mut hands.frames);
-        frames.resize(bytes as usize, 0);
+        let mut read_bytes = std::mem::take(&mut hands.frames);
+        read_bytes.resize(bytes as usize, 0);
         let mut damaged = Vec::new();
-        let read = self.store.read_right(layer, start, &mut frames, &mut |frames| {
-            damaged.clear();
-            together.retain(|(id, stored)| {
-                let at = (stored.frame.start - start) as usize;
-                let frame = &frames[at..at + stored.frame.len as usize];
-                match hands.install(volume, layer, *id, stored, frame) {
-                    // Those are read again if there is another place to read them from.
-                    Err(error @ FetchError::Decode { .. }) => damaged.push(error),
-                    installed => {
-                        self.answer(*id, installed.as_ref().map(|()| Arrived::Data));
-                        return false;
+        let read = self
+            .store
+            .read_right(layer, start, &mut read_bytes, &mut |read_bytes| {
+                damaged.clear();
+                waiting.retain(|wanted| {
+                    let chunk = &mut chunks[wanted.chunk];
+                    let at = (wanted.stored().frame.start - start) as usize;
+                    let frame = &read_bytes[at..at + wanted.stored().frame.len as usize];
+                    match hands.take_in(volume, layer, wanted, chunk, frame) {
+                        // Those are read again if there is another place to read them from.
+                        Err(error @ FetchError::Decode { .. }) => {
+                            damaged.push(error);
+                            return true;
+                        }
+                        Err(error) => self.fail(chunk, &error),
+                        Ok(()) if chunk.missing == 0 => {
+                            chunk.is_answered = true;
+                            self.answer(chunk.id, Ok(Arrived::Data));
+                        }
+                        Ok(()) => {}
                     }
-                }
-                true
+                    false
+                });
+                damaged.is_empty()
             });
-            damaged.is_empty()
-        });
-        hands.frames = frames;
+        hands.frames = read_bytes;
         match read.map_err(FetchError::from) {
             Ok(_) => {
-                let damaged = together.drain(..).zip(&damaged);
-                damaged.for_each(|((id, _), error)| self.answer(id, Err(error)));
+                let damaged = waiting.iter().zip(&damaged);
+                damaged.for_each(|(wanted, error)| self.fail(&mut chunks[wanted.chunk], error));
             }
-            Err(error) => together
-                .drain(..)
-                .for_each(|(id, _)| self.answer(id, Err(&error))),
+            Err(error) => waiting
+                .iter()
+                .for_each(|wanted| self.fail(&mut chunks[wanted.chunk], &error)),
         }
         bytes
+    }
+
+    fn fail(&self, chunk: &mut Making, error: &FetchError) {
+        if !chunk.is_answered {
+            chunk.is_answered = true;
+            self.answer(chunk.id, Err(error));
+        }
     }
 
     fn answer(&self, id: ChunkId, answer: Result<Arrived, &FetchError>) {
@@ -278,7 +296,7 @@ fn give_back_memory() {
 
 enum Lookup {
     There(Arrived),
-    Stored(StoredChunk),
+    Stored(Entry, ByteRange),
 }
 
 impl Volume {
@@ -288,8 +306,32 @@ impl Volume {
         Spot { chunk, range }
     }
 
-    fn first_entry(&self, chunk: ChunkIndex) -> Option<StoredChunk> {
-        self.first.get()?.get(&chunk).copied()
+    fn first_entry(&self, chunk: ChunkIndex) -> Option<Entry> {
+        self.first.get()?.get(&chunk).cloned()
+    }
+
+    /// Whether a chunk of parts is in the page file since before. That can be told only if all of what each frame holds
+    /// is still there: where a page was overwritten by a later layer, the digest of the frame below has lost what it is
+    /// the digest of, and the chunk is fetched again.
+    fn inherits_parts(&self, spot: Spot, parts: &[StoredPart], hands: &mut Hands) -> bool {
+        if parts.iter().any(|part| part.held != part.shown) {
+            return false;
+        }
+        let Hands { plain, frames, .. } = hands;
+        let holds = self.pages.holds_right(spot, plain, |chunk| {
+            let mut zeros = chunk.to_vec();
+            let are_right = parts.iter().all(|part| {
+                frames.resize(part.plain_bytes(spot.range.len) as usize, 0);
+                part.gather(chunk, frames);
+                part.clear(&mut zeros);
+                ChunkDigest::of(frames) == part.stored.digest
+            });
+            are_right && is_zero(&zeros)
+        });
+        if holds {
+            self.present.insert(spot.chunk);
+        }
+        holds
     }
 
     fn layer(&self, number: LayerNumber) -> Result<&Blob, FetchError> {
@@ -315,21 +357,25 @@ pub(super) struct Hands {
 }
 
 impl Hands {
-    /// Decodes a frame, and puts its chunk into the page file.
-    fn install(
+    /// Decodes a frame, and puts its chunk into the page file if it was the last that was missing.
+    fn take_in(
         &mut self,
         volume: &Volume,
         layer: &Blob,
-        id: ChunkId,
-        stored: &StoredChunk,
+        wanted: &FrameWanted,
+        chunk: &mut Making,
         frame: &[u8],
     ) -> Result<(), FetchError> {
-        let spot = volume.spot(id.chunk);
-        self.plain.resize(spot.range.len as usize, 0);
+        let plain_bytes = match &wanted.what {
+            Wanted::Whole(_) => chunk.range.len,
+            Wanted::Part(part) => part.plain_bytes(chunk.range.len),
+        };
+        self.plain.resize(plain_bytes as usize, 0);
         let decoder = match &mut self.decoder {
             Some(decoder) => decoder,
             none => none.insert(ChunkDecoder::new().map_err(FetchError::Decoder)?),
         };
+        let stored = wanted.stored();
         decoder
             .decode(frame, &stored.digest, &mut self.plain)
             .map_err(|source| FetchError::Decode {
@@ -337,6 +383,22 @@ impl Hands {
                 frame: stored.frame,
                 source: Box::new(source),
             })?;
-        volume.keep(&self.plain, spot, &stored.digest, self.is_fill)
+        chunk.missing -= 1;
+        let (plain, digest) = match &wanted.what {
+            Wanted::Whole(stored) => (&self.plain, Some(&stored.digest)),
+            Wanted::Part(part) => {
+                part.place(&self.plain, &mut chunk.plain);
+                // Nobody knows one of the whole chunk.
+                (&chunk.plain, None)
+            }
+        };
+        if chunk.missing > 0 {
+            return Ok(());
+        }
+        let spot = Spot {
+            chunk: chunk.id.chunk,
+            range: chunk.range,
+        };
+        volume.keep(plain, spot, digest, self.is_fill)
     }
 }

@@ -6,6 +6,7 @@
 mod cache;
 mod chunk_set;
 mod fetch;
+mod making;
 mod page_file;
 mod queue;
 mod room;
@@ -21,8 +22,8 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
 use crate::image::Image;
+use crate::image::first_chunks::fits;
 use crate::index::IndexError;
-use crate::layer::frame::frame_bytes_max;
 use crate::source::{ChunkId, ChunkSink, PageFileLayout, PageSource, SourceVolume, Urgency, VolumeId};
 use crate::state::FirstChunk;
 use crate::units::ChunkIndex;
@@ -183,16 +184,12 @@ impl ImageSource {
     /// that make no sense are left to the index. Only the first call counts.
     pub fn learn(&self, first_chunks: &[FirstChunk]) {
         for volume in &self.shared.volumes {
-            let root = volume.index.root();
+            let layer_bytes: Vec<u64> = volume.layers.iter().map(|layer| layer.bytes).collect();
             let makes_sense = |first: &&FirstChunk| {
-                let layer = volume.layers.get(usize::from(first.layer.0));
-                first.volume == volume.name
-                    && first.chunk.0 < root.chunks()
-                    && layer.is_some_and(|layer| first.frame.fits_in(layer.bytes))
-                    && (1..=frame_bytes_max(root.chunk_size())).contains(&first.frame.len)
+                first.volume == volume.name && fits(first, volume.index.root(), &layer_bytes)
             };
             let entries = first_chunks.iter().filter(makes_sense);
-            let entries = entries.map(|first| (first.chunk, first.stored())).collect();
+            let entries = entries.map(|first| (first.chunk, first.entry.clone())).collect();
             // A second time changes nothing.
             let _ = volume.first.set(entries);
         }

@@ -193,13 +193,24 @@ impl PageFile {
 
     /// Whether a chunk is in the file since before: then it counts as put. `room` is for its bytes.
     pub(super) fn holds(&self, spot: Spot, digest: &ChunkDigest, room: &mut Vec<u8>) -> bool {
+        self.holds_right(spot, room, |chunk| ChunkDigest::of(chunk) == *digest)
+    }
+
+    /// Whether a chunk of which `are_right` says so is in the file since before: then it counts as put. `room` is for
+    /// its bytes.
+    pub(super) fn holds_right(
+        &self,
+        spot: Spot,
+        room: &mut Vec<u8>,
+        mut are_right: impl FnMut(&[u8]) -> bool,
+    ) -> bool {
         if !self.inherited.load(Ordering::Relaxed) || !self.has_data(spot.range) {
             return false;
         }
         let mut is_it = || {
             // The length of a chunk was capped when the index was parsed.
             room.resize(spot.range.len as usize, 0);
-            self.read(spot.range.start, room).is_ok() && ChunkDigest::of(room) == *digest
+            self.read(spot.range.start, room).is_ok() && are_right(room)
         };
         match &self.kept {
             Some(kept) => kept.find(&self.writable, spot, is_it),

@@ -286,7 +286,8 @@ fn first_bytes(images: &Path) -> Result<Value, Box<dyn Error>> {
     let image = images.join(IMAGE);
     let manifest = Layout::open(&image)?.choose(&Wanted::Only)?;
     let state = Image::open_directory(&image, &Wanted::Only)?.state()?;
-    let frames = state.first_chunks.iter().map(|first| first.frame.len);
+    let frames = state.first_chunks.iter().flat_map(|first| first.entry.frames());
+    let frames = frames.map(|stored| stored.frame.len);
     Ok(json!({
         "manifest": manifest.bytes,
         "first_chunks": frames.sum::<u64>(),

@@ -1,16 +1,19 @@
 //! `runnel image`: the local store.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
+use runnel_snapshot::blobs::Blob;
+use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::folder::{self, ListedImage, Listing};
+use runnel_snapshot::image::manifest::{ImageVolume, LayerKind};
 use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
-use super::Failure;
+use super::{Failure, squash};
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
 use crate::images::ImageStore;
@@ -66,13 +69,15 @@ fn by(processes: &[u32]) -> String {
 #[command(after_help = "\
 The store is $RUNNEL_IMAGES (an absolute path), else $XDG_DATA_HOME/runnel/images, else /var/lib/runnel/images for root
 and ~/.local/share/runnel/images for others. It is a folder of image directories: copying one there adds it. Directories of
-anything else are listed as such, and never removed. AGE, and
-\"modified\" in JSON, is since when an image is there; `runnel inspect` says when its machine was saved.
+anything else are listed as such, and never removed. LAYERS are those of all volumes together; an image that lies over
+others has the layers of those that it still needs. AGE, and \"modified\" in JSON, is since when an image is there;
+`runnel inspect` says when its machine was saved.
 
 Examples:
     runnel image ls
     runnel image rm web-v1
-    runnel image prune --older-than 30d --dry-run")]
+    runnel image prune --older-than 30d --dry-run
+    runnel image squash web-v50 web-base")]
 pub(crate) struct ImageArgs {
     #[command(subcommand)]
     command: ImageCommand,
@@ -86,6 +91,8 @@ enum ImageCommand {
     Rm(RmArgs),
     /// Remove what snapshots that were cut short left, and old images that no machine came from
     Prune(PruneArgs),
+    /// Write an image anew, each volume in one full layer: the same machine, without the layers that it lies over
+    Squash(squash::SquashArgs),
 }
 
 #[derive(Debug, Args)]
@@ -130,6 +137,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
         ImageCommand::Ls(args) => list(&store, args),
         ImageCommand::Rm(args) => remove(&store, args),
         ImageCommand::Prune(args) => prune(&store, args),
+        ImageCommand::Squash(args) => squash::run(&store, args),
     }
 }
 
@@ -159,15 +167,27 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
         print_json(&json!({ "store": store.path(), "images": images, "broken": broken, "others": others }))?;
         return Ok(Exit::Done);
     }
-    let mut table = Table::new(&["NAME", "TAG", "DIGEST", "SIZE", "STORED", "VOLUMES", "AGE"]);
+    let names = listing.images.iter();
+    let names = names.map(|image| (image.manifest.digest, name_of(&image.path)));
+    let names: BTreeMap<BlobDigest, String> = names.collect();
+    let mut table = Table::new(&[
+        "NAME", "TAG", "DIGEST", "SIZE", "STORED", "VOLUMES", "LAYERS", "PARENT", "AGE",
+    ]);
     for image in &listing.images {
         table.push(vec![
             one_line(&name_of(&image.path), 60),
             one_line(image.name.as_deref().unwrap_or("-"), 40),
-            image.manifest.digest.to_string().chars().take(19).collect(),
+            short(&image.manifest.digest),
             size::bytes(image.volume_bytes()),
             size::bytes(image.stored_bytes()),
             image.manifest.volumes.len().to_string(),
+            layers_of(image).count().to_string(),
+            match image.manifest.parent {
+                None => "-".to_owned(),
+                Some(parent) => names
+                    .get(&parent)
+                    .map_or_else(|| short(&parent), |name| one_line(name, 60)),
+            },
             age_of(&image.path).map_or("-".to_owned(), size::duration),
         ]);
     }
@@ -192,8 +212,30 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// So much of a digest as tells images apart.
+fn short(digest: &BlobDigest) -> String {
+    digest.to_string().chars().take(19).collect()
+}
+
+/// The layers of all volumes, each with the volume that it is of.
+fn layers_of(image: &ListedImage) -> impl Iterator<Item = (&ImageVolume, Blob, LayerKind)> {
+    let volumes = image.manifest.volumes.iter();
+    volumes.flat_map(|volume| {
+        let layers = volume.layers_with_kinds();
+        layers.map(move |(blob, kind)| (volume, blob, kind))
+    })
+}
+
 fn describe(image: &ListedImage) -> Value {
     let volumes = image.manifest.volumes.iter();
+    let layer = |(volume, blob, kind): (&ImageVolume, Blob, LayerKind)| {
+        json!({
+            "volume": volume.name.to_string(),
+            "kind": kind.name(),
+            "digest": blob.digest.to_string(),
+            "bytes": blob.bytes,
+        })
+    };
     json!({
         "name": name_of(&image.path),
         "path": image.path,
@@ -203,6 +245,7 @@ fn describe(image: &ListedImage) -> Value {
         "volume_bytes": image.volume_bytes(),
         "stored_bytes": image.stored_bytes(),
         "volumes": volumes.map(|volume| volume.name.to_string()).collect::<Vec<_>>(),
+        "layers": layers_of(image).map(layer).collect::<Vec<_>>(),
         "parent": image.manifest.parent.map(|parent| parent.to_string()),
     })
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use runnel_agent::remote::RemoteImage;
 use runnel_snapshot::blobs::Blob;
-use runnel_snapshot::image::manifest::ImageVolume;
+use runnel_snapshot::image::manifest::{ImageVolume, LayerKind};
 use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::image::{Image, folder};
 use runnel_snapshot::index::{Entry, IndexError, SegmentIndex};
@@ -77,6 +77,8 @@ struct VolumeInspection {
     chunk_bytes: u64,
     chunks: u64,
     data_chunks: u64,
+    /// Those of them that are of several parts: pages of other layers lie over them.
+    chunks_of_parts: u64,
     index_bytes: u64,
     layers: Vec<Layer>,
 }
@@ -92,6 +94,7 @@ struct DriveToSupply {
 #[derive(Debug, Serialize)]
 struct Layer {
     digest: String,
+    kind: &'static str,
     bytes: u64,
 }
 
@@ -181,13 +184,17 @@ fn drives_to_supply(state: &MachineState) -> Vec<DriveToSupply> {
 /// Reads the whole index, which costs some 40 bytes a chunk.
 fn inspect_volume(image: &Image, volume: &ImageVolume) -> Result<VolumeInspection, IndexError> {
     let (root, index) = (&volume.root, image.index(volume));
-    let (mut zero_bytes, mut data_chunks) = (0, 0);
+    let (mut zero_bytes, mut data_chunks, mut chunks_of_parts) = (0, 0, 0);
     for number in (0..root.segments()).map(SegmentIndex) {
         let segment = index.segment(number)?;
         let (first, count) = root.chunks_of(number);
         for position in 0..count {
             match segment.entry(position) {
                 Some(Entry::Data(_)) => data_chunks += 1,
+                Some(Entry::Parts(_)) => {
+                    data_chunks += 1;
+                    chunks_of_parts += 1;
+                }
                 Some(Entry::Zero) | None => {
                     let chunk = ChunkIndex(first.0 + u64::from(position));
                     zero_bytes += root.chunk_size().range_of(chunk, root.volume_bytes()).len;
@@ -195,8 +202,9 @@ fn inspect_volume(image: &Image, volume: &ImageVolume) -> Result<VolumeInspectio
             }
         }
     }
-    let layer = |blob: &Blob| Layer {
+    let layer = |(blob, kind): (Blob, LayerKind)| Layer {
         digest: blob.digest.to_string(),
+        kind: kind.name(),
         bytes: blob.bytes,
     };
     Ok(VolumeInspection {
@@ -207,8 +215,9 @@ fn inspect_volume(image: &Image, volume: &ImageVolume) -> Result<VolumeInspectio
         chunk_bytes: root.chunk_size().bytes(),
         chunks: root.chunks(),
         data_chunks,
+        chunks_of_parts,
         index_bytes: volume.index.bytes,
-        layers: volume.layers.iter().map(layer).collect(),
+        layers: volume.layers_with_kinds().map(layer).collect(),
     })
 }
 
@@ -279,8 +288,9 @@ impl Inspection {
         for volume in &self.volumes {
             for layer in &volume.layers {
                 text.push_str(&format!(
-                    "layer    {}  {}  {}\n",
+                    "layer    {}  {}  {}  {}\n",
                     layer.digest,
+                    layer.kind,
                     size::bytes(layer.bytes),
                     volume.name
                 ));

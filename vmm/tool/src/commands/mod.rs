@@ -12,6 +12,7 @@ pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod shell;
 pub(crate) mod snapshot;
+mod squash;
 pub(crate) mod stop;
 pub(crate) mod vcpus;
 pub(crate) mod verify;

@@ -12,8 +12,13 @@ use std::sync::Arc;
 
 use runnel_snapshot::capture::{CaptureSettings, Captured, Job, VolumeSource};
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::section::SavedSection;
 use runnel_snapshot::state::MachineState;
+use runnel_snapshot::units::{PAGE_SIZE, PageIndex};
 use runnel_snapshot::volume::VolumeName;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -62,6 +67,32 @@ impl User {
 
     pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         serde_json::from_str(&self.output(arguments)).unwrap()
+    }
+
+    /// Saves the machine of an image again, a page of its memory changed, as a diff over that one.
+    pub(crate) fn capture_over(&self, name: &str, below: &str) -> Captured {
+        let path = self.store().join(below);
+        let image = Image::open_directory(&path, &Wanted::Only).unwrap();
+        let layout = Arc::new(Layout::open(&path).unwrap());
+        let [memory, root] = &image.manifest.volumes[..] else {
+            panic!("a machine of memory and a drive")
+        };
+        let mut changed = PageSet::new(memory.root.volume_bytes() / PAGE_SIZE);
+        changed.insert_run(PageIndex(1), 1);
+        let changes = VolumeSource::Changes {
+            content: Arc::new(vec![7_u8; 4 * CHUNK]),
+            changed,
+            layout: Arc::clone(&layout),
+            base: memory.clone(),
+        };
+        let unchanged = VolumeSource::Unchanged {
+            layout,
+            volume: root.clone(),
+        };
+        let volumes = vec![(memory.name.clone(), changes), (root.name.clone(), unchanged)];
+        let job = Job::new(CaptureSettings::default(), volumes).unwrap();
+        let job = job.with_parent(image.digest());
+        job.run(&self.store().join(name), image.state().unwrap()).unwrap()
     }
 
     /// Saves a machine of two volumes into the store: memory of data, zeros, zeros and data, and a drive of zeros.
