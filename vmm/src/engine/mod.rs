@@ -2,6 +2,8 @@
 
 mod description;
 mod drives;
+#[doc(hidden)]
+pub mod fuzz;
 mod load;
 mod memory;
 mod paging;
