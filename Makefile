@@ -37,7 +37,7 @@ fuzz: ## feed each reader of untrusted bytes a million strange inputs, on nightl
 
 # From one beginning each time: CI fails for what a change did, and not by chance.
 fuzz-short: ## what CI does of it: the corpus, and some thousand inputs beyond
-	@FUZZ_RUNS=$${FUZZ_RUNS:-10000} FUZZ_SEED=1 tests/fuzz/run
+	@FUZZ_RUNS=$${FUZZ_RUNS:-5000} FUZZ_SEED=1 tests/fuzz/run
 
 bench: packages build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too
 	RUNNEL_PROGRAMS=$(CURDIR)/target/release $(CARGO) run --locked --package runnel-tests --bin bench
