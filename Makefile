@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: help setup packages build try demo test bench fmt clippy check clean
+.PHONY: help setup packages build try demo test fuzz fuzz-short bench fmt clippy check clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -31,6 +31,13 @@ demo: packages ## a Debian guest goes on on another host before it has arrived t
 test: packages ## every test of both levels
 	$(CARGO) build --locked --workspace
 	$(CARGO) test --locked --workspace
+
+fuzz: ## feed each reader of untrusted bytes a million strange inputs, on nightly; FUZZ_RUNS=<n> changes how many
+	@tests/fuzz/run
+
+# From one beginning each time: CI fails for what a change did, and not by chance.
+fuzz-short: ## what CI does of it: the corpus, and some thousand inputs beyond
+	@FUZZ_RUNS=$${FUZZ_RUNS:-5000} FUZZ_SEED=1 tests/fuzz/run
 
 bench: packages build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too
 	RUNNEL_PROGRAMS=$(CURDIR)/target/release $(CARGO) run --locked --package runnel-tests --bin bench

@@ -14,7 +14,7 @@ use std::sync::{Arc, mpsc};
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
 use runnel_snapshot::image::Image;
-use runnel_snapshot::image::source::{ImageSource, PageFile, SourceSettings};
+use runnel_snapshot::image::source::{HostCache, ImageSource, PageFile, SourceSettings, Uncached};
 use runnel_snapshot::index::Entry;
 use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, PageSource, Urgency, VolumeId};
 use runnel_snapshot::units::{ChunkIndex, ChunkSize, PAGE_SIZE};
@@ -201,15 +201,18 @@ fn a_page_file_of_before_is_trusted_with_chunks_of_parts_only_where_it_can_be_he
     let path = folder.path().join("memory");
     let deliver = || {
         let (counting, counts) = counting(&image);
-        let make = |_: &VolumeName, bytes| Ok(PageFile::named(&path, bytes).unwrap());
-        let source = ImageSource::with_page_files(&counting, &SourceSettings::local(1), &make).unwrap();
+        let make = |_: &VolumeName, layout| Ok(Arc::new(PageFile::named(&path, layout).unwrap()));
+        let settings = SourceSettings::local(1);
+        let cache: Arc<dyn HostCache> = Arc::new(Uncached);
+        let source = ImageSource::with_page_files(&counting, &settings, &make, &cache).unwrap();
         let (sender, answers) = mpsc::channel();
         source.deliver_to(Arc::new(Answers(sender)));
         for number in [0, 1] {
             source.ask(&[chunk(number)], Urgency::Demand);
             answers.recv().unwrap().1.unwrap();
         }
-        assert!(fs::read(&path).unwrap() == chain.volume);
+        // Marks lie behind the volume.
+        assert!(fs::read(&path).unwrap()[..chain.volume.len()] == chain.volume);
         let layers = image.manifest.volumes[0].layers.iter();
         layers
             .map(|layer| counts.reads_of(&layer.digest))

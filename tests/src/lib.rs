@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod bare;
 pub mod forge;
+pub mod golden;
 pub mod lab;
 pub mod monitor;
 mod program;

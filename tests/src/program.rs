@@ -18,12 +18,13 @@ pub fn program(name: &str) -> PathBuf {
         return lab::program(name); // carried along: there is nothing to build with
     }
     static BUILT: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    // target/<profile>/deps/<test>
+    // target/<profile>/deps/<test>, or target/<profile>/<program>
     let test = std::env::current_exe().expect("a test knows where it is");
     let folder = test
         .ancestors()
-        .nth(2)
-        .expect("a test lies in target/<profile>/deps");
+        .skip(1)
+        .find(|folder| !folder.ends_with("deps"))
+        .expect("a test lies in target/<profile>");
     // Held while building: whoever asks meanwhile waits for the same.
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     if !built.contains(name) {

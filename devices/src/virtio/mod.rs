@@ -17,6 +17,8 @@
 
 pub mod block;
 pub mod chain;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod link;
 pub mod net;
 pub mod queue;

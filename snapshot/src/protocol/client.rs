@@ -24,6 +24,8 @@ use super::message::{CHUNKS_MAX, FromAgent, FromMonitor};
 use super::socket::PacketSocket;
 use crate::digest::BlobDigest;
 use crate::source::{ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+#[doc(hidden)]
+pub use opening::read_opening;
 pub use opening::{ConnectError, Opening, is_answering, status};
 use opening::{Connection, Patience};
 

@@ -37,6 +37,8 @@ mod client;
 mod message;
 mod socket;
 
+#[doc(hidden)]
+pub use client::read_opening;
 pub use client::{AgentSource, ConnectError, Opening, is_answering, status};
 pub use message::{
     AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus,

@@ -12,6 +12,8 @@
 
 mod call;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod response;
 mod route;
 mod server;

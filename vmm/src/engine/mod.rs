@@ -2,6 +2,8 @@
 
 mod description;
 mod drives;
+#[doc(hidden)]
+pub mod fuzz;
 mod live;
 mod load;
 mod memory;

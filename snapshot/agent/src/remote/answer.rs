@@ -296,12 +296,15 @@ fn parse_head(bytes: &[u8]) -> io::Result<Option<(Head, usize)>> {
     let httparse::Status::Complete(length) = parsed else {
         return Ok(None);
     };
+    // RFC 9110 §15: others mean nothing, and three digits are all that the parser looks for.
+    let status = response.code.filter(|status| (100..600).contains(status));
+    let status = status.ok_or_else(|| malformed("its status is none"))?;
     let fields = response.headers.iter();
     let fields: Vec<_> = fields
         .map(|field| (field.name.to_owned(), field.value.to_vec()))
         .collect();
     let mut head = Head {
-        status: response.code.unwrap_or(0),
+        status,
         fields,
         closes: false,
     };
@@ -352,4 +355,24 @@ fn cut_off() -> io::Error {
 
 fn malformed(reason: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_whose_status_is_none_of_http_is_refused() {
+        for (status, is_one) in [
+            ("006", false),
+            ("099", false),
+            ("200", true),
+            ("599", true),
+            ("600", false),
+        ] {
+            let answer = format!("HTTP/1.1 {status} OK\r\nContent-Length: 0\r\n\r\n");
+            let read = Answer::read(Connection::of_bytes(answer.as_bytes()).unwrap());
+            assert_eq!(read.is_ok(), is_one, "{status}");
+        }
+    }
 }

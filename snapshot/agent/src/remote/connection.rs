@@ -9,6 +9,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 
@@ -268,6 +269,32 @@ fn is_an_authoritys(reason: &rustls::CertificateError) -> bool {
 }
 
 impl Connection {
+    /// A connection over which these bytes come and then its end: for whoever feeds it strange ones. They must fit into
+    /// a socket.
+    pub(super) fn of_bytes(bytes: &[u8]) -> io::Result<Self> {
+        let (near, far) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let mut far = TcpStream::from(far);
+        far.set_nonblocking(true)?;
+        far.write_all(bytes)?;
+        let counted = Counted {
+            // A stream socket of another family: nothing here asks for what TCP alone has.
+            socket: TcpStream::from(near),
+            traffic: Arc::default(),
+            pace: Pace::new(Duration::from_secs(1)),
+        };
+        Ok(Self {
+            stream: Stream::Plain(counted),
+            ahead: Vec::new(),
+            used: false,
+            window: Window::new(Instant::now()),
+        })
+    }
+
     /// Counts what goes over it from now on for somebody else.
     pub(super) fn count_in(&mut self, traffic: &Arc<Traffic>) {
         self.stream.counted().traffic = Arc::clone(traffic);

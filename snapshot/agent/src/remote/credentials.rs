@@ -76,10 +76,15 @@ impl Credentials {
         file.take(FILE_BYTES_MAX)
             .read_to_end(&mut text)
             .map_err(unreadable)?;
-        serde_json::from_slice(&text).map_err(|source| CredentialsError::Malformed {
+        Self::parse(&text).map_err(|source| CredentialsError::Malformed {
             path: path.to_owned(),
             source,
         })
+    }
+
+    /// Reads what such a file holds.
+    pub(super) fn parse(text: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(text)
     }
 
     /// A bearer's token for one server: `host` or `host:port`.

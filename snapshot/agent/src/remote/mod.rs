@@ -16,6 +16,8 @@ mod client;
 mod connection;
 mod credentials;
 mod error;
+#[doc(hidden)]
+pub mod fuzz;
 mod kept;
 mod pool;
 mod url;

@@ -8,6 +8,8 @@
 mod access;
 mod answer;
 mod body;
+#[doc(hidden)]
+pub mod fuzz;
 mod page;
 mod patience;
 mod range;

@@ -95,6 +95,11 @@ impl Connection {
             .send(&FromMonitor::Hello(hello).to_bytes(), &[])
             .map_err(ConnectError::HungUp)?;
         wait_readable(&socket, patience)?;
+        Self::receive(socket)
+    }
+
+    /// Reads the answer to a `Hello`, which is there.
+    fn receive(socket: PacketSocket) -> Result<Self, ConnectError> {
         let mut message = Vec::new();
         let files = socket.receive(&mut message).map_err(ConnectError::HungUp)?;
         if message.is_empty() {
@@ -184,6 +189,18 @@ fn read_document(mut file: File) -> Result<Vec<u8>, ConnectError> {
         .read_to_end(&mut document)
         .map_err(ConnectError::Local)?;
     Ok(document)
+}
+
+/// What an agent's first answer, and the descriptors that came with it, are taken for: for whoever feeds it strange
+/// ones. Tells what was opened, and how long state and manifest are.
+///
+/// # Errors
+/// When they open no image.
+#[doc(hidden)]
+pub fn read_opening(socket: PacketSocket) -> Result<(Opened, [usize; 2]), ConnectError> {
+    let connection = Connection::receive(socket)?;
+    let documents = [connection.state.len(), connection.manifest.len()];
+    Ok((connection.opened, documents))
 }
 
 /// Whether an agent listens at `path`.
