@@ -7,6 +7,8 @@
 //! Machines that run this are shared and noisy: figures are compared within one run, as ratios, and nothing here fails
 //! because something is slow.
 
+mod aims;
+mod compression;
 mod content;
 mod local;
 mod metrics;
@@ -27,13 +29,13 @@ use runnel_tests::lab::{Level, TwoHosts, level, program};
 use serde_json::{Value, json};
 
 use content::RAM_MIB;
-use local::{Bench, IMAGE, Images, TwoFiles};
+use local::{Bench, IMAGE, Images, Saver as _, TwoFiles};
 use metrics::{Metrics, Samples};
 use pauses::Case;
 use remote::{Names, Remote};
 
 /// What the figures are, for whoever reads the report.
-const MEANINGS: [(&str, &str); 19] = [
+const MEANINGS: [(&str, &str); 22] = [
     (
         "resume_*",
         "API request sent to a monitor that is up, to the end of the first line that the guest begins, which depends on a counter in its RAM; monitors are fresh each time, files in the page cache",
@@ -93,6 +95,18 @@ const MEANINGS: [(&str, &str); 19] = [
     (
         "dirtied_*_gib",
         "RAM that the guest wrote to while it was watched",
+    ),
+    (
+        "create_vs_zstd_ratio",
+        "snapshot_mib_per_s divided by zstd_mib_per_s: stock `zstd -T2` at the same level over the same memory, from a file in the page cache to one on disk",
+    ),
+    (
+        "size_vs_zstd_frames_ratio",
+        "bytes of the image, index and state included, divided by those of the same memory as one zstd frame for each chunk",
+    ),
+    (
+        "size_vs_zstd_whole_ratio",
+        "the same, divided by those of one frame for all of it, as `zstd` makes it",
     ),
     (
         "snapshot_total_ms",
@@ -174,7 +188,12 @@ fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
         folder: work,
         content: &content,
     };
-    bench.measure(&Images(images.clone()), &mut metrics)?;
+    let images_made = Images(images.clone());
+    bench.measure(&images_made, &mut metrics)?;
+
+    println!("stock zstd, on the same memory");
+    let stored = images_made.stored_bytes(IMAGE)?;
+    compression::compare(&images.join(IMAGE), stored, work, &mut metrics)?;
 
     println!("runnel, pauses of machines of 1 and 4 GiB");
     for (ram_gib, snapshots) in [(1, 5), (4, 3)] {
@@ -203,7 +222,7 @@ fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
         "metrics": metrics.to_json(),
         "peers": peers,
         "host": host,
-        "aims": aims(&metrics, &peers, &first_bytes(&images)?, round_trip_ms),
+        "aims": aims::reached(&metrics, &peers, &first_bytes(&images)?, round_trip_ms),
         "meanings": MEANINGS.into_iter().collect::<std::collections::BTreeMap<_, _>>(),
     });
     let path = report_in(out);
@@ -292,87 +311,6 @@ fn first_bytes(images: &Path) -> Result<Value, Box<dyn Error>> {
         "manifest": manifest.bytes,
         "first_chunks": frames.sum::<u64>(),
     }))
-}
-
-/// What was aimed at, whether it was reached, and what was measured of which it is made: with it, a miss is either the
-/// network's, or this host's, or a round trip too many.
-fn aims(metrics: &Metrics, peers: &Value, first_bytes: &Value, round_trip_ms: f64) -> Value {
-    let median = |name: &str| metrics.median(name).unwrap_or(f64::NAN);
-    let local = median("resume_local_ms");
-    let of_resume = |name: &str| {
-        json!({
-            "resume_local_ms": local,
-            "round_trip_ms": round_trip_ms,
-            "round_trips_beyond_local": (median(name) - local) / round_trip_ms,
-            "resume_remote_0ms_ms": median("resume_remote_0ms_ms"),
-        })
-    };
-    let of_fault = |name: &str| {
-        json!({
-            "round_trip_ms": round_trip_ms,
-            "round_trips": median(name) / round_trip_ms,
-            "round_trips_p50_without_fill": median("fault_remote_20ms_without_fill_p50_ms") / round_trip_ms,
-            "round_trips_indexed_p99": median("fault_remote_20ms_indexed_p99_ms") / round_trip_ms,
-            "round_trips_indexed_p99_without_fill":
-                median("fault_remote_20ms_without_fill_indexed_p99_ms") / round_trip_ms,
-        })
-    };
-    let of_memory = json!({
-        "anonymous_kib": median("vmm_rss_anonymous_kib"),
-        "code_and_files_kib": median("vmm_rss_kib") - median("vmm_rss_anonymous_kib"),
-    });
-    let [warm, cold] = ["resume_remote_20ms_ms", "resume_remote_20ms_cold_ms"];
-    let mut pauses = Vec::new();
-    let mut aims = vec![
-        (warm, local + 3.0 * round_trip_ms, of_resume(warm)),
-        (cold, local + 6.0 * round_trip_ms, of_resume(cold)),
-        (
-            "bytes_before_first_instruction",
-            256.0 * 1024.0,
-            first_bytes.clone(),
-        ),
-        ("vmm_rss_kib", 6.0 * 1024.0, of_memory),
-    ];
-    for gib in [1, 4] {
-        let without = |kind: &str| json!({"without_a_snapshot_ms": median(&format!("gap_without_snapshot_{gib}gib_{kind}_ms"))});
-        pauses.push((format!("pause_{gib}gib_idle_ms"), 10.0, without("idle")));
-        let dirtied = median(&format!("dirtied_{gib}gib_writing_gib"));
-        pauses.push((
-            format!("pause_{gib}gib_writing_ms"),
-            10.0 + 30.0 * dirtied,
-            without("writing"),
-        ));
-    }
-    aims.extend(
-        pauses
-            .iter()
-            .map(|(name, aim, parts)| (name.as_str(), *aim, parts.clone())),
-    );
-    let faults = [
-        "fault_remote_20ms_p50_ms",
-        "fault_remote_20ms_p99_ms",
-        "fault_remote_20ms_without_fill_p50_ms",
-        "fault_remote_20ms_without_fill_p99_ms",
-    ];
-    aims.extend(faults.map(|name| (name, 1.3 * round_trip_ms, of_fault(name))));
-    if let Some(peer) = peers["firecracker"]["resume_local_ms"]["median"].as_f64() {
-        let answer = peers["firecracker"]["resume_local_answer_ms"]["median"].as_f64();
-        let parts = json!({
-            "answer_ms": median("resume_local_answer_ms"),
-            "guest_and_first_faults_ms": local - median("resume_local_answer_ms"),
-            "firecracker_answer_ms": answer,
-            "firecracker_guest_and_first_faults_ms": answer.map(|answer| peer - answer),
-        });
-        aims.push(("resume_local_ms", peer, parts));
-    }
-    let verdict = |(name, aim, parts): (&str, f64, Value)| {
-        let found = median(name);
-        (
-            name.to_owned(),
-            json!({"at_most": aim, "median": found, "met": found <= aim, "parts": parts}),
-        )
-    };
-    Value::Object(aims.into_iter().map(verdict).collect())
 }
 
 fn about_host() -> Value {
