@@ -15,8 +15,8 @@ use crate::unnamed;
 /// Pages of memory that are allocated at once: 1 MiB.
 const SLAB_PAGES: u64 = 256;
 
-/// The file may take at most one part in so many of the room that its file system has left when it begins: a snapshot
-/// must not be what fills the disk that the machine writes to.
+/// The file may take at most one part in so many of the room that its file system has left when it begins: the image is
+/// written there too, and perhaps the machine's disks.
 const ROOM_SHARE: u64 = 2;
 
 /// How much may be kept, in bytes.
@@ -67,12 +67,20 @@ impl Places {
     }
 
     fn take(&mut self) -> Option<u64> {
+        if self.max == 0 {
+            return None;
+        }
         self.free.pop().or_else(|| {
             (self.made < self.max).then(|| {
                 self.made += 1;
                 self.made - 1
             })
         })
+    }
+
+    /// Nothing more is put here.
+    fn close(&mut self) {
+        self.max = 0;
     }
 
     fn taken(&self) -> u64 {
@@ -147,8 +155,16 @@ impl EarlyPages {
         match file.write_all_at(page, place * PAGE_SIZE) {
             Ok(()) => Ok(Some(Kept::File(place))),
             Err(error) => {
-                self.lock().file.free.push(place);
-                Err(error)
+                let mut state = self.lock();
+                state.file.free.push(place);
+                match error.kind() {
+                    // Others use the file system too. What is in the file stays.
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                        state.file.close();
+                        Ok(None)
+                    }
+                    _ => Err(error),
+                }
             }
         }
     }
@@ -236,6 +252,16 @@ mod tests {
         }
         assert_eq!((early.held(), early.high_water()), ((0, 0), (300, 1)));
         assert!(early.keep(&[1; PAGE]).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_is_kept_stays_when_nothing_more_can_be() {
+        let mut places = Places::new(2 * PAGE_SIZE);
+        let kept = places.take().unwrap();
+        places.close();
+        assert_eq!((places.taken(), places.take()), (1, None));
+        places.free.push(kept);
+        assert_eq!((places.taken(), places.take()), (0, None));
     }
 
     #[test]

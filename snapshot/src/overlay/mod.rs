@@ -42,7 +42,7 @@ pub struct Overlay {
     directory: PathBuf,
     read_only: bool,
     /// Held by whoever changes the overlay, so that taking a block over never undoes a write. Taken before `written`;
-    /// its holder may wait for a chunk, readers never take it.
+    /// its holder may wait for a chunk, or for a capture to come by; readers never take it.
     writer: Mutex<()>,
     /// Which blocks are the overlay's: added once their bytes are in the file, never taken out.
     written: Mutex<PageSet>,

@@ -270,12 +270,17 @@ impl Fetcher {
 
     /// The page file turned out not to hold this chunk any more: it is absent again, and demanded.
     pub fn lost(&self, id: ChunkId) {
+        self.forget(id);
+        self.demand(id);
+    }
+
+    /// The page file turned out not to hold this chunk any more: it is absent again, and nobody waits for it yet.
+    fn forget(&self, id: ChunkId) {
         if let Some(slot) = self.slot(id)
             && slot.swap(ABSENT, Ordering::AcqRel) == DATA
         {
             self.arrived_data.fetch_sub(1, Ordering::Relaxed);
         }
-        self.demand(id);
     }
 
     /// Begins to fetch, in the background and volume by volume, what nobody has asked for. Does nothing if the

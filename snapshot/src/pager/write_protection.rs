@@ -166,7 +166,8 @@ impl WriteProtection {
         let (is_armed, run) = state.armed.run_at(page, state.window(page));
         if !is_armed {
             // Let go of between the fault and now.
-            return self.let_go(&mut state, page, 1);
+            self.let_go(&mut state, page, 1);
+            return;
         }
         let (writable, count) = match &state.frozen {
             Some(frozen) => frozen.try_before_write(page, run),
@@ -236,10 +237,9 @@ impl WriteProtection {
                 .frozen
                 .as_ref()
                 .map_or(Writable::Now, |frozen| frozen.try_before_write(page, 1).0);
-            if writable == Writable::Later {
+            if writable == Writable::Later || !self.let_go(&mut state, page, 1) {
                 break;
             }
-            self.let_go(&mut state, page, 1);
         }
     }
 
@@ -255,16 +255,16 @@ impl WriteProtection {
     }
 
     fn arm(&self, state: &mut State, first: PageIndex, count: u64) -> io::Result<()> {
-        self.protector.protect(first, count)?;
+        // First, so that what was done in part is taken back too.
         state.armed.insert_run(first, count);
-        Ok(())
+        self.protector.protect(first, count)
     }
 
-    fn let_go(&self, state: &mut State, first: PageIndex, count: u64) {
+    /// Whether the host has done it. If not, they stay armed, and their writers wait until the capture is over.
+    fn let_go(&self, state: &mut State, first: PageIndex, count: u64) -> bool {
         if let Err(error) = self.protector.unprotect(first, count) {
-            // They stay armed: the writer faults again, or is woken when the capture is over.
             tracing::error!(page = first.0, count, %error, "the write protection of pages cannot be lifted");
-            return;
+            return false;
         }
         state.armed.remove_run(first, count);
         if !state.held.is_empty() {
@@ -272,6 +272,7 @@ impl WriteProtection {
                 .held
                 .retain(|page| !(first.0..first.0 + count).contains(page));
         }
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

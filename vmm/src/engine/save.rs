@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use runnel_snapshot::capture::progress::Stage;
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
 };
@@ -120,10 +121,15 @@ pub(super) fn save(
     Ok(saved?)
 }
 
+/// Where an image, or a file, is to appear.
+fn folder_of(image: &Path) -> &Path {
+    let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
+}
+
 /// Prepares the machine to run on while it is saved. If that cannot be, it stands meanwhile.
 fn arm(guest: &mut KvmGuest, image: &Path) -> Option<Live> {
-    let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty());
-    Live::arm(guest, folder.unwrap_or(Path::new("."))).unwrap_or_else(|error| {
+    Live::arm(guest, folder_of(image)).unwrap_or_else(|error| {
         tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
         None
     })
@@ -229,10 +235,7 @@ impl Saving {
     fn early(&self, image: &Path) -> Arc<EarlyPages> {
         match &self.live {
             Some(live) => live.early().clone(),
-            None => Arc::new(EarlyPages::new(
-                EarlyPagesLimits::default(),
-                image.parent().unwrap_or(Path::new(".")),
-            )),
+            None => Arc::new(EarlyPages::new(EarlyPagesLimits::default(), folder_of(image))),
         }
     }
 
@@ -265,9 +268,12 @@ impl Saving {
             work.join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         });
+        // It may have been all read just before.
         match stalled {
-            Some(stall) => Err(SaveError::Stalled(stall.chunk, stall.volume, stall.reason)),
-            None => Ok(done),
+            Some(stall) if progress.stage() == Stage::Copying => {
+                Err(SaveError::Stalled(stall.chunk, stall.volume, stall.reason))
+            }
+            _ => Ok(done),
         }
     }
 

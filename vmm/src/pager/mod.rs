@@ -5,8 +5,9 @@
 //! dead reader had consumed would not come again, and when the last descriptor closes waiting readers would get
 //! zeros.
 //!
-//! **Architecture invariant.** The pager's thread never touches guest memory and takes no lock that is held by a thread
-//! that does.
+//! **Architecture invariant.** Of guest memory the pager's thread touches nothing but pages that the machine wrote itself,
+//! to copy them before they are overwritten: those are there, or swapped out, and never wait for it. It takes no lock that
+//! is held by a thread that touches any other.
 
 mod install;
 mod own_pages;

@@ -28,6 +28,7 @@ use super::progress::Progress;
 use super::volume_writer::{CompressedChunk, WriteError, WrittenVolume};
 use crate::blobs::Blob;
 use crate::digest::ChunkDigest;
+use crate::give_way::{CAPTURE, give_way};
 use crate::image::manifest::ImageVolume;
 use crate::image::publication::Publication;
 use crate::index::{IndexError, IndexReader, LAYERS_MAX, PageBits, StoredPart, parts};
@@ -136,6 +137,9 @@ impl<'a> Merge<'a> {
                             capture.line.abandon();
                         }
                     });
+                    if settings.gives_way {
+                        give_way(CAPTURE);
+                    }
                     capture.compress(settings.level);
                 };
                 thread.spawn_scoped(scope, work).map_err(CaptureError::Thread)?;

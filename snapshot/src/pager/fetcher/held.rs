@@ -34,7 +34,8 @@ impl Fetcher {
                     return Ok(arrived);
                 }
             }
-            self.lost(id);
+            // Whoever waits next demands it, as what it is: the guest's wait, or a snapshot's.
+            self.forget(id);
         }
     }
 }

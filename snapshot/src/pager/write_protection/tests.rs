@@ -355,3 +355,37 @@ fn a_writer_in_sequence_waits_for_fewer_and_fewer_pages() {
     drop(moment);
     protection.lift();
 }
+
+#[test]
+fn a_page_that_the_host_does_not_let_go_of_holds_up_nobody_else() {
+    /// Lets go of nothing.
+    struct Stubborn;
+    impl Protector for Stubborn {
+        fn protect(&self, _: PageIndex, _: u64) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn unprotect(&self, _: PageIndex, _: u64) -> io::Result<()> {
+            Err(io::Error::other("the memory map is changing"))
+        }
+    }
+    let kernel = Shared::default();
+    kernel.lock().pages = vec![Page::Own(7); 2];
+    let protection = WriteProtection::new(2, Box::new(Stubborn));
+    let mut own = PageSet::new(2);
+    own.insert_run(PageIndex(0), 2);
+    let limits = EarlyPagesLimits {
+        memory_bytes: 0,
+        file_bytes: 0,
+    };
+    let early = Arc::new(EarlyPages::new(limits, Path::new("/nonexistent")));
+    let moment = protection.freeze(own, Box::new(kernel), early).unwrap();
+    protection.write_fault(PageIndex(1));
+    assert_eq!(protection.held(), 1);
+    let mut bytes = vec![0; 2 * PAGE_SIZE as usize];
+    moment.read(0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 7));
+    drop(moment);
+    protection.lift();
+    assert_eq!(protection.held(), 1, "it still waits, and is still known");
+}
