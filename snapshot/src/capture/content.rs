@@ -40,7 +40,7 @@ pub trait Content: Send + Sync {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Found>;
 }
 
-/// The content of a file that nobody writes: a memfd of a machine that stands still, a drive put aside. Its holes are
+/// The content of a file that nobody writes: a memfd of a machine that stands still, a drive that is only read. Its holes are
 /// known to be zero.
 #[derive(Debug)]
 pub struct FileContent {

@@ -73,30 +73,49 @@ pub(super) fn capture_volume(
         ),
         spare: Mutex::new(Vec::new()),
     };
+    while_compressing(
+        settings,
+        &capture.line,
+        || capture.compress(settings.level),
+        || capture.write(writer, position),
+    )
+}
+
+/// Has `write` take from the line what compressors, of which each is a call of `compress`, put into it. Whatever ends
+/// `write` ends them.
+///
+/// # Errors
+/// What `write` says, or that no thread can be started.
+pub(super) fn while_compressing<P: Send, T: Send>(
+    settings: &CaptureSettings,
+    line: &Line<P, T, CaptureError>,
+    compress: impl Fn() + Sync,
+    write: impl FnOnce() -> Result<(), CaptureError>,
+) -> Result<(), CaptureError> {
     thread::scope(|scope| {
         // Whatever ends this block, also a panic, ends the compressors: the scope waits for them.
-        let _abandon = OnDrop(|| capture.line.abandon());
-        for number in 0..compressors {
+        let _abandon = OnDrop(|| line.abandon());
+        for number in 0..settings.compressors.max(1) {
             let thread = thread::Builder::new().name(format!("compress-{number}"));
             let work = || {
                 let _abandon_on_panic = OnDrop(|| {
                     if thread::panicking() {
-                        capture.line.abandon()
+                        line.abandon();
                     }
                 });
                 if settings.gives_way {
                     give_way(CAPTURE);
                 }
-                capture.compress(settings.level);
+                compress();
             };
             thread.spawn_scoped(scope, work).map_err(CaptureError::Thread)?;
         }
-        capture.write(writer, position)
+        write()
     })
 }
 
 /// Calls when dropped.
-pub(super) struct OnDrop<F: FnMut()>(pub(super) F);
+struct OnDrop<F: FnMut()>(F);
 
 impl<F: FnMut()> Drop for OnDrop<F> {
     fn drop(&mut self) {

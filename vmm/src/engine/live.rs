@@ -110,7 +110,7 @@ impl Live {
         &self.early
     }
 
-    /// Whether vCPUs or devices wait for the capture to come by.
+    /// Whether somebody who writes to memory waits for the capture to come by.
     pub(super) fn holds_writers(&self) -> bool {
         self.protection.held() > 0
     }

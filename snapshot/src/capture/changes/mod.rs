@@ -17,18 +17,16 @@ mod writer;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use super::CaptureSettings;
 use super::content::{Content, Found};
 use super::job::CaptureError;
 use super::line::Line;
-use super::pool::{OnDrop, PLACES_AHEAD};
+use super::pool::{PLACES_AHEAD, while_compressing};
 use super::progress::Progress;
 use super::volume_writer::{CompressedChunk, WriteError, WrittenVolume};
 use crate::blobs::Blob;
 use crate::digest::ChunkDigest;
-use crate::give_way::{CAPTURE, give_way};
 use crate::image::manifest::ImageVolume;
 use crate::image::publication::Publication;
 use crate::index::{IndexError, IndexReader, LAYERS_MAX, PageBits, StoredPart, parts};
@@ -126,26 +124,12 @@ impl<'a> Merge<'a> {
             progress,
             spare: Mutex::default(),
         };
-        thread::scope(|scope| {
-            // Whatever ends this block, also a panic, ends the compressors: the scope waits for them.
-            let _abandon = OnDrop(|| capture.line.abandon());
-            for number in 0..compressors {
-                let thread = thread::Builder::new().name(format!("compress-{number}"));
-                let work = || {
-                    let _abandon_on_panic = OnDrop(|| {
-                        if thread::panicking() {
-                            capture.line.abandon();
-                        }
-                    });
-                    if settings.gives_way {
-                        give_way(CAPTURE);
-                    }
-                    capture.compress(settings.level);
-                };
-                thread.spawn_scoped(scope, work).map_err(CaptureError::Thread)?;
-            }
-            capture.write(&mut writer, position)
-        })?;
+        while_compressing(
+            settings,
+            &capture.line,
+            || capture.compress(settings.level),
+            || capture.write(&mut writer, position),
+        )?;
         Ok(writer.finish(changes.base, changes.name.clone())?)
     }
 }

@@ -29,8 +29,8 @@ Machines that `runnel run` and `runnel resume` started for this user are listed;
 not. ARRIVED is how much of its memory and disks a machine that was resumed from an image has been given so far. Machines of
 one image share its pages, so each counts what has come over the network and lies in memory once: `runnel agent --status`
 counts by image. FROM is where an image is read now, if its agent says so, else where it was resumed from. A stalled machine
-waits for a chunk that cannot be had: below the table is why, and what ends the wait. One that is saving stands while its
-memory is read for a snapshot.
+waits for a chunk that cannot be had: below the table is why, and what ends the wait. One that is saving stands for a
+snapshot: some milliseconds, or, loaded from Firecracker's two files, until its memory is read.
 
 Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
 ended/NAME.log of one that has ended, ended/NAME.1.log and so on of those of that name before (the last 32 in all),
