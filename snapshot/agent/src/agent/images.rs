@@ -1,7 +1,7 @@
 //! The images that are open: each once, however many machines and names lead to it; dropped when none has for a while.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,11 +47,24 @@ struct Table {
 }
 
 struct Slot {
-    /// Locked while it is being opened, so that it is opened once.
-    image: Arc<Mutex<Option<Arc<OpenImage>>>>,
+    image: Arc<OpenedOnce>,
     /// Machines that use it, or are about to.
     users: usize,
     unused_since: Instant,
+}
+
+/// An image that is opened by the first who wants it, while the others wait.
+#[derive(Default)]
+struct OpenedOnce {
+    door: Mutex<()>,
+    image: OnceLock<Arc<OpenImage>>,
+}
+
+impl OpenedOnce {
+    /// Held by whoever opens it, and waited for by those who want it open.
+    fn door(&self) -> MutexGuard<'_, ()> {
+        self.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// An image in use. As long as there is one of these, it is kept.
@@ -143,22 +156,19 @@ impl Images {
         let digest = found.digest();
         let slot = self.use_slot(digest);
         // Only those wait here who want the same image.
-        let mut image = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        let opened = match &*image {
+        let door = slot.door();
+        let opened = match slot.image.get() {
             Some(open) => {
                 open.found_again(found, Rank::First);
                 Ok(Arc::clone(open))
             }
-            None => OpenImage::open(found, &self.folders, &self.cache, &self.settings),
+            None => OpenImage::open(found, &self.folders, &self.cache, &self.settings)
+                .map(|open| Arc::clone(slot.image.get_or_init(|| open))),
         };
+        drop(door);
         match opened {
-            Ok(open) => {
-                *image = Some(Arc::clone(&open));
-                drop(image);
-                Ok(self.lease_of(open, digest))
-            }
+            Ok(open) => Ok(self.lease_of(open, digest)),
             Err(error) => {
-                drop(image);
                 self.leave_slot(&digest);
                 Err(error)
             }
@@ -170,12 +180,12 @@ impl Images {
             return None;
         }
         let slot = self.use_slot(*digest);
-        let image = slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let Some(open) = image else {
+        drop(slot.door());
+        let Some(open) = slot.image.get() else {
             self.leave_slot(digest);
             return None;
         };
-        Some(self.lease_of(open, *digest))
+        Some(self.lease_of(Arc::clone(open), *digest))
     }
 
     /// Finds out whether an open image can be read in another place too, in a thread of its own: no machine waits for
@@ -250,7 +260,7 @@ impl Images {
         }
     }
 
-    fn use_slot(&self, digest: BlobDigest) -> Arc<Mutex<Option<Arc<OpenImage>>>> {
+    fn use_slot(&self, digest: BlobDigest) -> Arc<OpenedOnce> {
         let mut table = self.lock();
         let slot = table.slots.entry(digest).or_insert_with(|| Slot {
             image: Arc::default(),
@@ -339,7 +349,7 @@ impl Images {
             .map(|slot| Arc::clone(&slot.image))
             .collect();
         // One that is being opened has nothing to say yet, and is not waited for.
-        let images = slots.iter().filter_map(|slot| slot.try_lock().ok()?.clone());
+        let images = slots.iter().filter_map(|slot| slot.image.get());
         let mut images: Vec<_> = images.map(|image| image.status()).collect();
         images.sort_by(|a, b| a.image.cmp(&b.image));
         AgentStatus {
