@@ -14,6 +14,7 @@ pub mod capture;
 pub mod copy_before_write;
 pub mod decode;
 pub mod digest;
+pub mod dirty_pages;
 mod give_way;
 pub mod image;
 pub mod index;

@@ -73,11 +73,12 @@ proptest! {
     fn a_chain_reads_as_its_volume_at_every_step_and_so_does_what_is_squashed(
         log2 in 14_u32..17,
         bytes in 1_usize..80 * PAGE,
-        steps in proptest::collection::vec(changes(), 1..9),
+        steps in proptest::collection::vec((changes(), any::<bool>()), 1..9),
     ) {
         let volume = (0..bytes).map(|at| if at / PAGE % 3 == 1 { 0 } else { (at / PAGE) as u8 ^ (at % 97) as u8 });
         let mut chain = Chain::new(chunk_size(1 << log2), volume.collect());
-        for step in &steps {
+        for (step, compares) in &steps {
+            chain.compares = *compares;
             chain.step(step);
             let image = chain.check();
             let volume = &image.manifest.volumes[0];
@@ -88,8 +89,8 @@ proptest! {
                 prop_assert!(entry.frames().count() <= PARTS_MAX);
                 used.extend(entry.frames().map(|stored| stored.layer));
             }
-            // Each layer below is used.
-            prop_assert!(volume.layers.len() <= used.len() + 1, "{used:?} of {}", volume.layers.len());
+            // Each layer below is used, as far as that was known beforehand.
+            prop_assert!(*compares || volume.layers.len() <= used.len() + 1, "{used:?} of {}", volume.layers.len());
         }
         let image = squashed(&chain.path());
         let volume = &image.manifest.volumes[0];
@@ -172,23 +173,60 @@ fn a_chunk_of_which_a_page_changes_again_and_again_is_written_anew_before_it_is_
 }
 
 #[test]
-fn a_volume_over_as_many_layers_as_there_may_be_is_captured_whole() {
+fn there_are_as_many_layers_as_there_may_be_and_then_one_is_told_what_to_do() {
     let volume = vec![3; 130 * 4 * PAGE];
     let mut chain = Chain::new(chunk_size(16 << 10), volume);
-    for step in 1..=usize::from(LAYERS_MAX) {
+    for step in 1..usize::from(LAYERS_MAX) {
         chain.step(&[Change {
             first: 4 * step,
             count: 1,
             seed: step as u8,
         }]);
-        let layers = chain.image().manifest.volumes[0].layers.len();
-        let whole = step == usize::from(LAYERS_MAX);
-        assert_eq!(layers, if whole { 1 } else { 1 + step });
-        if step >= usize::from(LAYERS_MAX) - 1 {
-            chain.check();
-        }
+        assert_eq!(chain.image().manifest.volumes[0].layers.len(), 1 + step);
     }
-    assert!(chain.image().manifest.volumes[0].has_full_layer);
+    chain.check();
+    let mut changed = PageSet::new(130 * 4);
+    changed.insert_run(PageIndex(0), 1);
+    let next = chain.folder().join("next");
+    let refused = chain.capture(&next, Arc::new(chain.volume.clone()), changed);
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("runnel image squash"), "{refused}");
+    assert!(!next.exists());
+}
+
+#[test]
+fn of_pages_that_may_have_changed_those_that_did_are_found() {
+    let volume: Vec<u8> = (1..65).flat_map(page_of).collect();
+    let mut chain = Chain::new(chunk_size(16 << 10), volume);
+    let change = |first, count, seed| Change { first, count, seed };
+    // A page of one chunk, two of another that become zero, and all of a third.
+    chain.step(&[change(1, 1, 90), change(9, 2, 0), change(20, 4, 91)]);
+    let entry = |image: &Image, chunk| {
+        let index = image.index(&image.manifest.volumes[0]);
+        index.entry(ChunkIndex(chunk)).unwrap()
+    };
+    chain.compares = true;
+    // Frames of which not all is shown cannot be compared: what is shown of them is written once more, and then can be.
+    chain.step(&[]);
+    let before = chain.check();
+    assert!((1..16).all(|chunk| chunk == 2 || !matches!(entry(&before, chunk), Entry::Parts(_))));
+    chain.step(&[]);
+    let after = chain.check();
+    assert_eq!(
+        after.manifest.volumes[0].layers, before.manifest.volumes[0].layers,
+        "nothing changed"
+    );
+    chain.step(&[change(40, 1, 92)]);
+    let after = chain.check();
+    for chunk in 0..16 {
+        assert_eq!(entry(&after, chunk) == entry(&before, chunk), chunk != 10, "{chunk}");
+    }
+    // Of a chunk of parts the frame alone is written whose pages changed.
+    chain.step(&[change(1, 1, 93)]);
+    let Entry::Parts(parts) = entry(&chain.check(), 0) else {
+        panic!("a page over the others")
+    };
+    assert_eq!(parts.len(), 2);
 }
 
 #[test]
@@ -377,6 +415,7 @@ fn a_layer_below_that_is_missing_is_named_before_anything_is_read() {
     let source = VolumeSource::Changes {
         content: Arc::new(content),
         changed,
+        compares: false,
         layout,
         base,
     };

@@ -18,7 +18,7 @@ use crate::image::layout::{Layout, LayoutError};
 use crate::image::manifest::{ImageVolume, ManifestDraft};
 use crate::image::publication::{Publication, PublishError};
 use crate::image::reference::is_tag;
-use crate::index::{Entry, IndexError, IndexReader};
+use crate::index::{Entry, IndexError, IndexReader, LAYERS_MAX};
 use crate::pager::PageSet;
 use crate::state::{FirstChunk, MachineState, StateError};
 use crate::units::{ByteRange, ChunkIndex};
@@ -102,6 +102,12 @@ pub enum CaptureError {
         /// That of the image's.
         below: u64,
     },
+    /// Changes over as many layers as there may be.
+    #[error(
+        "volume {0} lies over {LAYERS_MAX} layers already, as many as there may be: capture all of it, or make one of them \
+         with `runnel image squash`"
+    )]
+    TooManyLayers(VolumeName),
     /// Two volumes of one name.
     #[error("there are two volumes named {0}")]
     Twice(VolumeName),
@@ -133,13 +139,14 @@ pub enum VolumeSource {
         volume: ImageVolume,
     },
     /// It lies over the volume of an image of this host, and is as long. What changed becomes a diff layer, and the image's
-    /// layers that are still used are taken over; the new image is cut into chunks as that one is. Over as many layers as
-    /// there may be, all of it is captured instead.
+    /// layers that are still used are taken over; the new image is cut into chunks as that one is.
     Changes {
-        /// The whole volume as it is now. Only chunks with changed pages are read.
+        /// The volume as it is now. Only chunks with changed pages are read.
         content: Arc<dyn Content>,
         /// The pages that may differ from the image's: all others are as they are there.
         changed: PageSet,
+        /// Whether most of them are as they are there, and are to be told apart by their digests.
+        compares: bool,
         /// The directory of the image below.
         layout: Arc<Layout>,
         /// The volume there.
@@ -283,6 +290,7 @@ impl Job {
                 VolumeSource::Changes {
                     content,
                     changed,
+                    compares,
                     layout,
                     base,
                 } => {
@@ -291,6 +299,7 @@ impl Job {
                         name,
                         content: content.as_ref(),
                         changed,
+                        compares: *compares,
                         base,
                         index: &index,
                     };
@@ -364,16 +373,10 @@ impl Job {
         layout: &Layout,
         wanted: BTreeSet<ChunkIndex>,
     ) -> Result<WrittenVolume, CaptureError> {
-        let (name, content, chunk_size) = (changes.name, changes.content, changes.base.root.chunk_size());
+        let name = changes.name.clone();
         let merge = Merge::new(changes, &self.progress)?;
         if !merge.fits() {
-            // All of the content is at hand: no snapshot fails because there were many before it.
-            tracing::info!(volume = %name, "all of a volume is captured, since it lies over too many layers");
-            let settings = CaptureSettings {
-                chunk_size,
-                ..self.settings.clone()
-            };
-            return self.capture(publication, position, name, content, &settings, wanted);
+            return Err(CaptureError::TooManyLayers(name));
         }
         // First, so that one that is missing is told before anything is read.
         for layer in merge.kept_layers() {

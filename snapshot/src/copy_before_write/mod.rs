@@ -27,6 +27,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 pub use early_pages::{EarlyPages, EarlyPagesLimits};
 
+use crate::dirty_pages::WrittenPages;
 use crate::pager::PageSet;
 use crate::units::{ByteRange, PAGE_SIZE, PageIndex};
 use early_pages::Kept;
@@ -251,20 +252,39 @@ impl OwnPages for Moment {
     }
 }
 
-/// What a drive's writes go by: nothing, unless a capture is under way.
-#[derive(Debug, Default)]
-pub struct DriveWrites(Mutex<Weak<CopyBeforeWrite>>);
+/// What a drive's writes go by: a list of the pages that are dirty then, and a capture if one is under way.
+#[derive(Debug)]
+pub struct DriveWrites {
+    written: Arc<WrittenPages>,
+    capture: Mutex<Weak<CopyBeforeWrite>>,
+}
 
 impl DriveWrites {
+    /// Of a drive of `bytes`.
+    #[must_use]
+    pub fn new(bytes: u64) -> Self {
+        Self {
+            written: WrittenPages::new(bytes),
+            capture: Mutex::default(),
+        }
+    }
+
+    /// Which pages were written to.
+    #[must_use]
+    pub fn written(&self) -> &Arc<WrittenPages> {
+        &self.written
+    }
+
     /// From now on, writes go by this capture. One before it, if it is still under way, is on its own: there is one at a
     /// time.
     pub fn go_by(&self, moment: &Moment) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(moment.writers());
+        *self.capture.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(moment.writers());
     }
 
     /// To be called before `range` is written to, discarded or made zeros; may wait for the capture.
     pub fn before(&self, range: ByteRange) {
-        let capture = self.0.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        self.written.insert(range);
+        let capture = self.capture.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         if let (Some(capture), Some(end)) = (capture, range.end()) {
             let first = PageIndex::holding(range.start);
             capture.before_write(first, end.div_ceil(PAGE_SIZE) - first.0);

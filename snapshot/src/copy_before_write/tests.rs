@@ -43,7 +43,7 @@ fn rig(bytes: u64, room: u64) -> Rig {
             count.fetch_add(pages, Ordering::Relaxed);
         },
     );
-    let writes = DriveWrites::default();
+    let writes = DriveWrites::new(1 << 20);
     writes.go_by(&moment);
     Rig {
         file,

@@ -24,6 +24,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::block_store::{BlockStore, GuestSlice, guest_io};
 use crate::copy_before_write::{DriveWrites, EarlyPages, Moment};
+use crate::dirty_pages::WrittenPages;
 use crate::pager::{Fetcher, PageSet};
 use crate::source::{Arrived, ChunkId, SourceVolume, VolumeId};
 use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE, PageIndex};
@@ -102,15 +103,23 @@ impl Overlay {
             read_only,
             writer: Mutex::default(),
             written: Mutex::new(PageSet::new(about.bytes.div_ceil(PAGE_SIZE))),
-            capture: DriveWrites::default(),
+            capture: DriveWrites::new(about.bytes),
         })
     }
 
-    /// The overlay's content as it is now, for a snapshot; the machine stands still while this is called, and may run on
-    /// when it has returned: what it overwrites then is kept in `early` first.
+    /// The overlay's content as it is now, for a snapshot, or of it the pages `within` alone; the machine stands still
+    /// while this is called, and may run on when it has returned: what it overwrites then is kept in `early` first.
     #[must_use]
-    pub fn freeze(&self, early: &Arc<EarlyPages>, is_cancelled: IsCancelled) -> OverImage {
-        let own = self.written().clone();
+    pub fn freeze(
+        &self,
+        within: Option<&PageSet>,
+        early: &Arc<EarlyPages>,
+        is_cancelled: IsCancelled,
+    ) -> OverImage {
+        let mut own = self.written().clone();
+        if let Some(within) = within {
+            own.retain_all(within);
+        }
         let moment = Moment::new(
             own.clone(),
             self.about.bytes,
@@ -130,10 +139,10 @@ impl Overlay {
         )
     }
 
-    /// Whether nothing was written: the drive is still the image's volume.
+    /// Pages that were written to since the last image of it.
     #[must_use]
-    pub fn is_unchanged(&self) -> bool {
-        self.written().is_empty()
+    pub fn dirty(&self) -> &Arc<WrittenPages> {
+        self.capture.written()
     }
 
     fn written(&self) -> MutexGuard<'_, PageSet> {

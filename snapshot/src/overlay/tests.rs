@@ -181,12 +181,12 @@ fn frozen_content_stays_while_the_machine_writes_and_the_images_chunks_come_late
     rig.write(0, &[9; 4096]).unwrap();
     rig.write(2 * CHUNK + 512, &[8; 512]).unwrap();
     let expected = rig.read(0, BYTES).unwrap();
-    assert!(!rig.overlay.is_unchanged());
+    assert!(!rig.overlay.dirty().so_far().is_empty());
     let early = Arc::new(EarlyPages::new(
         EarlyPagesLimits::default(),
         &std::env::temp_dir(),
     ));
-    let frozen = rig.overlay.freeze(&early, Arc::new(|| false));
+    let frozen = rig.overlay.freeze(None, &early, Arc::new(|| false));
     rig.write(0, &[1; 4096]).unwrap();
     rig.write(3 * CHUNK, &[1; 4096]).unwrap();
     rig.overlay
@@ -209,7 +209,7 @@ fn what_was_not_written_before_the_snapshot_is_not_kept_for_it() {
         EarlyPagesLimits::default(),
         &std::env::temp_dir(),
     ));
-    let frozen = rig.overlay.freeze(&early, Arc::new(|| false));
+    let frozen = rig.overlay.freeze(None, &early, Arc::new(|| false));
     rig.write(0, &[9; 4096]).unwrap();
     rig.write(0, &[7; 512]).unwrap();
     assert_eq!(early.held(), (0, 0), "the image has it");

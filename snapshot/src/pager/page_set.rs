@@ -78,6 +78,59 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages of another set of the same volume.
+    ///
+    /// # Panics
+    /// If it is of another volume's length.
+    pub fn insert_all(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "sets of one volume");
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word |= other;
+        }
+    }
+
+    /// Takes out the pages that are not in another set of the same volume.
+    ///
+    /// # Panics
+    /// If it is of another volume's length.
+    pub fn retain_all(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "sets of one volume");
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= other;
+        }
+    }
+
+    /// Adds the pages whose bits are set in a bitmap, the lowest bit first, as KVM writes them; its first bit is that of
+    /// `first`. Bits behind the volume's end are left out.
+    pub fn insert_bitmap(&mut self, first: PageIndex, bitmap: &[u64]) {
+        for (position, bits) in (0..).zip(bitmap) {
+            let mut left = *bits;
+            while left != 0 {
+                let start = left.trailing_zeros();
+                let count = (left >> start).trailing_ones();
+                self.insert_run(PageIndex(first.0 + position * 64 + u64::from(start)), u64::from(count));
+                left &= !mask(u64::from(start), u64::from(count));
+            }
+        }
+    }
+
+    /// The set of all pages that lie in one aligned group of `group` pages with a page of this set: its chunks.
+    ///
+    /// # Panics
+    /// If `group` is 0.
+    #[must_use]
+    pub fn in_groups_of(&self, group: u64) -> Self {
+        let mut grown = Self::new(self.pages);
+        let mut from = PageIndex(0);
+        while let Some((first, count)) = self.next_run(from) {
+            let start = first.0 / group * group;
+            let end = (first.0 + count).next_multiple_of(group);
+            grown.insert_run(PageIndex(start), end - start);
+            from = PageIndex(end);
+        }
+        grown
+    }
+
     /// How long the run is that starts at `first` and whose pages are all in the set, or all outside it; at most
     /// `limit` pages. The flag says which.
     #[must_use]
@@ -166,6 +219,20 @@ mod tests {
             prop_assert_eq!(set.run_at(PageIndex(PAGES), 5), (false, 0));
             let listed: Vec<u64> = set.runs().flat_map(|(start, count)| start.0..start.0 + count).collect();
             prop_assert!(listed.iter().eq(model.iter()));
+            let pages = |set: &PageSet| -> BTreeSet<u64> {
+                set.runs().flat_map(|(start, count)| start.0..start.0 + count).collect()
+            };
+            let groups: BTreeSet<u64> = model.iter().map(|page| page / 7).collect();
+            let grown = set.in_groups_of(7);
+            prop_assert!(pages(&grown).into_iter().eq((0..PAGES).filter(|page| groups.contains(&(page / 7)))));
+            let mut other = PageSet::new(PAGES);
+            other.insert_bitmap(PageIndex(100), &[0xF0F0_0000_0000_0001, u64::MAX, 0, 1 << 41]);
+            prop_assert!(pages(&other).into_iter().eq([100].into_iter().chain(152..156).chain(160..228)));
+            let mut both = set.clone();
+            both.insert_all(&other);
+            prop_assert!(pages(&both).into_iter().eq(model.union(&pages(&other)).copied()));
+            both.retain_all(&other);
+            prop_assert_eq!(&both, &other);
             set.clear();
             prop_assert!(set.is_empty() && set.pages() == PAGES && set.next_run(PageIndex(0)).is_none());
         }

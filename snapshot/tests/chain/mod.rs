@@ -37,6 +37,40 @@ pub(crate) fn page_of(seed: u8) -> Vec<u8> {
     (0..PAGE).map(byte).collect()
 }
 
+/// A volume each of whose pages can be read once, like that of a machine that runs.
+struct ReadOnce {
+    volume: Vec<u8>,
+    read: Mutex<PageSet>,
+}
+
+impl ReadOnce {
+    fn new(volume: Vec<u8>) -> Self {
+        let read = Mutex::new(PageSet::new(volume.len().div_ceil(PAGE) as u64));
+        Self { volume, read }
+    }
+}
+
+impl Content for ReadOnce {
+    fn bytes(&self) -> u64 {
+        self.volume.bytes()
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<ByteRange>> {
+        self.volume.next_data(from)
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Found> {
+        let first = PageIndex::holding(offset);
+        let count = (offset + into.len() as u64).div_ceil(PAGE_SIZE) - first.0;
+        let mut read = self.read.lock().unwrap();
+        if read.run_at(first, count) != (false, count) {
+            return Err(io::Error::other("a page is read again"));
+        }
+        read.insert_run(first, count);
+        self.volume.read(offset, into)
+    }
+}
+
 /// So many pages from `first` on are written.
 #[derive(Clone, Debug)]
 pub(crate) struct Change {
@@ -53,6 +87,8 @@ pub(crate) struct Chain {
     /// Chunks of memory whose places go into the state.
     pub(crate) first_chunks: Vec<u64>,
     images: usize,
+    /// Whether all pages are named as changed, to be held against the digests below.
+    pub(crate) compares: bool,
 }
 
 impl Chain {
@@ -64,6 +100,7 @@ impl Chain {
             volume,
             first_chunks: Vec::new(),
             images: 1,
+            compares: false,
         };
         let source = VolumeSource::Content(Arc::new(chain.volume.clone()));
         chain.run(source, &chain.path()).unwrap();
@@ -96,8 +133,11 @@ impl Chain {
                 self.volume[at..end].copy_from_slice(&page_of(change.seed)[..end - at]);
             }
         }
+        if self.compares {
+            changed.insert_run(PageIndex(0), changed.pages());
+        }
         let next = self.folder.path().join(self.images.to_string());
-        self.capture(&next, Arc::new(self.volume.clone()), changed)
+        self.capture(&next, Arc::new(ReadOnce::new(self.volume.clone())), changed)
             .unwrap();
         self.images += 1;
     }
@@ -119,6 +159,7 @@ impl Chain {
         let source = VolumeSource::Changes {
             content,
             changed,
+            compares: self.compares,
             layout,
             base,
         };

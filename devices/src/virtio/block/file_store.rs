@@ -14,6 +14,7 @@ use runnel_snapshot::block_store::guest_io::{read_slices_at, total, write_slices
 use runnel_snapshot::block_store::{BlockStore, GuestSlice};
 use runnel_snapshot::capture::content::{OwnContent, add_data_pages};
 use runnel_snapshot::copy_before_write::{DriveWrites, EarlyPages, Moment};
+use runnel_snapshot::dirty_pages::WrittenPages;
 use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::units::{ByteRange, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
@@ -139,7 +140,7 @@ impl FileStore {
             file: Arc::new(file),
             bytes: bytes - rest,
             read_only,
-            capture: DriveWrites::default(),
+            capture: DriveWrites::new(bytes - rest),
         })
     }
 
@@ -149,14 +150,26 @@ impl FileStore {
         &self.file
     }
 
-    /// The drive's content as it is now, for a snapshot; the machine stands still while this is called, and may run on
-    /// when it has returned: what it overwrites then is kept in `early` first.
+    /// Pages that were written to since the last image of it.
+    #[must_use]
+    pub fn dirty(&self) -> &Arc<WrittenPages> {
+        self.capture.written()
+    }
+
+    /// The drive's content as it is now, for a snapshot, or of it the pages `within` alone; the machine stands still
+    /// while this is called, and may run on when it has returned: what it overwrites then is kept in `early` first.
     ///
     /// # Errors
     /// When the file's holes cannot be told from its data.
-    pub fn freeze(&self, early: &Arc<EarlyPages>) -> io::Result<OwnContent> {
-        let mut own = PageSet::new(self.bytes.div_ceil(PAGE_SIZE));
-        add_data_pages(&self.file, self.bytes, 1, &mut own)?;
+    pub fn freeze(&self, within: Option<&PageSet>, early: &Arc<EarlyPages>) -> io::Result<OwnContent> {
+        let own = match within {
+            Some(within) => within.clone(),
+            None => {
+                let mut own = PageSet::new(self.bytes.div_ceil(PAGE_SIZE));
+                add_data_pages(&self.file, self.bytes, 1, &mut own)?;
+                own
+            }
+        };
         let pages = Box::new(self.file.clone());
         let moment = Moment::new(own.clone(), self.bytes, pages, early.clone(), |_, _| {});
         self.capture.go_by(&moment);

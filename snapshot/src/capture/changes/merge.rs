@@ -39,7 +39,7 @@ impl Plan {
 }
 
 /// A full chunk as a part.
-fn whole(stored: StoredChunk, all: PageBits) -> StoredPart {
+pub(super) fn whole(stored: StoredChunk, all: PageBits) -> StoredPart {
     StoredPart {
         stored,
         held: all,

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Only chunks of which a page changed are read, and of those the changed pages alone, unless the chunk would be of too
-//! many parts: then it is written anew as a whole. A page that changed to zeros takes no bytes. Of the image below the
+//! many parts: then it is written anew as a whole. Where it is not known which pages changed, more are named, and those
+//! that are as they were are found by their digests. A page that changed to zeros takes no bytes. Of the image below the
 //! index alone is read: layers that are not used any more are left out, and the others are the same blobs as before.
 
 mod merge;
@@ -29,10 +30,10 @@ use crate::blobs::Blob;
 use crate::digest::ChunkDigest;
 use crate::image::manifest::ImageVolume;
 use crate::image::publication::Publication;
-use crate::index::{IndexError, IndexReader, LAYERS_MAX, PageBits, StoredPart, parts};
+use crate::index::{Entry, IndexError, IndexReader, LAYERS_MAX, PageBits, parts};
 use crate::layer::frame::{ChunkCompressor, is_zero};
 use crate::pager::PageSet;
-use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE};
+use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
 use merge::{Kept, Plan};
 use pieces::{Piece, Pieces};
@@ -56,6 +57,8 @@ pub(super) struct Changes<'a> {
     pub(super) content: &'a dyn Content,
     /// The pages that may differ from `base`.
     pub(super) changed: &'a PageSet,
+    /// Whether they are held against the digests of `base`, since many do not.
+    pub(super) compares: bool,
     pub(super) base: &'a ImageVolume,
     /// The index of `base`.
     pub(super) index: &'a IndexReader,
@@ -82,7 +85,11 @@ impl<'a> Merge<'a> {
             });
         }
         let goes_on = || !progress.is_cancelled();
-        let kept = Kept::of(changes.index, changes.changed, &goes_on);
+        // What is compared may turn out to be as it was: then all of the base's frames are still used.
+        let kept = match changes.compares {
+            true => Kept::of(changes.index, &PageSet::new(changes.changed.pages()), &goes_on),
+            false => Kept::of(changes.index, changes.changed, &goes_on),
+        };
         let kept = kept.map_err(|error| below_failed(changes.name, error.into()))?;
         if progress.is_cancelled() {
             return Err(CaptureError::Cancelled);
@@ -164,8 +171,64 @@ struct Capture<'a> {
 /// What a compressor keeps between chunks.
 struct Hands {
     compressor: ChunkCompressor,
-    /// The changed pages, or all of a chunk.
+    /// A chunk, as far as it was read.
+    chunk: Vec<u8>,
+    /// What becomes a frame: the changed pages, or all of the chunk.
     plain: Vec<u8>,
+}
+
+impl Hands {
+    /// Takes those of `pages` out of the chunk that are not zeros, back to back; which they are.
+    fn gather_data(&mut self, pages: &PageBits) -> PageBits {
+        let mut data = PageBits::EMPTY;
+        self.plain.clear();
+        for (first, count) in pages.runs() {
+            for page in first..first + count {
+                let bytes = page_of(&self.chunk, page);
+                if !is_zero(bytes) {
+                    self.plain.extend_from_slice(bytes);
+                    data.insert_run(page, 1);
+                }
+            }
+        }
+        data
+    }
+}
+
+fn page_of(chunk: &[u8], page: u32) -> &[u8] {
+    let (at, len) = parts::bytes_of((page, 1), chunk.len() as u64);
+    &chunk[at as usize..][..len as usize]
+}
+
+/// Those of the pages `read` that differ from `below`: a frame there whose pages were all read, and are all shown, is
+/// compared by its digest; pages that are zeros there are looked at.
+fn differing(below: &Entry, read: &PageBits, pages: u32, hands: &mut Hands) -> PageBits {
+    let all = PageBits::first(pages);
+    let parts = match below {
+        Entry::Zero => Vec::new(),
+        Entry::Data(stored) => vec![merge::whole(*stored, all)],
+        Entry::Parts(parts) => parts.to_vec(),
+    };
+    let mut zero_below = all;
+    let mut differing = *read;
+    for part in &parts {
+        zero_below = zero_below.without(&part.shown);
+        if part.shown == part.held && part.held.is_within(read) {
+            hands.plain.resize(part.plain_bytes(hands.chunk.len() as u64) as usize, 0);
+            part.gather(&hands.chunk, &mut hands.plain);
+            if ChunkDigest::of(&hands.plain) == part.stored.digest {
+                differing = differing.without(&part.held);
+            }
+        }
+    }
+    for (first, count) in read.without(&read.without(&zero_below)).runs() {
+        for page in (first..first + count).filter(|page| is_zero(page_of(&hands.chunk, *page))) {
+            let mut bit = PageBits::EMPTY;
+            bit.insert_run(page, 1);
+            differing = differing.without(&bit);
+        }
+    }
+    differing
 }
 
 impl Capture<'_> {
@@ -207,6 +270,7 @@ impl Capture<'_> {
         };
         let mut hands = Hands {
             compressor,
+            chunk: Vec::new(),
             plain: Vec::new(),
         };
         let next = |pieces: &mut Pieces<'_>| match self.progress.is_cancelled() {
@@ -229,12 +293,9 @@ impl Capture<'_> {
         for (chunk, bits) in &piece.changed {
             let below = self.changes.index.entry(*chunk);
             let below = below.map_err(|error| below_failed(self.changes.name, error.into()))?;
-            let range = self.range_of(*chunk);
-            let new = match Plan::new(&below, bits, parts::pages_in(range.len)) {
-                Plan::Anew => self.whole(range, hands, &mut frames)?,
-                Plan::Over(remaining) => self.pages(range, bits, remaining, hands, &mut frames)?,
-            };
-            changed.push(Changed { chunk: *chunk, new });
+            if let Some(new) = self.look_at_chunk(self.range_of(*chunk), bits, &below, hands, &mut frames)? {
+                changed.push(Changed { chunk: *chunk, new });
+            }
         }
         Ok(Finished {
             frames,
@@ -243,73 +304,74 @@ impl Capture<'_> {
         })
     }
 
-    /// All of a chunk.
-    fn whole(&self, range: ByteRange, hands: &mut Hands, frames: &mut Vec<u8>) -> Result<New, CaptureError> {
-        hands.plain.resize(range.len as usize, 0); // at most 2 MiB
-        let found = self.read(range, &mut hands.plain)?;
-        if found == Found::Zero || is_zero(&hands.plain) {
-            return Ok(New::Zero);
-        }
-        self.append(range, hands, frames).map(New::Whole)
-    }
-
-    /// The changed pages of a chunk, those that are zeros now left out.
-    fn pages(
+    /// What is new of a chunk whose pages `read` may differ from `below`, or `None` if none does. Its frame, if it has
+    /// one, is appended to `frames`.
+    fn look_at_chunk(
         &self,
         range: ByteRange,
-        changed: &PageBits,
-        remaining: Vec<StoredPart>,
+        read: &PageBits,
+        below: &Entry,
         hands: &mut Hands,
         frames: &mut Vec<u8>,
-    ) -> Result<New, CaptureError> {
-        let mut pages = PageBits::EMPTY;
-        // Pages are moved up over those that are zeros.
-        let mut packed = 0;
-        hands.plain.resize(range.len as usize, 0);
-        for run in changed.runs() {
-            let (at, len) = parts::bytes_of(run, range.len);
-            let bytes = ByteRange {
-                start: range.start + at,
-                len,
-            };
-            let end = packed + len as usize;
-            if self.read(bytes, &mut hands.plain[packed..end])? == Found::Zero {
-                continue;
-            }
-            let mut from = packed;
-            for page in run.0..run.0 + run.1 {
-                let len = (end - from).min(PAGE_SIZE as usize);
-                if !is_zero(&hands.plain[from..from + len]) {
-                    hands.plain.copy_within(from..from + len, packed);
-                    packed += len;
-                    pages.insert_run(page, 1);
+    ) -> Result<Option<New>, CaptureError> {
+        let pages = parts::pages_in(range.len);
+        hands.chunk.resize(range.len as usize, 0); // at most 2 MiB
+        self.read(range, read, &mut hands.chunk)?;
+        let changed = match self.changes.compares {
+            true => differing(below, read, pages, hands),
+            false => *read,
+        };
+        if changed.is_empty() {
+            return Ok(None);
+        }
+        let new = match Plan::new(below, &changed, pages) {
+            Plan::Anew => {
+                // A page that was read is not read again: a machine that runs may have written to it since.
+                self.read(range, &PageBits::first(pages).without(read), &mut hands.chunk)?;
+                match is_zero(&hands.chunk) {
+                    true => New::Zero,
+                    false => {
+                        hands.plain.clear();
+                        hands.plain.extend_from_slice(&hands.chunk);
+                        New::Whole(self.append(range, hands, frames)?)
+                    }
                 }
-                from += len;
             }
-        }
-        if pages.is_empty() {
-            return Ok(New::Pages {
-                remaining,
-                frame: None,
-                plain_bytes: 0,
-            });
-        }
-        hands.plain.truncate(packed);
-        let compressed = self.append(range, hands, frames)?;
-        Ok(New::Pages {
-            remaining,
-            frame: Some((pages, compressed)),
-            plain_bytes: packed as u32,
-        })
+            Plan::Over(remaining) => {
+                let held = hands.gather_data(&changed);
+                let frame = match held.is_empty() {
+                    true => None,
+                    false => Some((held, self.append(range, hands, frames)?)),
+                };
+                New::Pages {
+                    remaining,
+                    frame,
+                    plain_bytes: hands.plain.len() as u32,
+                }
+            }
+        };
+        Ok(Some(new))
     }
 
-    fn read(&self, range: ByteRange, into: &mut [u8]) -> Result<Found, CaptureError> {
-        let read = self.changes.content.read(range.start, into);
-        read.map_err(|source| CaptureError::Read {
-            volume: self.changes.name.clone(),
-            range,
-            source,
-        })
+    /// Reads pages of the chunk at `range` to where they belong in it.
+    fn read(&self, range: ByteRange, pages: &PageBits, chunk: &mut [u8]) -> Result<(), CaptureError> {
+        for run in pages.runs() {
+            let (at, len) = parts::bytes_of(run, range.len);
+            let part = &mut chunk[at as usize..][..len as usize];
+            let read = self.changes.content.read(range.start + at, part);
+            let found = read.map_err(|source| CaptureError::Read {
+                volume: self.changes.name.clone(),
+                range: ByteRange {
+                    start: range.start + at,
+                    len,
+                },
+                source,
+            })?;
+            if found == Found::Zero {
+                part.fill(0);
+            }
+        }
+        Ok(())
     }
 
     /// Appends the frame of what is in hand, of the chunk at `range`.

@@ -82,6 +82,7 @@ impl User {
         let changes = VolumeSource::Changes {
             content: Arc::new(vec![7_u8; 4 * CHUNK]),
             changed,
+            compares: false,
             layout: Arc::clone(&layout),
             base: memory.clone(),
         };
