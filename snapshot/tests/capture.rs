@@ -15,15 +15,16 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use runnel_snapshot::capture::content::{FileContent, Found};
 use runnel_snapshot::capture::progress::Stage;
-use runnel_snapshot::capture::raw::{RawError, RawFile, publish, write_raw};
+use runnel_snapshot::capture::raw::{RawError, RawFile, publish, write_raw, write_raw_pages};
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource,
 };
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::state::MachineState;
-use runnel_snapshot::units::{ByteRange, ChunkIndex, ChunkSize};
+use runnel_snapshot::units::{ByteRange, ChunkIndex, ChunkSize, PageIndex};
 use runnel_snapshot::volume::VolumeName;
 
 use fixture::{CHUNK, chunk_of, read_volume};
@@ -406,6 +407,49 @@ fn a_raw_copy_is_the_volume_sparse_and_replaces_the_old_file_whole() {
     assert!(fs::metadata(&target).unwrap().blocks() * 512 <= 21 * CHUNK as u64);
     assert_eq!(progress.stage(), Stage::Published);
     assert_eq!(io::read_to_string(old).unwrap(), "the old one");
+}
+
+#[test]
+fn a_raw_file_of_some_pages_has_holes_elsewhere_or_what_was_there_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let (target, state) = (folder.path().join("mem"), folder.path().join("state"));
+    let pages = 300;
+    let plain: Vec<u8> = (0..pages * 4096).map(|at| (at / 4096 % 200 + 1) as u8).collect();
+    let mut now = plain.clone();
+    now[7 * 4096..9 * 4096].fill(0);
+    now[100 * 4096..200 * 4096].fill(255);
+    let mut changed = PageSet::new(pages as u64);
+    changed.insert_run(PageIndex(7), 2);
+    changed.insert_run(PageIndex(100), 100);
+    let write = || {
+        let progress = Progress::new([(VolumeName::Memory, now.len() as u64)]);
+        let file = write_raw_pages(&now, &changed, &target, &CaptureSettings::default(), &progress).unwrap();
+        assert_eq!(progress.volumes()[0].bytes_done, now.len() as u64);
+        publish(raw_state(&state), file, &progress).unwrap();
+    };
+    let data = |file: &File, from| rustix::fs::seek(file, rustix::fs::SeekFrom::Data(from)).ok();
+    let hole = |file: &File, from| rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(from)).unwrap();
+
+    write();
+    let file = File::open(&target).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), now.len() as u64);
+    // Pages that are zeros are data: whoever lays the file over another takes them over.
+    let runs = [(0, 7, 9), (9, 100, 200)];
+    for (from, start, end) in runs {
+        assert_eq!(data(&file, from * 4096), Some(start * 4096));
+        assert_eq!(hole(&file, start * 4096), end * 4096);
+    }
+    assert_eq!(data(&file, 200 * 4096), None);
+    let read = fs::read(&target).unwrap();
+    assert!(read[100 * 4096..200 * 4096] == now[100 * 4096..200 * 4096]);
+
+    // A file of another length is nothing to go by, and one of this length is brought up to date.
+    fs::write(&target, &plain[..4096]).unwrap();
+    write();
+    assert_eq!(data(&File::open(&target).unwrap(), 0), Some(7 * 4096));
+    fs::write(&target, &plain).unwrap();
+    write();
+    assert!(fs::read(&target).unwrap() == now);
 }
 
 /// A new state for `target`, not published.

@@ -219,7 +219,11 @@ fn of_pages_that_may_have_changed_those_that_did_are_found() {
     chain.step(&[change(40, 1, 92)]);
     let after = chain.check();
     for chunk in 0..16 {
-        assert_eq!(entry(&after, chunk) == entry(&before, chunk), chunk != 10, "{chunk}");
+        assert_eq!(
+            entry(&after, chunk) == entry(&before, chunk),
+            chunk != 10,
+            "{chunk}"
+        );
     }
     // Of a chunk of parts the frame alone is written whose pages changed.
     chain.step(&[change(1, 1, 93)]);

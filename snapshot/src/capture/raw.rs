@@ -5,6 +5,8 @@
 //! of another moment would be a machine that breaks as soon as it runs: [`publish`] takes the old state away first, so
 //! that whoever is killed in between leaves no state at all.
 
+mod pages;
+
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -23,6 +25,8 @@ use crate::give_way::{CAPTURE, give_way};
 use crate::image::partial::{Partial, path_beside, sweep};
 use crate::layer::frame::is_zero;
 use crate::units::{ByteRange, ChunkIndex};
+
+pub use pages::write_raw_pages;
 
 /// Why there is no raw file. What was at its path before is still there.
 #[derive(Debug, thiserror::Error)]

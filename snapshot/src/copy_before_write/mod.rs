@@ -284,7 +284,11 @@ impl DriveWrites {
     /// To be called before `range` is written to, discarded or made zeros; may wait for the capture.
     pub fn before(&self, range: ByteRange) {
         self.written.insert(range);
-        let capture = self.capture.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        let capture = self
+            .capture
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .upgrade();
         if let (Some(capture), Some(end)) = (capture, range.end()) {
             let first = PageIndex::holding(range.start);
             capture.before_write(first, end.div_ceil(PAGE_SIZE) - first.0);

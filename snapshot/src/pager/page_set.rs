@@ -108,7 +108,10 @@ impl PageSet {
             while left != 0 {
                 let start = left.trailing_zeros();
                 let count = (left >> start).trailing_ones();
-                self.insert_run(PageIndex(first.0 + position * 64 + u64::from(start)), u64::from(count));
+                self.insert_run(
+                    PageIndex(first.0 + position * 64 + u64::from(start)),
+                    u64::from(count),
+                );
                 left &= !mask(u64::from(start), u64::from(count));
             }
         }

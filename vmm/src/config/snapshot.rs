@@ -163,11 +163,6 @@ pub enum SnapshotError {
     /// A field without the one that it belongs to.
     #[error("`{0}` needs `{1}`")]
     Needs(&'static str, &'static str),
-    /// A diff snapshot.
-    #[error(
-        "Diff snapshots are not supported by this version of Runnel: leave `snapshot_type` out, or give \"Full\""
-    )]
-    Diff,
     /// Another process as the page-fault handler.
     #[error(
         "`mem_backend` of type Uffd is not supported by this version of Runnel: give type File, \
@@ -228,6 +223,8 @@ pub enum SaveAs {
 /// A snapshot to make, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateSnapshot {
+    /// Everything, or what changed.
+    pub kind: SnapshotType,
     /// What it becomes.
     pub save_as: SaveAs,
 }
@@ -286,9 +283,6 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
     type Error = SnapshotError;
 
     fn try_from(body: CreateSnapshotBody) -> Result<Self, SnapshotError> {
-        if body.snapshot_type == SnapshotType::Diff {
-            return Err(SnapshotError::Diff);
-        }
         let excluded = distinct(
             "excluded_drives",
             body.excluded_drives.into_iter().map(|id| (id, ())),
@@ -310,7 +304,10 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             (None, None, _) => return Err(SnapshotError::Missing("snapshot_path")),
             (None, Some(_), None) => return Err(SnapshotError::Missing("mem_file_path")),
         };
-        Ok(Self { save_as })
+        Ok(Self {
+            kind: body.snapshot_type,
+            save_as,
+        })
     }
 }
 

@@ -1,6 +1,5 @@
 //! What stands behind a machine's drives, and their content for a snapshot.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -9,13 +8,14 @@ use std::sync::Arc;
 
 use runnel_devices::virtio::block::{FileStore, FileStoreError};
 use runnel_snapshot::block_store::BlockStore;
-use runnel_snapshot::capture::VolumeSource;
 use runnel_snapshot::capture::content::FileContent;
+use runnel_snapshot::capture::{Content, VolumeSource};
 use runnel_snapshot::copy_before_write::EarlyPages;
-use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::manifest::ImageVolume;
+use runnel_snapshot::dirty_pages::DirtyPages;
 use runnel_snapshot::overlay::{IsCancelled, Overlay};
+use runnel_snapshot::pager::PageSet;
 
+use super::bases::Base;
 use crate::config::{Drive, ResourceId};
 
 /// What stands behind a drive.
@@ -95,16 +95,10 @@ pub(super) fn open_file(
 /// A drive's content as it is at a pause.
 pub(super) struct DriveContent {
     pub(super) source: VolumeSource,
-    /// Set if whatever volume it becomes will equal the drive for as long as nobody writes to it.
-    pub(super) unwritten: Option<Unwritten>,
-}
-
-/// Why a drive will still be what was captured of it.
-pub(super) enum Unwritten {
-    /// It is a file that the guest may only read, and was this one before it was read.
-    File(FileIdentity),
-    /// It is an overlay in which nothing was written.
-    Overlay,
+    /// What was written to it since its base, and is saved with this.
+    pub(super) dirty: DirtyPages,
+    /// Set if it is a file that the guest may only read, and was this one before it was read.
+    pub(super) file: Option<FileIdentity>,
 }
 
 /// A file that was captured, so that it need not be captured again while it stays the same.
@@ -130,98 +124,95 @@ impl FileIdentity {
     }
 }
 
-/// Volumes of images on this host that equal a drive of this machine, byte for byte.
-#[derive(Default)]
-pub(super) struct KnownVolumes {
-    files: BTreeMap<ResourceId, (FileIdentity, Arc<Layout>, ImageVolume)>,
-    images: BTreeMap<ResourceId, (Arc<Layout>, ImageVolume)>,
+/// How a drive is captured.
+pub(super) struct DriveCapture<'a> {
+    /// What the drive was, if there is an image of it.
+    pub(super) base: Option<&'a Base>,
+    /// What the new volume is to lie over.
+    pub(super) below: Option<&'a Base>,
+    /// Where what is overwritten is kept, if the machine runs on before all of it was read.
+    pub(super) early: &'a Arc<EarlyPages>,
+    pub(super) is_cancelled: IsCancelled,
 }
 
-impl KnownVolumes {
-    /// Notes that the drive `id`, unwritten at the pause, was captured as `volume`.
-    pub(super) fn captured(
-        &mut self,
-        id: ResourceId,
-        unwritten: Unwritten,
-        layout: &Arc<Layout>,
-        volume: &ImageVolume,
-    ) {
-        match unwritten {
-            Unwritten::File(identity) => {
-                self.files.insert(id, (identity, layout.clone(), volume.clone()));
+impl DriveCapture<'_> {
+    /// The content of a drive as it is now, while the machine stands.
+    pub(super) fn content_of(self, backing: &Backing) -> io::Result<DriveContent> {
+        match backing {
+            Backing::Overlay(overlay) => self.of_overlay(overlay),
+            Backing::File {
+                store,
+                read_only: true,
+            } => self.of_read_only_file(store),
+            Backing::File { store, .. } => self.of_file(store),
+        }
+    }
+
+    fn of_overlay(self, overlay: &Overlay) -> io::Result<DriveContent> {
+        let dirty = overlay.dirty().take();
+        if let Some(base) = self.base.filter(|_| dirty.pages().is_empty()) {
+            return Ok(DriveContent::without_file(base.unchanged(), dirty));
+        }
+        let freeze =
+            |within: Option<&PageSet>| Ok(overlay.freeze(within, self.early, self.is_cancelled.clone()));
+        let source = source_of(self.below, dirty.pages(), freeze)?;
+        Ok(DriveContent::without_file(source, dirty))
+    }
+
+    fn of_file(self, store: &FileStore) -> io::Result<DriveContent> {
+        let dirty = store.dirty().take();
+        let source = source_of(self.below, dirty.pages(), |within| {
+            store.freeze(within, self.early)
+        })?;
+        Ok(DriveContent::without_file(source, dirty))
+    }
+
+    fn of_read_only_file(self, store: &FileStore) -> io::Result<DriveContent> {
+        // Before it is read: a file that somebody else writes to meanwhile is another one afterwards.
+        let now = FileIdentity::of(store.file())?;
+        let source = match self.base.filter(|base| base.file.as_ref() == Some(&now)) {
+            Some(base) => base.unchanged(),
+            None => {
+                let file = store.file().try_clone()?;
+                VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?))
             }
-            // What it lies over came from afar, and is here now.
-            Unwritten::Overlay => self.resumed(id, layout.clone(), volume.clone()),
-        }
-    }
-
-    /// Notes that the overlay of drive `id` lies over `volume`.
-    pub(super) fn resumed(&mut self, id: ResourceId, layout: Arc<Layout>, volume: ImageVolume) {
-        self.images.insert(id, (layout, volume));
-    }
-
-    fn of_file(&self, id: &ResourceId, now: &FileIdentity) -> Option<VolumeSource> {
-        let (identity, layout, volume) = self.files.get(id)?;
-        (now == identity && is_there(layout, volume)).then(|| unchanged(layout, volume))
-    }
-
-    fn of_overlay(&self, id: &ResourceId) -> Option<VolumeSource> {
-        let (layout, volume) = self.images.get(id)?;
-        is_there(layout, volume).then(|| unchanged(layout, volume))
+        };
+        Ok(DriveContent {
+            source,
+            dirty: store.dirty().take(),
+            file: Some(now),
+        })
     }
 }
 
-fn unchanged(layout: &Arc<Layout>, volume: &ImageVolume) -> VolumeSource {
-    VolumeSource::Unchanged {
-        layout: layout.clone(),
-        volume: volume.clone(),
+impl DriveContent {
+    fn without_file(source: VolumeSource, dirty: DirtyPages) -> Self {
+        Self {
+            source,
+            dirty,
+            file: None,
+        }
     }
 }
 
-/// Whether the image has not been removed since.
-fn is_there(layout: &Layout, volume: &ImageVolume) -> bool {
-    let blobs = volume.layers.iter().chain([&volume.index]);
-    blobs.into_iter().all(|blob| layout.open_blob(blob).is_ok())
-}
-
-/// The content of drive `id` as it is now, while the machine stands; if it is to run on before all of it was read, what
-/// it overwrites meanwhile is kept in `early`.
-pub(super) fn content_of(
-    id: &ResourceId,
-    backing: &Backing,
-    known: &KnownVolumes,
-    early: &Arc<EarlyPages>,
-    is_cancelled: IsCancelled,
-) -> io::Result<DriveContent> {
-    match backing {
-        Backing::Overlay(overlay) => {
-            let is_unchanged = overlay.is_unchanged();
-            if is_unchanged && let Some(source) = known.of_overlay(id) {
-                return Ok(DriveContent {
-                    source,
-                    unwritten: Some(Unwritten::Overlay),
-                });
-            }
-            Ok(DriveContent {
-                source: VolumeSource::Content(Arc::new(overlay.freeze(early, is_cancelled))),
-                unwritten: is_unchanged.then_some(Unwritten::Overlay),
-            })
-        }
-        Backing::File { store, read_only, .. } => {
-            // Before it is read: a file that somebody else writes to meanwhile is another one afterwards.
-            let identity = FileIdentity::of(store.file())?;
-            let unwritten = read_only.then(|| Unwritten::File(identity.clone()));
-            let source = match known.of_file(id, &identity) {
-                Some(source) => source,
-                None if *read_only => {
-                    let file = store.file().try_clone()?;
-                    VolumeSource::Content(Arc::new(FileContent::new(file, store.bytes())?))
-                }
-                None => VolumeSource::Content(Arc::new(store.freeze(early)?)),
-            };
-            Ok(DriveContent { source, unwritten })
-        }
-    }
+/// What changed over `below`, or all there is. `freeze` fixes the content of the pages that may be read.
+fn source_of<C: Content + 'static>(
+    below: Option<&Base>,
+    changed: &PageSet,
+    freeze: impl FnOnce(Option<&PageSet>) -> io::Result<C>,
+) -> io::Result<VolumeSource> {
+    let Some(below) = below else {
+        return Ok(VolumeSource::Content(Arc::new(freeze(None)?)));
+    };
+    // Whole chunks: one of many parts is written anew.
+    let read = changed.in_groups_of(below.volume.root.chunk_size().pages());
+    Ok(VolumeSource::Changes {
+        content: Arc::new(freeze(Some(&read))?),
+        changed: changed.clone(),
+        compares: false,
+        layout: below.layout.clone(),
+        base: below.volume.clone(),
+    })
 }
 
 #[cfg(test)]

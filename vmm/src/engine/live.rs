@@ -30,28 +30,39 @@ pub(super) struct Live {
 }
 
 impl Live {
-    /// Arms what the machine has written so far. What is taken away early spills into `folder`.
+    /// Arms what the machine has written so far, or of it the pages `within` alone. What is taken away early spills into
+    /// `folder`.
     ///
     /// `None` if the machine must stand while its memory is read: that of a raw file cannot be protected.
     ///
     /// # Errors
     /// When the host refuses.
-    pub(super) fn arm(guest: &mut KvmGuest, folder: &Path) -> io::Result<Option<Self>> {
+    pub(super) fn arm(
+        guest: &mut KvmGuest,
+        within: Option<&PageSet>,
+        folder: &Path,
+    ) -> io::Result<Option<Self>> {
         let layout = guest.machine.layout();
         let pages = layout.bytes() / PAGE_SIZE;
         let mut own = PageSet::new(pages);
         let protection = if let Some(pager) = &guest.pager {
             own = own_pages(&mappings(guest.machine.ram(), layout)?, pages)?;
+            if let Some(within) = within {
+                own.retain_all(within);
+            }
             pager.write_protection().clone()
         } else if guest.memory_is_private {
             return Ok(None);
         } else {
-            add_data_pages(
-                &memory_file(guest.machine.ram())?,
-                layout.bytes(),
-                HOLE_PAGES_MIN,
-                &mut own,
-            )?;
+            match within {
+                Some(within) => own.insert_all(within),
+                None => add_data_pages(
+                    &memory_file(guest.machine.ram())?,
+                    layout.bytes(),
+                    HOLE_PAGES_MIN,
+                    &mut own,
+                )?,
+            }
             if guest.writes.is_none() {
                 let mappings = mappings(guest.machine.ram(), layout)?;
                 guest.writes = Some(WriteWatch::start(mappings).map_err(io::Error::other)?);
@@ -68,31 +79,37 @@ impl Live {
         Ok(Some(live))
     }
 
-    /// The memory as it is now, while the machine stands; it may run on when this has returned.
+    /// The memory as it is now, or of it the pages `within` alone, while the machine stands; it may run on when this has
+    /// returned.
     ///
     /// # Errors
     /// When the host refuses.
     pub(super) fn freeze(
         &mut self,
         guest: &KvmGuest,
+        within: Option<&PageSet>,
         is_cancelled: IsCancelled,
     ) -> io::Result<Arc<dyn Content>> {
         let layout = guest.machine.layout();
         let pages = layout.bytes() / PAGE_SIZE;
         let Some(pager) = &guest.pager else {
             let file = memory_file(guest.machine.ram())?;
-            add_data_pages(&file, layout.bytes(), HOLE_PAGES_MIN, &mut self.own)?;
-            let moment = self
-                .protection
-                .freeze(self.own.clone(), Box::new(file), self.early.clone())?;
-            return Ok(Arc::new(OwnContent::new(
-                self.own.clone(),
-                layout.bytes(),
-                Box::new(moment),
-            )));
+            let own = match within {
+                Some(within) => within.clone(),
+                None => {
+                    add_data_pages(&file, layout.bytes(), HOLE_PAGES_MIN, &mut self.own)?;
+                    self.own.clone()
+                }
+            };
+            let early = self.early.clone();
+            let moment = self.protection.freeze(own.clone(), Box::new(file), early)?;
+            return Ok(Arc::new(OwnContent::new(own, layout.bytes(), Box::new(moment))));
         };
         let logic = pager.logic();
-        let own = own_pages(&mappings(guest.machine.ram(), layout)?, pages)?;
+        let mut own = own_pages(&mappings(guest.machine.ram(), layout)?, pages)?;
+        if let Some(within) = within {
+            own.retain_all(within);
+        }
         let mapped = Box::new(MappedPages::new(guest.machine.ram().clone(), layout));
         let moment = self.protection.freeze(own.clone(), mapped, self.early.clone())?;
         Ok(Arc::new(OverImage::new(

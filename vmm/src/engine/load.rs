@@ -25,9 +25,11 @@ use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
 use runnel_snapshot::units::PageIndex;
 use runnel_snapshot::volume::VolumeName;
 
+use super::bases::{Base, Bases};
 use super::description::{Description, DescriptionError, DriveRecord};
-use super::drives::{self, Backing, DriveFileError, KnownVolumes};
+use super::drives::{self, Backing, DriveFileError};
 use super::memory::mappings;
+use super::written::WrittenMemory;
 use super::{EngineError, KvmGuest};
 use crate::board::BoardError;
 use crate::config::{self, LoadFrom, LoadSnapshot, MicrovmConfig, ResourceId};
@@ -202,6 +204,19 @@ struct Opened {
     at_hand: Option<(Arc<Layout>, Image)>,
 }
 
+impl Opened {
+    /// The volume as what a diff can lie over, if the image is at hand.
+    fn base_of(&self, name: &VolumeName) -> Option<Base> {
+        let (layout, image) = self.at_hand.as_ref()?;
+        Some(Base {
+            layout: layout.clone(),
+            volume: image.volume(name)?.clone(),
+            image: image.digest(),
+            file: None,
+        })
+    }
+}
+
 pub(super) fn load(
     load: &LoadSnapshot,
     config: &MicrovmConfig,
@@ -220,8 +235,11 @@ pub(super) fn load(
     let layout = RamLayout::new(described.machine.memory.bytes()).map_err(LoadError::from)?;
     let (ram, pager) = map_memory(&opened, layout)?;
     let end = EndSignal::new().map_err(EngineError::Event)?;
-    let mut known = KnownVolumes::default();
-    let drives = open_drives(&described, &description.drives, load, &opened, &mut known)?;
+    let mut bases = Bases::default();
+    if let Some(base) = opened.base_of(&VolumeName::Memory) {
+        bases.set(VolumeName::Memory, base);
+    }
+    let drives = open_drives(&described, &description.drives, load, &opened, &mut bases)?;
     let mut stores = |drive: &config::Drive| match drives.iter().find(|(id, _)| *id == drive.id) {
         Some((_, backing)) => Ok(backing.store()),
         None => Err("the drive was not opened".into()),
@@ -246,7 +264,8 @@ pub(super) fn load(
         end,
         is_running: false,
         drives,
-        known,
+        bases,
+        written: WrittenMemory::new(layout, load.track_dirty_pages),
         memory_is_private: true,
         parent: opened.digest,
         is_held: false,
@@ -454,7 +473,7 @@ fn open_drives(
     records: &[DriveRecord],
     load: &LoadSnapshot,
     opened: &Opened,
-    known: &mut KnownVolumes,
+    bases: &mut Bases,
 ) -> Result<Vec<(ResourceId, Backing)>, LoadError> {
     let directory = overlay_directory(load);
     let mut drives = Vec::new();
@@ -470,10 +489,8 @@ fn open_drives(
                             source,
                         }
                     })?;
-                if let Some((layout, image)) = &opened.at_hand
-                    && let Some(volume) = image.volume(&name)
-                {
-                    known.resumed(drive.id.clone(), layout.clone(), volume.clone());
+                if let Some(base) = opened.base_of(&name) {
+                    bases.set(name, base);
                 }
                 Backing::Overlay(Arc::new(overlay))
             }

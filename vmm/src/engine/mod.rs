@@ -1,5 +1,7 @@
 //! Machines on KVM, as the control thread asks for them.
 
+mod bases;
+mod changed;
 mod description;
 mod drives;
 #[doc(hidden)]
@@ -10,6 +12,7 @@ mod memory;
 mod paging;
 mod save;
 mod watch;
+mod written;
 
 pub use load::LoadError;
 pub use save::SaveError;
@@ -29,8 +32,10 @@ use crate::control::{Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
 use crate::pager::{Pager, WriteWatch};
-use drives::{Backing, KnownVolumes, open_file};
+use bases::Bases;
+use drives::{Backing, open_file};
 use paging::stall_of;
+use written::WrittenMemory;
 
 /// How often it is looked whether a machine is stalled: well below the time after which it counts as that.
 const LOOK: Duration = Duration::from_millis(200);
@@ -85,13 +90,15 @@ impl Engine for KvmEngine {
             drives.push((drive.id.clone(), backing));
             Ok::<_, StoreError>(store)
         })?;
+        let written = WrittenMemory::new(machine.layout(), config.machine.track_dirty_pages);
         Ok(Box::new(KvmGuest {
             machine,
             config: config.clone(),
             end,
             is_running: false,
             drives,
-            known: KnownVolumes::default(),
+            bases: Bases::default(),
+            written,
             memory_is_private: false,
             parent: None,
             fill_is_due: false,
@@ -120,7 +127,9 @@ struct KvmGuest {
     is_running: bool,
     /// What stands behind the drives, in the configuration's order.
     drives: Vec<(ResourceId, Backing)>,
-    known: KnownVolumes,
+    /// What its volumes were when they were last saved, or loaded.
+    bases: Bases,
+    written: WrittenMemory,
     /// Whether memory is a private mapping of a file that holds something else.
     memory_is_private: bool,
     /// The image that the machine was resumed from.

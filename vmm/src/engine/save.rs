@@ -18,8 +18,10 @@ use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
 };
 use runnel_snapshot::copy_before_write::{EarlyPages, EarlyPagesLimits};
+use runnel_snapshot::dirty_pages::DirtyPages;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::overlay::IsCancelled;
+use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
 use runnel_snapshot::source::ChunkId;
 use runnel_snapshot::state::{MachineState, StateError};
@@ -27,12 +29,15 @@ use runnel_snapshot::units::{ChunkIndex, ChunkSize};
 use runnel_snapshot::volume::VolumeName;
 
 use super::KvmGuest;
+use super::bases::Base;
+use super::changed::{ChangedMemory, changed_memory};
 use super::description::{Description, DescriptionError, DriveRecord};
-use super::drives::{Backing, Unwritten, content_of};
+use super::drives::{Backing, DriveCapture, FileIdentity};
 use super::live::Live;
 use super::memory::memory_content;
 use super::watch::watch;
-use crate::config::{CreateSnapshot, ResourceId, SaveAs};
+use super::written::Since;
+use crate::config::{CreateSnapshot, ResourceId, SaveAs, SnapshotType};
 use crate::control::{Guest as _, GuestError, Operation};
 use crate::microvm::SaveError as MachineSaveError;
 
@@ -87,17 +92,14 @@ pub(super) fn save(
     create: &CreateSnapshot,
     operation: &Operation,
 ) -> Result<(), GuestError> {
-    let mut saving = Saving {
-        was_running: guest.is_running,
-        live: None,
-    };
-    let directory = match &create.save_as {
+    let mut saving = Saving::new(guest, create);
+    let folder = folder_of(match &create.save_as {
         SaveAs::Image { directory, .. } => directory,
         SaveAs::TwoFiles { memory, .. } => memory,
-    };
+    });
     if saving.was_running {
         operation.enter("arming");
-        saving.live = arm(guest, directory);
+        saving.arm(guest, folder);
         operation.enter("pausing");
         // From the first vCPU that stands.
         operation.begin_pause();
@@ -127,22 +129,108 @@ fn folder_of(image: &Path) -> &Path {
     folder.unwrap_or(Path::new("."))
 }
 
-/// Prepares the machine to run on while it is saved. If that cannot be, it stands meanwhile.
-fn arm(guest: &mut KvmGuest, image: &Path) -> Option<Live> {
-    Live::arm(guest, folder_of(image)).unwrap_or_else(|error| {
-        tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
-        None
-    })
-}
-
 /// One machine being saved.
 struct Saving {
     was_running: bool,
     /// `None` if the machine stands until its memory has been read.
     live: Option<Live>,
+    is_diff: bool,
+    since: Since,
+    /// What the new image's memory is to lie over; `None` if all of it is saved, or it is no image.
+    below: Option<Base>,
+}
+
+/// Memory as it was at the pause.
+struct Memory {
+    content: Arc<dyn Content>,
+    /// The pages that are saved, if those are not all.
+    changed: Option<ChangedMemory>,
+    dirty: DirtyPages,
+}
+
+/// A volume whose content was taken at the pause, and what its base will be once there is an image of it.
+struct TakenVolume {
+    name: VolumeName,
+    dirty: DirtyPages,
+    file: Option<FileIdentity>,
 }
 
 impl Saving {
+    fn new(guest: &KvmGuest, create: &CreateSnapshot) -> Self {
+        let is_diff = create.kind == SnapshotType::Diff;
+        let since = match create.save_as {
+            SaveAs::Image { .. } => Since::Image,
+            SaveAs::TwoFiles { .. } => Since::Files,
+        };
+        let below = (is_diff && since == Since::Image)
+            .then(|| guest.bases.for_diff(&VolumeName::Memory).cloned())
+            .flatten();
+        Self {
+            was_running: guest.is_running,
+            live: None,
+            is_diff,
+            since,
+            below,
+        }
+    }
+
+    /// Prepares the machine to run on while it is saved. If that cannot be, it stands meanwhile.
+    fn arm(&mut self, guest: &mut KvmGuest, folder: &Path) {
+        let armed = self
+            .read_so_far(guest)
+            .and_then(|within| Live::arm(guest, within.as_ref(), folder));
+        self.live = armed.unwrap_or_else(|error| {
+            tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
+            None
+        });
+    }
+
+    /// The pages that would be read if the machine stood now; `None` if all of them.
+    fn read_so_far(&self, guest: &KvmGuest) -> io::Result<Option<PageSet>> {
+        if !self.saves_changes() || !guest.written.is_logged() {
+            return Ok(None);
+        }
+        guest.written.gather(&guest.machine);
+        let changed = changed_memory(guest, self.since, guest.written.so_far(self.since))?;
+        Ok(Some(self.read_of(&changed.pages)))
+    }
+
+    /// Whether not all of memory is saved.
+    fn saves_changes(&self) -> bool {
+        match self.since {
+            Since::Image => self.below.is_some(),
+            Since::Files => self.is_diff,
+        }
+    }
+
+    /// What is read so that `changed` can be saved: whole chunks, since one of many parts is written anew.
+    fn read_of(&self, changed: &PageSet) -> PageSet {
+        match &self.below {
+            Some(below) => changed.in_groups_of(below.volume.root.chunk_size().pages()),
+            None => changed.clone(),
+        }
+    }
+
+    fn memory(&mut self, guest: &KvmGuest, is_cancelled: IsCancelled) -> Result<Memory, SaveError> {
+        guest.written.gather(&guest.machine);
+        let dirty = guest.written.take(self.since);
+        let changed = match self.saves_changes() {
+            true => changed_memory(guest, self.since, dirty.pages().clone()).map(Some),
+            false => Ok(None),
+        };
+        let changed = changed.map_err(SaveError::Memory)?;
+        let read = changed.as_ref().map(|changed| self.read_of(&changed.pages));
+        let content = match &mut self.live {
+            Some(live) => live.freeze(guest, read.as_ref(), is_cancelled),
+            None => memory_content(guest, is_cancelled),
+        };
+        Ok(Memory {
+            content: content.map_err(SaveError::Memory)?,
+            changed,
+            dirty,
+        })
+    }
+
     fn image(
         &mut self,
         guest: &mut KvmGuest,
@@ -161,24 +249,43 @@ impl Saving {
         let state = machine_state(guest, &in_image)?;
         let settings = self.settings();
         let cancelled = operation.cancel_flag();
-        let first_chunks = first_chunks(guest, settings.chunk_size, &*cancelled);
+        let chunk_size = self
+            .below
+            .as_ref()
+            .map_or(settings.chunk_size, |below| below.volume.root.chunk_size());
+        let first_chunks = first_chunks(guest, chunk_size, &*cancelled);
         let memory = self.memory(guest, cancelled.clone())?;
-        let mut volumes = vec![(VolumeName::Memory, VolumeSource::Content(memory))];
-        let mut unwritten = Vec::new();
+        let mut volumes = vec![(
+            VolumeName::Memory,
+            memory_source(memory.content, memory.changed, &self.below),
+        )];
+        let mut taken = vec![TakenVolume {
+            name: VolumeName::Memory,
+            dirty: memory.dirty,
+            file: None,
+        }];
         let early = self.early(directory);
         for (id, backing) in guest.drives.iter().filter(|(id, _)| in_image(id)) {
-            let content = content_of(id, backing, &guest.known, &early, cancelled.clone());
-            let content = content.map_err(|source| SaveError::Drive {
+            let name = VolumeName::Drive(id.to_string());
+            let capture = DriveCapture {
+                base: guest.bases.get(&name),
+                below: self.is_diff.then(|| guest.bases.for_diff(&name)).flatten(),
+                early: &early,
+                is_cancelled: cancelled.clone(),
+            };
+            let content = capture.content_of(backing).map_err(|source| SaveError::Drive {
                 id: id.clone(),
                 source,
             })?;
-            if let Some(why) = content.unwritten {
-                unwritten.push((id.clone(), why));
-            }
-            volumes.push((VolumeName::Drive(id.to_string()), content.source));
+            volumes.push((name.clone(), content.source));
+            taken.push(TakenVolume {
+                name,
+                dirty: content.dirty,
+                file: content.file,
+            });
         }
         let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
-        if let Some(parent) = guest.parent {
+        if let Some(parent) = self.below.as_ref().map(|below| below.image).or(guest.parent) {
             job = job.with_parent(parent);
         }
         let progress = job.progress();
@@ -188,7 +295,7 @@ impl Saving {
         operation.enter("copying");
         watch(operation, &progress);
         let captured = self.while_it_runs(guest, operation, &progress, || job.run(directory, state))??;
-        remember(guest, directory, &captured, unwritten);
+        remember(guest, directory, &captured, taken);
         Ok(())
     }
 
@@ -202,18 +309,26 @@ impl Saving {
         let state = machine_state(guest, &|_| false)?.encode()?;
         let settings = self.settings();
         let memory = self.memory(guest, operation.cancel_flag())?;
-        let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.bytes())]));
+        let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.content.bytes())]));
         if self.live.is_some() {
             self.let_run(guest, operation);
         }
         operation.enter("copying");
         watch(operation, &progress);
-        Ok(self.while_it_runs(guest, operation, &progress, || {
-            let memory = raw::write_raw(&*memory, memory_path, &settings, &progress)?;
+        self.while_it_runs(guest, operation, &progress, || {
+            let content = &*memory.content;
+            let file = match &memory.changed {
+                None => raw::write_raw(content, memory_path, &settings, &progress)?,
+                Some(changed) => {
+                    raw::write_raw_pages(content, &changed.pages, memory_path, &settings, &progress)?
+                }
+            };
             let of_state = Progress::new([(VolumeName::Memory, state.bytes())]);
             let state = raw::write_raw(&state, state_path, &settings, &of_state)?;
-            raw::publish(state, memory, &progress)
-        })??)
+            raw::publish(state, file, &progress)
+        })??;
+        memory.dirty.saved();
+        Ok(())
     }
 
     fn settings(&self) -> CaptureSettings {
@@ -221,14 +336,6 @@ impl Saving {
             gives_way: self.live.is_some(),
             ..CaptureSettings::default()
         }
-    }
-
-    fn memory(&mut self, guest: &KvmGuest, is_cancelled: IsCancelled) -> Result<Arc<dyn Content>, SaveError> {
-        match &mut self.live {
-            Some(live) => live.freeze(guest, is_cancelled),
-            None => memory_content(guest, is_cancelled),
-        }
-        .map_err(SaveError::Memory)
     }
 
     /// Where drives keep what is overwritten before it was saved.
@@ -303,26 +410,47 @@ fn has_read_memory(progress: &Progress) -> bool {
         .is_none_or(|memory| memory.bytes_done == memory.bytes_total)
 }
 
-/// Notes which drives need not be captured again while nobody writes to them.
-fn remember(
-    guest: &mut KvmGuest,
-    directory: &Path,
-    captured: &Captured,
-    unwritten: Vec<(ResourceId, Unwritten)>,
-) {
+/// As a source of the new image's memory.
+fn memory_source(
+    content: Arc<dyn Content>,
+    changed: Option<ChangedMemory>,
+    below: &Option<Base>,
+) -> VolumeSource {
+    match (changed, below) {
+        (Some(changed), Some(below)) => VolumeSource::Changes {
+            content,
+            changed: changed.pages,
+            compares: changed.is_guess,
+            layout: below.layout.clone(),
+            base: below.volume.clone(),
+        },
+        _ => VolumeSource::Content(content),
+    }
+}
+
+/// Notes what the machine's volumes are now, so that a diff can lie over it, and what is not written to need not be
+/// captured again.
+fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured, taken: Vec<TakenVolume>) {
     let layout = match Layout::open(directory) {
         Ok(layout) => Arc::new(layout),
-        // The image is there, whoever has moved it since: all that is lost is a shortcut.
+        // The image is there, whoever has moved it since: what was written to it counts from the one before.
         Err(error) => {
-            tracing::warn!(%error, "the image cannot be opened again: the next snapshot captures every drive anew");
+            tracing::warn!(%error, "the image cannot be opened again: the next diff lies over the one before");
             return;
         }
     };
-    for (id, why) in unwritten {
-        let name = VolumeName::Drive(id.to_string());
-        if let Some(volume) = captured.volumes.iter().find(|volume| volume.name == name) {
-            guest.known.captured(id, why, &layout, volume);
-        }
+    for TakenVolume { name, dirty, file } in taken {
+        let Some(volume) = captured.volumes.iter().find(|volume| volume.name == name) else {
+            continue;
+        };
+        dirty.saved();
+        let base = Base {
+            layout: layout.clone(),
+            volume: volume.clone(),
+            image: captured.manifest.digest,
+            file,
+        };
+        guest.bases.set(name, base);
     }
 }
 

@@ -147,6 +147,14 @@ impl Boot {
         boot
     }
 
+    /// Has KVM log which pages the guest writes.
+    pub(crate) fn track_dirty_pages(&mut self) {
+        let mut requests = self.requests.iter_mut();
+        if let Some(machine) = requests.find(|put| put.path == "/machine-config") {
+            machine.body["track_dirty_pages"] = json!(true);
+        }
+    }
+
     /// Adds a drive.
     ///
     /// # Errors

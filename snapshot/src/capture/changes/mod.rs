@@ -214,7 +214,9 @@ fn differing(below: &Entry, read: &PageBits, pages: u32, hands: &mut Hands) -> P
     for part in &parts {
         zero_below = zero_below.without(&part.shown);
         if part.shown == part.held && part.held.is_within(read) {
-            hands.plain.resize(part.plain_bytes(hands.chunk.len() as u64) as usize, 0);
+            hands
+                .plain
+                .resize(part.plain_bytes(hands.chunk.len() as u64) as usize, 0);
             part.gather(&hands.chunk, &mut hands.plain);
             if ChunkDigest::of(&hands.plain) == part.stored.digest {
                 differing = differing.without(&part.held);

@@ -160,8 +160,8 @@ fn malformed_bodies_are_refused_and_change_nothing() {
     for (path, body, reason) in [
         (
             "/snapshot/create",
-            json!({"snapshot_path": "s", "mem_file_path": "m", "snapshot_type": "Diff"}),
-            "Diff snapshots are not supported by this version of Runnel",
+            json!({"snapshot_path": "s", "mem_file_path": "s", "snapshot_type": "Diff"}),
+            "`snapshot_path` and `mem_file_path` name one file, s: give each its own",
         ),
         (
             "/snapshot/load",

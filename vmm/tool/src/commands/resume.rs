@@ -78,6 +78,10 @@ pub(crate) struct ResumeArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     stall_after: Option<Duration>,
 
+    /// Have KVM log which pages the guest writes: diff snapshots take less time then, and the guest writes somewhat slower
+    #[arg(long)]
+    track_dirty_pages: bool,
+
     /// Load the machine and let it stand still, until `runnel unpause`
     #[arg(long)]
     paused: bool,
@@ -112,6 +116,9 @@ impl ResumeArgs {
         if let Some(directory) = &self.overlay_directory {
             // The monitor need not have this command's working directory.
             body["overlay_directory"] = json!(std::path::absolute(directory).unwrap_or(directory.clone()));
+        }
+        if self.track_dirty_pages {
+            body["track_dirty_pages"] = json!(true);
         }
         if let Some(time) = self.stall_after {
             body["stall_after_ms"] = json!(time.as_millis());
@@ -235,7 +242,12 @@ mod tests {
     fn overrides_become_those_of_the_api() {
         let overrides = ["--tap", "eth0=tap7", "--drive", "scratch=/srv/s"];
         let rest = ["--paused", "--stall-after", "30s"];
-        let own = ["--no-clock-realtime", "--overlay-directory", "/srv/overlays"];
+        let own = [
+            "--no-clock-realtime",
+            "--overlay-directory",
+            "/srv/overlays",
+            "--track-dirty-pages",
+        ];
         let args = Line::parse_from([&["x", "./web"][..], &overrides, &rest, &own].concat()).args;
         let image = "/images/web".parse().unwrap();
         let body = args.load(&image, Some(Path::new("/run/agent.sock")));
@@ -244,6 +256,7 @@ mod tests {
             "agent_path": "/run/agent.sock",
             "resume_vm": false,
             "clock_realtime": false,
+            "track_dirty_pages": true,
             "stall_after_ms": 30_000,
             "overlay_directory": "/srv/overlays",
             "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "tap7" }],

@@ -72,8 +72,12 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     rng: bool,
 
+    /// Have KVM log which pages the guest writes: diff snapshots take less time then, and the guest writes somewhat slower
+    #[arg(long)]
+    track_dirty_pages: bool,
+
     /// Take all of that from Firecracker's configuration file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng", "track_dirty_pages"])]
     config: Option<PathBuf>,
 
     /// What the machine is called, 1 to 64 letters, digits and hyphens; m1, m2, … unless given
@@ -107,6 +111,9 @@ impl RunArgs {
         }
         if self.rng {
             boot.add_entropy();
+        }
+        if self.track_dirty_pages {
+            boot.track_dirty_pages();
         }
         Ok(boot)
     }

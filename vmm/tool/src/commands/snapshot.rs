@@ -33,6 +33,7 @@ other.
 
 Examples:
     runnel snapshot web web-v1
+    runnel snapshot web web-v2 --diff
     runnel snapshot web /srv/images/web-v1 --exclude scratch";
 
 /// The machine is no more.
@@ -78,6 +79,11 @@ pub(crate) struct SnapshotArgs {
     /// The image to make
     image: String,
 
+    /// Save what changed since the machine's last image, or the one of this host that it was resumed from, as layers
+    /// over it; a volume that has none is saved whole
+    #[arg(long)]
+    diff: bool,
+
     /// Leave a drive out, again for each; it must be supplied when the image is resumed
     #[arg(long = "exclude", value_name = "DRIVE")]
     excluded: Vec<String>,
@@ -95,6 +101,9 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let mut body = json!({ "image_path": target });
     if !args.excluded.is_empty() {
         body["excluded_drives"] = json!(args.excluded);
+    }
+    if args.diff {
+        body["snapshot_type"] = json!("Diff");
     }
     let api = Api::new(&machine.folder.api_socket());
     let started = Instant::now();
