@@ -130,7 +130,7 @@ fn a_diff_has_what_was_written_since_the_last_image_and_lies_over_it() {
         }
         for number in [1, 3] {
             let mut again = resumed(&path(number));
-            tell(&mut again, "checkfill:8m:4m:7", "checkfill=right");
+            tell(&mut again, "checkfill:11m:512k:7", "checkfill=right");
             tell(&mut again, "checkfill:12m:64k:9", "checkfill=right");
             tell(&mut again, "checkdisk:0:512k:3", "checkdisk=right");
             tell(&mut again, "checkdisk:1024:64k:5", "checkdisk=right");
@@ -173,7 +173,7 @@ fn a_machine_that_writes_all_the_time_is_diffed_as_it_was_at_each_pause() {
             if number % 3 == 0 {
                 let mut again = resumed(&path(number));
                 end(&mut again, "churn");
-                tell(&mut again, "checkfill:20m:8m:5", "checkfill=right");
+                tell(&mut again, "checkfill:27m:512k:5", "checkfill=right");
             }
         }
         (0..7).for_each(|number| fs::remove_dir_all(path(number)).unwrap());
@@ -254,8 +254,8 @@ fn what_a_snapshot_that_failed_would_have_had_is_in_the_next_diff() {
         drop(machine);
         verified(&path(1));
         let mut again = resumed(&path(1));
-        tell(&mut again, "checkfill:10m:12m:9", "checkfill=right");
-        tell(&mut again, "checkfill:8m:2m:7", "checkfill=right");
+        tell(&mut again, "checkfill:21m:1m:9", "checkfill=right");
+        tell(&mut again, "checkfill:9m:512k:7", "checkfill=right");
         tell(&mut again, "checkdisk:0:512k:5", "checkdisk=right");
         tell(&mut again, "checkdisk:1024:512k:3", "checkdisk=right");
         drop(again);
@@ -302,7 +302,7 @@ fn a_chain_of_fifty_is_resumed_from_its_last_image_alone() {
             "checkfill=right",
         );
     }
-    tell(&mut again, "checkfill:15m:1m:1", "checkfill=right");
+    tell(&mut again, "checkfill:15m:512k:1", "checkfill=right");
 }
 
 #[test]
@@ -348,7 +348,7 @@ fn firecrackers_diff_has_the_pages_written_since_or_brings_a_memory_file_up_to_d
         }))
     };
     let mut again = from("base");
-    tell(&mut again, "checkfill:8m:4m:7", "checkfill=right");
+    tell(&mut again, "checkfill:11m:512k:7", "checkfill=right");
     tell(&mut again, "peek:0x1000000", "peek=0x4d");
     tell(&mut again, "peek:0x1100000", "peek=0x0");
     drop(again);
@@ -356,13 +356,13 @@ fn firecrackers_diff_has_the_pages_written_since_or_brings_a_memory_file_up_to_d
     paused(&machine, &files("Diff", "base"));
     drop(machine);
     let mut again = from("base");
-    tell(&mut again, "checkfill:8m:4m:7", "checkfill=right");
+    tell(&mut again, "checkfill:11m:512k:7", "checkfill=right");
     tell(&mut again, "peek:0x1000000", "peek=0x4d");
     tell(&mut again, "peek:0x1100000", "peek=0x4e");
     // And so from a machine that was loaded from it, which maps it.
     tell(&mut again, "poke:0x1200000:79", "poke=done");
     paused(&again, &files("Diff", "base"));
-    tell(&mut again, "checkfill:8m:4m:7", "checkfill=right");
+    tell(&mut again, "checkfill:11m:512k:7", "checkfill=right");
     drop(again);
     let mut again = from("base");
     tell(&mut again, "peek:0x1000000", "peek=0x4d");

@@ -3,8 +3,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    Failure, agent, console, doctor, image, inspect, logs, ps, resume, run, serve, shell, snapshot, stop,
-    vcpus, verify, wait,
+    Failure, agent, console, doctor, fork, image, inspect, logs, ps, resume, run, serve, shell, snapshot,
+    stop, vcpus, verify, wait,
 };
 use crate::exit::{EXIT_CODES, Exit};
 
@@ -13,6 +13,7 @@ Examples:
     runnel doctor                                     what this host has and lacks
     runnel run --kernel vmlinuz --initrd initrd.img --memory 512M --name web
     runnel snapshot web web-v1                        save it, while it runs, as an image
+    runnel fork web-v1 -n 10                          ten machines of it, which share what they do not write
     runnel serve web-v1                               let other hosts pull it
     runnel resume http://10.0.0.1:5000/web-v1         run it here, before it has arrived
 ";
@@ -44,6 +45,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Run(run::RunArgs),
     Resume(resume::ResumeArgs),
+    Fork(fork::ForkArgs),
     Ps(ps::PsArgs),
     Console(console::ConsoleArgs),
     Logs(logs::LogsArgs),
@@ -69,6 +71,7 @@ impl Command {
         match self {
             Self::Run(args) => run::run(args),
             Self::Resume(args) => resume::run(args),
+            Self::Fork(args) => fork::run(args),
             Self::Ps(args) => ps::run(args),
             Self::Console(args) => console::run(args),
             Self::Logs(args) => logs::run(args),

@@ -3,8 +3,10 @@
 pub(crate) mod agent;
 pub(crate) mod console;
 pub(crate) mod doctor;
+pub(crate) mod fork;
 pub(crate) mod image;
 pub(crate) mod inspect;
+mod loading;
 pub(crate) mod logs;
 pub(crate) mod ps;
 pub(crate) mod resume;

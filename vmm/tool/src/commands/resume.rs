@@ -1,18 +1,15 @@
 //! `runnel resume`: runs a machine from its image, before the image has arrived.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::protocol::status;
-use runnel_snapshot::shell::shell_word;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::Failure;
 use super::agent::{AgentFlags, ensure_running};
-use crate::boot::Override;
-use crate::drives::warn_of_rests;
+use super::loading::LoadFlags;
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
 use crate::images::ImageStore;
@@ -20,7 +17,6 @@ use crate::monitor::Monitor;
 use crate::operation::{self, Outcome};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
-use crate::size::parse_duration;
 use crate::state::{MachineName, Record, StateError, StateFolder};
 use crate::taps::HostInterfaces;
 
@@ -38,14 +34,6 @@ Examples:
 /// How long an agent may take to say what it has open.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// `--overlay-directory` names none.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "there is no directory {0} for what the machine writes: make it (`mkdir -p {word}`), or give another --overlay-directory",
-    word = shell_word(.0)
-)]
-struct NoOverlayDirectory(PathBuf);
-
 /// Run a machine from its image, which need not have arrived
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
@@ -57,34 +45,8 @@ pub(crate) struct ResumeArgs {
     #[arg(long)]
     name: Option<MachineName>,
 
-    /// Put another tap behind an interface, again for each: ID=TAP. `runnel run` calls them eth0, eth1, … unless told
-    #[arg(long = "tap", value_name = "ID=TAP", value_parser = Override::of_tap)]
-    taps: Vec<Override>,
-
-    /// Put a file behind a drive in place of the image's content, again for each: ID=PATH. `runnel inspect` lists an
-    /// image's drives, and says which must be supplied
-    #[arg(long = "drive", value_name = "ID=PATH", value_parser = Override::of_drive)]
-    drives: Vec<Override>,
-
-    /// Let the guest's clock go on from where it was, in place of setting it forward by the time that has passed
-    #[arg(long = "no-clock-realtime", action = clap::ArgAction::SetFalse)]
-    clock_realtime: bool,
-
-    /// The directory for what the machine writes to the image's drives; that for temporary files unless given
-    #[arg(long, value_name = "DIRECTORY")]
-    overlay_directory: Option<PathBuf>,
-
-    /// How long a missing chunk is waited for before the machine counts as stalled: 30s, 2m [default: 15s]
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    stall_after: Option<Duration>,
-
-    /// Have KVM log which pages the guest writes: diff snapshots take less time then, and the guest writes somewhat slower
-    #[arg(long)]
-    track_dirty_pages: bool,
-
-    /// Load the machine and let it stand still, until `runnel unpause`
-    #[arg(long)]
-    paused: bool,
+    #[command(flatten)]
+    load: LoadFlags,
 
     /// Read a directory through the agent too: its clones then share memory
     #[arg(long)]
@@ -102,48 +64,9 @@ pub(crate) struct ResumeArgs {
     json: bool,
 }
 
-impl ResumeArgs {
-    /// The body of the request.
-    fn load(&self, image: &ImageReference, agent: Option<&Path>) -> Value {
-        let mut body = json!({
-            "image": image.to_string(),
-            "resume_vm": !self.paused,
-            "clock_realtime": self.clock_realtime,
-        });
-        if let Some(agent) = agent {
-            body["agent_path"] = json!(agent);
-        }
-        if let Some(directory) = &self.overlay_directory {
-            // The monitor need not have this command's working directory.
-            body["overlay_directory"] = json!(std::path::absolute(directory).unwrap_or(directory.clone()));
-        }
-        if self.track_dirty_pages {
-            body["track_dirty_pages"] = json!(true);
-        }
-        if let Some(time) = self.stall_after {
-            body["stall_after_ms"] = json!(time.as_millis());
-        }
-        let list = |overrides: &[Override], id: &str, value: &str| -> Value {
-            let entries = overrides.iter();
-            entries
-                .map(|entry| json!({ id: entry.id, value: entry.value }))
-                .collect()
-        };
-        if !self.taps.is_empty() {
-            body["network_overrides"] = list(&self.taps, "iface_id", "host_dev_name");
-        }
-        if !self.drives.is_empty() {
-            body["drive_overrides"] = list(&self.drives, "drive_id", "path_on_host");
-        }
-        body
-    }
-}
-
 pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
-    if let Some(directory) = args.overlay_directory.as_ref().filter(|path| !path.is_dir()) {
-        return Err(NoOverlayDirectory(directory.clone()).into());
-    }
+    args.load.check()?;
     args.agent.check()?;
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
     let state = StateFolder::open()?;
@@ -161,8 +84,8 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
         ..Record::now()
     };
     monitor.folder().record(&record)?;
-    let body = args.load(&image, agent.as_deref());
-    warn_of_rests(args.drives.iter().map(|drive| &*drive.value));
+    let body = args.load.body(&image, agent.as_deref());
+    args.load.warn_of_rests();
     let start = |monitor: &Monitor<'_>| load(monitor, body, record, &signals);
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
 }
@@ -194,13 +117,13 @@ fn load(
     }
 }
 
-fn taps_of(config: &Value) -> impl Iterator<Item = &str> {
+pub(super) fn taps_of(config: &Value) -> impl Iterator<Item = &str> {
     let interfaces = config["network-interfaces"].as_array().into_iter().flatten();
     interfaces.filter_map(|interface| interface["host_dev_name"].as_str())
 }
 
 /// Notes what the image turned out to be.
-fn record_loaded(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
+pub(super) fn record_loaded(monitor: &Monitor<'_>, config: &Value, record: Record) -> Result<(), StateError> {
     let number = |field: &str| config["machine-config"][field].as_u64().unwrap_or(0);
     monitor.folder().record(&Record {
         vcpus: number("vcpu_count"),
@@ -224,54 +147,4 @@ fn digest_of(record: &Record) -> Option<String> {
     let mut images = images.into_iter();
     let image = images.find(|image| Some(&image.image) == record.image.as_ref())?;
     Some(image.digest.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: ResumeArgs,
-    }
-
-    #[test]
-    fn overrides_become_those_of_the_api() {
-        let overrides = ["--tap", "eth0=tap7", "--drive", "scratch=/srv/s"];
-        let rest = ["--paused", "--stall-after", "30s"];
-        let own = [
-            "--no-clock-realtime",
-            "--overlay-directory",
-            "/srv/overlays",
-            "--track-dirty-pages",
-        ];
-        let args = Line::parse_from([&["x", "./web"][..], &overrides, &rest, &own].concat()).args;
-        let image = "/images/web".parse().unwrap();
-        let body = args.load(&image, Some(Path::new("/run/agent.sock")));
-        let expected = json!({
-            "image": "/images/web",
-            "agent_path": "/run/agent.sock",
-            "resume_vm": false,
-            "clock_realtime": false,
-            "track_dirty_pages": true,
-            "stall_after_ms": 30_000,
-            "overlay_directory": "/srv/overlays",
-            "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "tap7" }],
-            "drive_overrides": [{ "drive_id": "scratch", "path_on_host": "/srv/s" }],
-        });
-        assert_eq!(body, expected);
-    }
-
-    #[test]
-    fn what_is_not_asked_for_is_left_out_and_the_clock_is_right_by_itself() {
-        let args = Line::parse_from(["x", "./web"]).args;
-        let body = args.load(&"/images/web".parse().unwrap(), None);
-        assert_eq!(
-            body,
-            json!({ "image": "/images/web", "resume_vm": true, "clock_realtime": true })
-        );
-    }
 }

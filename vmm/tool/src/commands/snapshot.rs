@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Failure;
 use crate::api::{Api, ApiError};
@@ -20,7 +20,7 @@ use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size;
 use crate::stall;
-use crate::state::{MachineName, StateFolder};
+use crate::state::{Machine, MachineName, StateFolder};
 
 const HELP: &str = "\
 IMAGE is a name, and the image goes into the local store (`runnel image ls`), or a path with a slash in it, whose directory
@@ -92,6 +92,47 @@ pub(crate) struct SnapshotArgs {
     output: OutputArgs,
 }
 
+/// Has `machine` save itself as `body` says; the signal that called it off, if one did.
+///
+/// # Errors
+/// When it cannot be saved.
+pub(crate) fn save(
+    state: &StateFolder,
+    machine: &Machine,
+    body: Value,
+    signals: &Signals,
+) -> Result<Option<i32>, Failure> {
+    let name = &machine.folder.name;
+    let api = Api::new(&machine.folder.api_socket());
+    let mut view = ProgressView::new(format!("snapshot {name}"));
+    let outcome = operation::run(&api, "/snapshot/create", body, &mut view, signals);
+    drop(view);
+    if let Err(ApiError::Ended { .. }) = outcome {
+        // Its log is kept once it is forgotten, and its process may take a moment.
+        if machine.process.wait(FAREWELL)? {
+            state.forget(&machine.folder)?;
+        }
+        let log = state.ended_log(name);
+        let machine = name.clone();
+        return Err(Ended { machine, log }.into());
+    }
+    let image = machine.record.image.as_deref();
+    match outcome.map_err(|error| explained(error, name, image))? {
+        // There is an image, whole; whoever wanted none can remove it.
+        Outcome::Done | Outcome::Overtaken(_) => Ok(None),
+        Outcome::Cancelled(signal) => {
+            tell(format_args!(
+                "called off: nothing is left of the image, and {name} goes on as it was."
+            ));
+            Ok(Some(signal))
+        }
+        Outcome::Abandoned(signal) => {
+            tell(format_args!("not waited for: {name} still calls it off."));
+            Ok(Some(signal))
+        }
+    }
+}
+
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     // What was typed comes before what runs.
@@ -105,38 +146,10 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     if args.diff {
         body["snapshot_type"] = json!("Diff");
     }
-    let api = Api::new(&machine.folder.api_socket());
     let started = Instant::now();
-    let mut view = ProgressView::new(format!("snapshot {}", args.machine));
-    let outcome = operation::run(&api, "/snapshot/create", body, &mut view, &signals);
-    drop(view);
-    if let Err(ApiError::Ended { .. }) = outcome {
-        // Its log is kept once it is forgotten, and its process may take a moment.
-        if machine.process.wait(FAREWELL)? {
-            state.forget(&machine.folder)?;
-        }
-        let log = state.ended_log(&args.machine);
-        let machine = args.machine.clone();
-        return Err(Ended { machine, log }.into());
-    }
-    let image = machine.record.image.as_deref();
-    match outcome.map_err(|error| explained(error, &args.machine, image))? {
-        // There is an image, whole; whoever wanted none can remove it.
-        Outcome::Done | Outcome::Overtaken(_) => {}
-        Outcome::Cancelled(signal) => {
-            let machine = &args.machine;
-            tell(format_args!(
-                "called off: nothing is left of the image, and {machine} goes on as it was."
-            ));
-            return Ok(Exit::Signal(signal));
-        }
-        Outcome::Abandoned(signal) => {
-            tell(format_args!(
-                "not waited for: {} still calls it off.",
-                args.machine
-            ));
-            return Ok(Exit::Signal(signal));
-        }
+    let api = Api::new(&machine.folder.api_socket());
+    if let Some(signal) = save(&state, &machine, body, &signals)? {
+        return Ok(Exit::Signal(signal));
     }
     let elapsed = started.elapsed();
     // Of a machine that was paused before it is nothing; and nobody fails for want of a figure. Another snapshot of the
