@@ -1,8 +1,9 @@
 //! From a socket's path to an open image: what is asked, how long is waited, and what an agent's answer must hold.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -120,7 +121,7 @@ impl Connection {
         }
         let mut files = files.into_iter().map(File::from);
         let mut document = || match files.next() {
-            Some(file) => read_document(file),
+            Some(file) => read_document(&file),
             None => Err(ConnectError::Answer("a document is missing")),
         };
         let (state, manifest) = (document()?, document()?);
@@ -177,16 +178,14 @@ fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), C
     }
 }
 
-fn read_document(mut file: File) -> Result<Vec<u8>, ConnectError> {
-    use std::io::Seek as _;
+/// Reads by offset: machines that open the image at the same time are handed the same descriptor, and its position.
+fn read_document(file: &File) -> Result<Vec<u8>, ConnectError> {
     let bytes = file.metadata().map_err(ConnectError::Local)?.len();
     if bytes > DOCUMENT_BYTES_MAX {
         return Err(ConnectError::Answer("a state or manifest of more than 16 MiB"));
     }
-    let mut document = Vec::new();
-    file.rewind().map_err(ConnectError::Local)?;
-    file.take(DOCUMENT_BYTES_MAX)
-        .read_to_end(&mut document)
+    let mut document = vec![0; bytes as usize]; // at most DOCUMENT_BYTES_MAX
+    file.read_exact_at(&mut document, 0)
         .map_err(ConnectError::Local)?;
     Ok(document)
 }
@@ -231,5 +230,23 @@ pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectErr
     match FromAgent::parse(&message)? {
         FromAgent::Status(status) => Ok(status),
         _ => Err(ConnectError::Answer("it is no status")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek as _, SeekFrom, Write as _};
+
+    use super::*;
+
+    #[test]
+    fn documents_are_read_whole_wherever_others_who_have_them_are_reading() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"a machine's state").unwrap();
+        for position in [0, 5, 17] {
+            file.seek(SeekFrom::Start(position)).unwrap();
+            assert_eq!(read_document(&file).unwrap(), b"a machine's state");
+            assert_eq!(file.stream_position().unwrap(), position);
+        }
     }
 }

@@ -1,0 +1,218 @@
+//! Forks: machines of one image, or of a machine that runs, which share what they do not write.
+
+#![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
+
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::reference::Wanted;
+use runnel_tests::user::{User, read_to, refusal, succeeded};
+use runnel_vmm::layout::VMGENID;
+use serde_json::Value;
+
+/// A user with a machine called web, which has obeyed `words` and listens.
+fn with_machine(words: &str) -> User {
+    let user = User::new();
+    let more = ["--detach", "--name", "web"];
+    succeeded(user.boot(words, &more).output().unwrap());
+    hear(&user, "web", "", "listening=1");
+    user
+}
+
+/// Types `words` at a machine's console, and waits until it has said `answer`.
+fn hear(user: &User, machine: &str, words: &str, answer: &str) {
+    let mut command = user.command(&["console", machine]);
+    let mut console = command.stdin(Stdio::piped()).spawn().unwrap();
+    console
+        .stdin
+        .as_mut()
+        .unwrap()
+        .write_all(words.as_bytes())
+        .unwrap();
+    read_to(&mut console, answer);
+    console.kill().unwrap();
+    console.wait().unwrap();
+}
+
+/// The clones that `fork` says it has made.
+fn forked(user: &User, arguments: &[&str]) -> Vec<String> {
+    let printed = user.output(&[&["fork"], arguments].concat());
+    printed.lines().map(str::to_owned).collect()
+}
+
+/// What a machine says to `words`, and then to being switched off.
+fn last_words(user: &User, machine: &str, words: &str) -> String {
+    user.converse(machine, &format!("{words}\npoweroff\n"))
+}
+
+/// KiB that are a process's alone.
+fn private_kib(pid: &Value) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let of = |name: &str| {
+        let line = rollup.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    of("Private_Clean:") + of("Private_Dirty:")
+}
+
+#[test]
+fn clones_of_an_image_go_on_from_it_each_by_itself() {
+    let user = with_machine("fill:8m:256k:7 count:3");
+    user.output(&["snapshot", "web", "web-v1"]);
+    user.output(&["kill", "web"]);
+    // They stand until it is their turn: a bare guest that listens takes a processor.
+    let clones = forked(&user, &["web-v1", "-n", "3", "--paused"]);
+    assert_eq!(clones, ["web-v1-1", "web-v1-2", "web-v1-3"]);
+    assert_eq!(user.machines().len(), 3);
+    let mut identities = BTreeSet::new();
+    for (number, clone) in clones.iter().enumerate() {
+        user.output(&["unpause", clone]);
+        // As many counts as its number says, and what the one before it wrote is not there.
+        let words = format!(
+            "count:{}\ncheckfill:8m:256k:7\nfill:8m:256k:{}\npeek:{:#x}\npeek:{:#x}\npeek:{:#x}",
+            number + 1,
+            number + 20,
+            VMGENID.start,
+            VMGENID.start + 8,
+            VMGENID.start + 1,
+        );
+        let heard = last_words(&user, clone, &words);
+        assert!(heard.contains("checkfill=right"), "{clone}: {heard}");
+        assert!(
+            heard.contains(&format!("count={}", number + 4)),
+            "{clone}: {heard}"
+        );
+        let identity: Vec<&str> = heard.lines().filter(|line| line.contains("peek=")).collect();
+        assert_eq!(identity.len(), 3, "{heard}");
+        assert!(
+            identities.insert(identity.join(" ")),
+            "{clone} has another's VMGENID"
+        );
+    }
+}
+
+#[test]
+fn what_clones_do_not_write_is_there_once() {
+    const FILLED_KIB: u64 = 24 << 10;
+    let user = with_machine("fill:8m:24m:7 count:1");
+    user.output(&["snapshot", "web", "web-v1"]);
+    user.output(&["kill", "web"]);
+    let printed = user.output(&[
+        "fork", "web-v1", "-n", "3", "--name", "c", "--first", "7", "--json",
+    ]);
+    let told: Value = serde_json::from_str(&printed).unwrap();
+    let machines = told["machines"].as_array().unwrap();
+    let names: Vec<&str> = machines
+        .iter()
+        .map(|machine| machine["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["c-7", "c-8", "c-9"]);
+    // Each reads all of it.
+    for name in names {
+        user.output(&["unpause", name]);
+        hear(&user, name, "touch:8m:24m\n", "touch=");
+        user.output(&["pause", name]);
+    }
+    let own: Vec<u64> = user
+        .machines()
+        .iter()
+        .map(|machine| private_kib(&machine["pid"]))
+        .collect();
+    assert!(
+        own.iter().all(|own| *own < FILLED_KIB / 2),
+        "KiB that are their own: {own:?}"
+    );
+    let agent: Value = serde_json::from_str(&user.output(&["agent", "--status", "--json"])).unwrap();
+    let kept = agent["cache"]["memory"]["bytes"].as_u64().unwrap();
+    assert!(
+        (FILLED_KIB << 10..2 * (FILLED_KIB << 10)).contains(&kept),
+        "{kept}"
+    );
+}
+
+#[test]
+fn a_machine_that_runs_is_forked_as_it_is_and_goes_on() {
+    let user = with_machine("fill:8m:256k:7 count:3");
+    let clones = forked(&user, &["web", "-n", "2", "--paused"]);
+    assert_eq!(clones, ["web-1", "web-2"]);
+    assert_eq!(user.state_of("web"), "running");
+    user.output(&["unpause", "web-1"]);
+    for clone in ["web-1", "web"] {
+        let heard = last_words(&user, clone, "count:1\ncheckfill:8m:256k:7");
+        assert!(
+            heard.contains("count=4") && heard.contains("checkfill=right"),
+            "{heard}"
+        );
+    }
+    // A clone is forked in turn: what it wrote, over the image that it came from.
+    let clones = forked(&user, &["web-2", "-n", "1", "--image", "again"]);
+    assert_eq!(clones, ["web-2-1"]);
+    let heard = last_words(&user, "web-2-1", "count:1");
+    assert!(heard.contains("count=4"), "{heard}");
+    let image = Image::open_directory(&user.folder().join("images/again"), &Wanted::Only).unwrap();
+    assert!(image.manifest.parent.is_some());
+    // A second fork of one machine is of an image of its own.
+    let user = with_machine("count:1");
+    forked(&user, &["web", "-n", "1", "--paused"]);
+    forked(&user, &["web", "-n", "1", "--name", "other", "--paused"]);
+    for image in ["web-fork", "web-fork-2"] {
+        assert!(user.folder().join("images").join(image).exists(), "{image}");
+    }
+}
+
+#[test]
+fn there_are_all_clones_or_none() {
+    let user = with_machine("count:1");
+    user.output(&["snapshot", "web", "web-v1"]);
+    succeeded(user.boot("", &["--detach", "--name", "c-3"]).output().unwrap());
+    let told = refusal(&user.run(&["fork", "web-v1", "-n", "5", "--name", "c"]));
+    assert!(
+        told.contains("c-3") && told.contains("choose another --name"),
+        "{told}"
+    );
+    let names: Vec<Value> = user
+        .machines()
+        .iter()
+        .map(|machine| machine["name"].clone())
+        .collect();
+    assert_eq!(names, ["c-3", "web"]);
+
+    for (arguments, reason) in [
+        (&["nobody", "-n", "2"][..], "no image named nobody"),
+        (&["web-v1", "-n", "2", "--image", "x"], "web-v1 is none"),
+        (&["web-v1", "-n", "2", "--tap", "eth0=tap"], "eth0=tap-{n}"),
+        (&["web-v1", "-n", "2", "--name", "-"], "another --name"),
+    ] {
+        let told = refusal(&user.run(&[&["fork"], arguments].concat()));
+        assert!(told.contains(reason), "{told}");
+    }
+    user.output(&["snapshot", "web", "web"]);
+    let told = refusal(&user.run(&["fork", "web", "-n", "2"]));
+    assert!(told.contains("images/web"), "{told}");
+    assert_eq!(user.machines().len(), 2);
+}
+
+#[test]
+fn ctrl_c_ends_the_clones_that_run_already() {
+    let user = with_machine("count:1");
+    user.output(&["snapshot", "web", "web-v1"]);
+    let forking = user
+        .command(&["fork", "web-v1", "-n", "500", "--name", "c", "--paused"])
+        .spawn()
+        .unwrap();
+    runnel_tests::bare::wait_until("a clone runs", || user.machine_folder("c-3").exists());
+    let sent = Command::new("kill")
+        .arg("-INT")
+        .arg(forking.id().to_string())
+        .status();
+    assert!(sent.unwrap().success());
+    let output = forking.wait_with_output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(130), "{told}");
+    assert!(told.contains("called off"), "{told}");
+    assert!(output.stdout.is_empty());
+    assert_eq!(user.machines().len(), 1);
+}
