@@ -8,6 +8,7 @@
 #define I8042 0x64
 #define I8042_RESET 0xfe
 #define TOUCHES_MAX 1024
+#define VMGENID 0xfe000
 
 /* Goes on from where it was after a resume: nothing but RAM holds it. */
 static u64 counter;
@@ -60,6 +61,17 @@ static void count(u64 times) {
         print_number(++counter);
         end_line();
     }
+}
+
+/* Waits until the machine has another generation identifier: until it is a clone of what it was. */
+static void generation(void) {
+    volatile u64 *id = (volatile u64 *)VMGENID;
+    u64 first = id[0], second = id[1];
+    print("generation=known");
+    end_line();
+    while (id[0] == first && id[1] == second) __asm__ volatile("pause");
+    print("generation=new");
+    end_line();
 }
 
 /* latency:START:BYTES:TOUCHES: scattered reads, a line with the cycles of each. */
@@ -119,6 +131,8 @@ void obey(const char *word) {
         count(a[0]);
     } else if (is(word, "beat")) { /* counts until something is typed: shows when a machine stands and when it runs */
         while (!is_typed()) count(1);
+    } else if (is(word, "generation")) { /* until it is a clone of what it was */
+        generation();
     } else if (is(word, "latency")) {
         latency(a[0], a[1], a[2]);
     } else if (is(word, "fill")) { /* fill:START:BYTES:SEED */

@@ -34,6 +34,11 @@ pub(crate) trait Saver {
     /// # Errors
     /// When it is not there.
     fn stored_bytes(&self, name: &str) -> io::Result<u64>;
+    /// Removes what was saved.
+    ///
+    /// # Errors
+    /// When it is not there.
+    fn remove(&self, name: &str) -> io::Result<()>;
 }
 
 /// Runnel's images.
@@ -60,6 +65,10 @@ impl Saver for Images {
             bytes += entry?.metadata()?.len();
         }
         Ok(bytes)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        fs::remove_dir_all(self.0.join(name))
     }
 }
 
@@ -98,6 +107,10 @@ impl Saver for TwoFiles {
         // The memory file is sparse.
         Ok(fs::metadata(&self.paths(name)[1])?.blocks() * 512)
     }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.paths(name).iter().try_for_each(fs::remove_file)
+    }
 }
 
 /// One monitor's program, and where it works.
@@ -113,6 +126,9 @@ pub(crate) struct Bench<'a> {
 
 /// The image that all other measurements load.
 pub(crate) const IMAGE: &str = "machine";
+
+/// One that none does.
+const HALTED: &str = "halted";
 
 impl Bench<'_> {
     fn start(&self) -> io::Result<(Vmm, Duration)> {
@@ -158,13 +174,32 @@ impl Bench<'_> {
             totals.push(asked.elapsed());
             pauses.push(vmm.console().longest_silence(asked)?);
         }
+        metrics.add("snapshot_busy_total_ms", Samples::milliseconds(&totals));
+        metrics.add("snapshot_pause_ms", Samples::milliseconds(&pauses));
+        drop(vmm);
+        let totals = self.snapshots_of_halted(saver)?;
         let rates = totals.iter().map(|total| RAM_MIB as f64 / total.as_secs_f64());
         metrics.add("snapshot_mib_per_s", Samples::new("MiB/s", rates.collect()));
         metrics.add("snapshot_total_ms", Samples::milliseconds(&totals));
-        metrics.add("snapshot_pause_ms", Samples::milliseconds(&pauses));
         let ratio = (RAM_MIB << 20) as f64 / saver.stored_bytes(IMAGE)? as f64;
         metrics.add("snapshot_ratio", Samples::new("RAM/stored", vec![ratio]));
         Ok(())
+    }
+
+    /// How long it takes to save a machine whose guest leaves the processors to the monitor.
+    fn snapshots_of_halted(&self, saver: &dyn Saver) -> io::Result<Vec<Duration>> {
+        let (mut vmm, _) = self.start()?;
+        vmm.configure("count:1 halt", Some(self.content))?;
+        vmm.demand("PUT", "/actions", &json!({"action_type": "InstanceStart"}))?;
+        vmm.console().line("count=")?;
+        let mut totals = Vec::new();
+        for _ in 0..SNAPSHOTS {
+            let asked = Instant::now();
+            saver.save(&vmm, HALTED)?;
+            totals.push(asked.elapsed());
+        }
+        saver.remove(HALTED)?;
+        Ok(totals)
     }
 
     fn resume(&self, saver: &dyn Saver, metrics: &mut Metrics) -> io::Result<()> {

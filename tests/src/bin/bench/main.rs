@@ -10,6 +10,7 @@
 mod aims;
 mod compression;
 mod content;
+mod forks;
 mod local;
 mod metrics;
 mod pauses;
@@ -35,7 +36,7 @@ use pauses::Case;
 use remote::{Names, Remote};
 
 /// What the figures are, for whoever reads the report.
-const MEANINGS: [(&str, &str); 22] = [
+const MEANINGS: [(&str, &str); 26] = [
     (
         "resume_*",
         "API request sent to a monitor that is up, to the end of the first line that the guest begins, which depends on a counter in its RAM; monitors are fresh each time, files in the page cache",
@@ -110,7 +111,23 @@ const MEANINGS: [(&str, &str); 22] = [
     ),
     (
         "snapshot_total_ms",
-        "API request to answer, everything on disk; snapshot_mib_per_s is RAM by that time",
+        "API request to answer, everything on disk, of a guest that halts; snapshot_mib_per_s is RAM by that time",
+    ),
+    (
+        "snapshot_busy_total_ms",
+        "the same of a guest that prints all the time, and so takes one of the host's processors",
+    ),
+    (
+        "fork_100_first_instruction_ms",
+        "`runnel fork -n 100` started, to the last clone having said that it sees another generation identifier; an agent and a first clone are up, and all of the image is on the host; the guests halt then",
+    ),
+    (
+        "fork_host_kib_per_clone",
+        "fall of the host's available memory by the hundred clones, two seconds after the last one ran, divided by them; the one copy that they share was there",
+    ),
+    (
+        "fork_pss_kib_per_clone",
+        "proportional set size of their processes, guest RAM included, divided by them",
     ),
     (
         "vmm_rss_kib",
@@ -206,6 +223,9 @@ fn measure(out: &Path, work: &Path) -> Result<(), Box<dyn Error>> {
             bench.pauses(case, &mut metrics)?;
         }
     }
+
+    println!("runnel, a hundred clones on one host");
+    forks::measure(&content, &mut metrics)?;
 
     let mut host = about_host();
     println!("runnel, on two hosts, 0 ms apart");
