@@ -180,6 +180,13 @@ impl Monitor {
         answer
     }
 
+    /// The lines that the guest has said so far, as far as they were waited for, with `text` in them.
+    #[must_use]
+    pub fn console_lines_with(&self, text: &str) -> Vec<String> {
+        let lines = self.console.seen.iter().filter(|line| line.contains(text));
+        lines.cloned().collect()
+    }
+
     /// Where its API is.
     #[must_use]
     pub fn socket(&self) -> &Path {

@@ -2,10 +2,11 @@
  * A guest at work: what a save and a restore must not disturb, kept busy for as long as the guest lives.
  *
  *   work JOB...             runs all jobs, and prints lines of counters on and on:
- *                             work=LINE registers=ROUNDS disk=ROUNDS stream=ROUNDS
+ *                             work=LINE registers=ROUNDS disk=ROUNDS stream=ROUNDS memory=ROUNDS
  *     registers             values in every vector register, one process a CPU; ends at SIGUSR1
  *     disk:DEVICE           four processes that write, flush, read and compare past the cache
  *     stream:ADDRESS:PORT   a TCP connection to somebody who sends back what he gets
+ *     memory:MIB            so much memory, of which each word is compared and written anew in each round
  *   work sleep:SECONDS      prints sleeping=SECONDS, sleeps so long, and prints slept=MILLISECONDS, by the clock that
  *                           never jumps; from the first line on, a pause of the guest does not put off the end
  *
@@ -38,7 +39,7 @@ enum { WRITERS = 4, BLOCK = 64 << 10, BLOCKS = 4 };
 enum { MESSAGE = 1024, MESSAGES = 16 };
 
 /* Shared by all processes. */
-struct counters { volatile uint64_t registers, disk, stream; };
+struct counters { volatile uint64_t registers, disk, stream, memory; };
 static struct counters *counters;
 
 static void say(const char *text) { (void)!write(1, text, strlen(text)); }
@@ -187,6 +188,23 @@ static void send_and_receive(char *address)
 	}
 }
 
+static void compare_and_write(long mib)
+{
+	const uint64_t words = (uint64_t)mib << 17;
+	uint64_t *memory = mmap(NULL, words * 8, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (mib <= 0 || memory == MAP_FAILED)
+		fail("no memory");
+	for (uint64_t round = 0;; round++) {
+		for (uint64_t word = 0; word < words; word++) {
+			if (round && memory[word] != (round << 40 ^ word))
+				fail("memory has something else than was written");
+			memory[word] = (round + 1) << 40 ^ word;
+		}
+		__sync_fetch_and_add(&counters->memory, 1);
+		nap(JOB_PAUSE_US);
+	}
+}
+
 static void sleep_for(long seconds)
 {
 	const int64_t from = now_us();
@@ -224,6 +242,9 @@ static void start(char *job)
 	} else if (!strcmp(job, "stream") && what) {
 		if (child())
 			send_and_receive(what);
+	} else if (!strcmp(job, "memory") && what) {
+		if (child())
+			compare_and_write(atol(what));
 	} else
 		fail("no such job");
 }
@@ -243,8 +264,8 @@ int main(int count, char **arguments)
 	int64_t begun = now_us();
 	for (uint64_t line = 1;; line++) {
 		char text[128];
-		snprintf(text, sizeof text, "work=%lu registers=%lu disk=%lu stream=%lu\n", line, counters->registers,
-			 counters->disk, counters->stream);
+		snprintf(text, sizeof text, "work=%lu registers=%lu disk=%lu stream=%lu memory=%lu\n", line,
+			 counters->registers, counters->disk, counters->stream, counters->memory);
 		say(text);
 		if (line % LINES_PER_BURST == 0) {
 			tcdrain(1);

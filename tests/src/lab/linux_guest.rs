@@ -28,6 +28,7 @@ pub struct LinuxGuest {
     drives: Vec<Value>,
     interfaces: Vec<Value>,
     entropy: bool,
+    tracks_dirty_pages: bool,
 }
 
 impl LinuxGuest {
@@ -44,6 +45,7 @@ impl LinuxGuest {
             drives: Vec::new(),
             interfaces: Vec::new(),
             entropy: false,
+            tracks_dirty_pages: false,
         }
     }
 
@@ -100,6 +102,15 @@ impl LinuxGuest {
         }
     }
 
+    /// With KVM's log of the pages that the guest writes.
+    #[must_use]
+    pub fn track_dirty_pages(self) -> Self {
+        Self {
+            tracks_dirty_pages: true,
+            ..self
+        }
+    }
+
     /// The whole machine as Firecracker's configuration file describes it.
     #[must_use]
     pub fn config(&self) -> Value {
@@ -109,7 +120,9 @@ impl LinuxGuest {
                 "initrd_path": thing(&format!("guest/{}", self.kernel)),
                 "boot_args": format!("console=ttyS0 quiet panic=-1 {} lab={}", self.argument, self.steps),
             },
-            "machine-config": { "vcpu_count": self.vcpus, "mem_size_mib": self.memory_mib },
+            "machine-config": {
+                "vcpu_count": self.vcpus, "mem_size_mib": self.memory_mib, "track_dirty_pages": self.tracks_dirty_pages,
+            },
             "drives": self.drives,
             "network-interfaces": self.interfaces,
         });

@@ -124,12 +124,26 @@ impl FileIdentity {
     }
 }
 
+/// Lists the data of a drive's file while the machine runs: at the pause this would take too long. None of a drive that
+/// has no file which it may write, or whose storage does not tell.
+pub(super) fn data_ahead(backing: &Backing) -> Option<PageSet> {
+    match backing {
+        Backing::File {
+            store,
+            read_only: false,
+        } => store.data_pages().ok(),
+        _ => None,
+    }
+}
+
 /// How a drive is captured.
 pub(super) struct DriveCapture<'a> {
     /// What the drive was, if there is an image of it.
     pub(super) base: Option<&'a Base>,
     /// What the new volume is to lie over.
     pub(super) below: Option<&'a Base>,
+    /// The pages of its file that were no holes a moment ago, when the machine still ran, if that was looked at.
+    pub(super) data_ahead: Option<&'a PageSet>,
     /// Where what is overwritten is kept, if the machine runs on before all of it was read.
     pub(super) early: &'a Arc<EarlyPages>,
     pub(super) is_cancelled: IsCancelled,

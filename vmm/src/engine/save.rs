@@ -8,6 +8,7 @@
 //! What the machine writes to meanwhile is copied first, so that every page is saved as it was at the pause.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +33,7 @@ use super::KvmGuest;
 use super::bases::Base;
 use super::changed::{ChangedMemory, changed_memory};
 use super::description::{Description, DescriptionError, DriveRecord};
-use super::drives::{Backing, DriveCapture, FileIdentity};
+use super::drives::{Backing, DriveCapture, FileIdentity, data_ahead};
 use super::live::Live;
 use super::memory::memory_content;
 use super::watch::watch;
@@ -138,6 +139,8 @@ struct Saving {
     since: Since,
     /// What the new image's memory is to lie over; `None` if all of it is saved, or it is no image.
     below: Option<Base>,
+    /// The data of drives' files, as it was listed ahead.
+    data_ahead: BTreeMap<ResourceId, PageSet>,
 }
 
 /// Memory as it was at the pause.
@@ -171,6 +174,7 @@ impl Saving {
             is_diff,
             since,
             below,
+            data_ahead: BTreeMap::new(),
         }
     }
 
@@ -183,6 +187,11 @@ impl Saving {
             tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
             None
         });
+        if self.since == Since::Image && !self.is_diff {
+            let drives = guest.drives.iter();
+            let listed = drives.filter_map(|(id, backing)| Some((id.clone(), data_ahead(backing)?)));
+            self.data_ahead = listed.collect();
+        }
     }
 
     /// The pages that would be read if the machine stood now; `None` if all of them.
@@ -253,7 +262,7 @@ impl Saving {
             .below
             .as_ref()
             .map_or(settings.chunk_size, |below| below.volume.root.chunk_size());
-        let first_chunks = first_chunks(guest, chunk_size, &*cancelled);
+        let first_chunks = first_chunks(guest, chunk_size, self.was_running, &*cancelled);
         let memory = self.memory(guest, cancelled.clone())?;
         let mut volumes = vec![(
             VolumeName::Memory,
@@ -270,6 +279,7 @@ impl Saving {
             let capture = DriveCapture {
                 base: guest.bases.get(&name),
                 below: self.is_diff.then(|| guest.bases.for_diff(&name)).flatten(),
+                data_ahead: self.data_ahead.get(id),
                 early: &early,
                 is_cancelled: cancelled.clone(),
             };
@@ -493,11 +503,13 @@ fn record(backing: &Backing, in_image: bool) -> io::Result<DriveRecord> {
 
 /// The chunks that the vCPUs need first, the first vCPU's first.
 ///
-/// Page tables of a resumed machine may still be on their way. They are waited for like everything that a snapshot
-/// reads: what cannot be had is left out, since a page fault in this thread could be neither refused nor called off.
+/// Page tables of a resumed machine may still be on their way. A machine that ran is not kept standing for them: what its
+/// processors go by is here. Those of one that stood are waited for like everything that a snapshot reads. What cannot
+/// be had is left out, since a page fault in this thread could be neither refused nor called off.
 fn first_chunks(
     guest: &KvmGuest,
     chunk_size: ChunkSize,
+    has_run: bool,
     is_cancelled: &dyn Fn() -> bool,
 ) -> Vec<(VolumeName, ChunkIndex)> {
     let layout = guest.machine.layout();
@@ -513,6 +525,9 @@ fn first_chunks(
         let about = &fetcher.source().volumes()[usize::from(volume.0)];
         let chunk = about.chunk_size.chunk_holding(offset);
         let id = ChunkId { volume, chunk };
+        if has_run {
+            return fetcher.state(id).is_some();
+        }
         if !has_given_up.get() {
             has_given_up.set(fetcher.wait_unless(id, is_cancelled).is_err());
         }

@@ -156,6 +156,16 @@ impl FileStore {
         self.capture.written()
     }
 
+    /// The pages that are no holes. Takes the longer the more holes there are.
+    ///
+    /// # Errors
+    /// When the file's holes cannot be told from its data.
+    pub fn data_pages(&self) -> io::Result<PageSet> {
+        let mut pages = PageSet::new(self.bytes.div_ceil(PAGE_SIZE));
+        add_data_pages(&self.file, self.bytes, 1, &mut pages)?;
+        Ok(pages)
+    }
+
     /// The drive's content as it is now, for a snapshot, or of it the pages `within` alone; the machine stands still
     /// while this is called, and may run on when it has returned: what it overwrites then is kept in `early` first.
     ///
@@ -164,11 +174,7 @@ impl FileStore {
     pub fn freeze(&self, within: Option<&PageSet>, early: &Arc<EarlyPages>) -> io::Result<OwnContent> {
         let own = match within {
             Some(within) => within.clone(),
-            None => {
-                let mut own = PageSet::new(self.bytes.div_ceil(PAGE_SIZE));
-                add_data_pages(&self.file, self.bytes, 1, &mut own)?;
-                own
-            }
+            None => self.data_pages()?,
         };
         let pages = Box::new(self.file.clone());
         let moment = Moment::new(own.clone(), self.bytes, pages, early.clone(), |_, _| {});
