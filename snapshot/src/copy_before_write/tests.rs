@@ -174,11 +174,14 @@ fn a_page_that_cannot_be_read_ends_the_capture_and_not_the_writer() {
     assert!(error.to_string().contains("the disk is gone"), "{error}");
 }
 
+/// What happens once, taken out by whoever has it happen.
+type Happening = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
 /// Pages of a file that have something happen to them once, before or after the next bytes are read.
 struct Interrupted {
     file: File,
     happens_first: bool,
-    what: Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>,
+    what: Happening,
 }
 
 impl OwnPages for Interrupted {
@@ -217,7 +220,7 @@ fn read_while_overwritten(happens_first: bool, room: u64) -> (Vec<u8>, u64) {
     ));
     let mut own = PageSet::new(4);
     own.insert_run(PageIndex(0), 4);
-    let what = Arc::new(Mutex::new(None));
+    let what = Happening::default();
     let pages = Interrupted {
         file: file.try_clone().unwrap(),
         happens_first,
