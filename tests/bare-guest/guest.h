@@ -55,11 +55,17 @@ void map_high(void);
 u64 check_fill(u64 start, u64 bytes, u64 seed);
 void stamp(u64 start, u64 bytes, u64 seed);
 u64 check_stamps(u64 start, u64 bytes, u64 seed);
-u64 churn(u64 start, u64 bytes, u64 *rounds);
+u64 churn(u64 start, u64 bytes, int (*is_over)(void), u64 *rounds);
 u64 longest_gap(u64 start, u64 bytes, u64 *writes);
 u64 sum(u64 start, u64 bytes);
 u64 touch(u64 start, u64 bytes, u64 *pages);
 void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
+
+/* smp.c */
+#define VCPUS_MAX 32
+void start_vcpus(u64 count);
+u64 churn_together(u64 start, u64 bytes, u64 *rounds);
+u64 check_together(u64 start, u64 bytes, u64 stride, u64 seed);
 
 /* block.c */
 u64 block_fill(u64 sector, u64 bytes, u64 seed);

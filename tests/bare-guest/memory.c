@@ -35,9 +35,9 @@ u64 check_stamps(u64 start, u64 bytes, u64 seed) {
 }
 
 /* Round by round, one word at each end of a page: checks that both are of the round before, and writes this one's. A
-   memory that is not all of one moment is noticed as soon as the machine goes on with it. Until something is typed; the
-   first page that was wrong, or 0. */
-u64 churn(u64 start, u64 bytes, u64 *rounds) {
+   memory that is not all of one moment is noticed as soon as the machine goes on with it. Until it is over, as when
+   something is typed; the first page that was wrong, or 0. */
+u64 churn(u64 start, u64 bytes, int (*is_over)(void), u64 *rounds) {
     for (u64 round = 1;; round++) {
         *rounds = round;
         for (u64 page = start; page < start + bytes; page += PAGE) {
@@ -47,7 +47,7 @@ u64 churn(u64 start, u64 bytes, u64 *rounds) {
             words[0] = pattern(page, round);
             words[PAGE / 8 - 1] = pattern(page, round);
         }
-        if (is_typed()) return 0;
+        if (is_over()) return 0;
     }
 }
 

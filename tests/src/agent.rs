@@ -43,6 +43,16 @@ impl AgentFolders {
         self.shared.path().join("pages")
     }
 
+    /// Removes all pages, between two agents: the next one begins with none.
+    ///
+    /// # Panics
+    /// When they cannot be removed.
+    pub fn forget(&self) {
+        for pages in [self.memory_pages(), self.folder.path().join("drives")] {
+            std::fs::remove_dir_all(pages).expect("pages can be removed");
+        }
+    }
+
     /// An agent to be started with these folders and `arguments`.
     #[must_use]
     pub fn command(&self, arguments: &[&str]) -> Command {

@@ -1,5 +1,7 @@
 //! Machines with the bare guest: booted, saved, loaded, told what to do.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,6 +53,73 @@ pub fn booted(words: &str) -> Monitor {
     configure(&monitor, 1, words);
     start(&mut monitor);
     monitor
+}
+
+/// Random bytes in a machine's memory, which no compressor makes fewer: where they are, how many there are, and what the
+/// guest makes of them.
+#[derive(Debug)]
+pub struct Noise {
+    start: u64,
+    bytes: u64,
+    sum: String,
+}
+
+impl Noise {
+    /// Has the guest look whether they are all still there.
+    ///
+    /// # Panics
+    /// When they are not.
+    pub fn check(&self, monitor: &mut Monitor) {
+        monitor.type_line(&self.words());
+        assert_eq!(monitor.wait_for_console("sum="), self.sum);
+    }
+
+    /// What the guest is told to look at all of them; it says `sum=`.
+    #[must_use]
+    pub fn words(&self) -> String {
+        format!("sum:{:#x}:{}", self.start, self.bytes)
+    }
+
+    /// What it says then.
+    #[must_use]
+    pub fn answer(&self) -> &str {
+        &self.sum
+    }
+}
+
+/// A machine with so many random bytes in its memory, which has obeyed `words` and listens.
+///
+/// # Panics
+/// When there is none to be had.
+#[must_use]
+pub fn booted_with_noise(bytes: u64, words: &str) -> (Monitor, Noise) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("noise");
+    let mut random = vec![0; usize::try_from(bytes).expect("it fits into memory")];
+    let source = File::open("/dev/urandom").and_then(|mut source| source.read_exact(&mut random));
+    source.expect("random bytes are to be had");
+    std::fs::write(&path, random).expect("a file can be written");
+    let mut monitor = Monitor::start();
+    configure(&monitor, 1, words);
+    let boot = json!({"kernel_image_path": bare_guest(), "initrd_path": path, "boot_args": words});
+    monitor.demand("PUT", "/boot-source", &boot);
+    monitor.demand("PUT", "/actions", &json!({"action_type": "InstanceStart"}));
+    let guest = monitor.wait_for_console("guest=bare");
+    let start = guest
+        .split("initrd=0x")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next())
+        .and_then(|digits| u64::from_str_radix(digits, 16).ok())
+        .expect("the guest says where its initrd is");
+    monitor.wait_for_console("listening=1");
+    let mut noise = Noise {
+        start,
+        bytes,
+        sum: String::new(),
+    };
+    monitor.type_line(&noise.words());
+    noise.sum = monitor.wait_for_console("sum=");
+    (monitor, noise)
 }
 
 /// Saves a machine to an image.

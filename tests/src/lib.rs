@@ -5,6 +5,7 @@ pub mod bare;
 pub mod forge;
 pub mod golden;
 pub mod lab;
+pub mod link;
 pub mod monitor;
 mod program;
 pub mod served;

@@ -36,9 +36,18 @@ impl Served {
     /// When there is no machine to be had, or no server.
     #[must_use]
     pub fn new() -> Self {
+        Self::of(&booted("fill:8m:4m:7 count:3"))
+    }
+
+    /// As [`new`](Self::new), of another machine.
+    ///
+    /// # Panics
+    /// When it cannot be saved, or there is no server.
+    #[must_use]
+    pub fn of(machine: &Monitor) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let image = folder.path().join("bare");
-        save(&booted("fill:8m:4m:7 count:3"), &image);
+        save(machine, &image);
         let server = serve(&image);
         Self {
             image,
@@ -59,6 +68,12 @@ impl Served {
     #[must_use]
     pub fn agents(&self) -> &AgentFolders {
         &self.agents
+    }
+
+    /// Where the server is.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// The image's address.

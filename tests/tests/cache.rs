@@ -6,10 +6,14 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use runnel_snapshot::protocol::{AgentStatus, status};
-use runnel_tests::agent::AgentFolders;
-use runnel_tests::bare::{about, booted, configure, hear, load, resumed, save, start, tell};
+use runnel_tests::agent::{Agent, AgentFolders};
+use runnel_tests::bare::{
+    about, booted, configure, hear, load, refusal, resumed, save, start, tell, wait_until, wait_until_stalled,
+};
+use runnel_tests::lab::skip;
 use runnel_tests::monitor::{DEADLINE, Monitor};
 use rustix::fs::FallocateFlags;
 use serde_json::json;
@@ -121,4 +125,83 @@ fn memory_that_somebody_punches_out_of_the_page_file_comes_again() {
         tell(clone, "checkfill:8m:4m:7", "checkfill=right");
         tell(clone, "count:1", "count=4");
     }
+}
+
+/// An agent whose folder of memory pages is a file system of that size: its alone, so that it goes with it.
+fn start_with_little_room(agents: &AgentFolders, size: &str) -> Agent {
+    agents.start_by(&[], |agent| {
+        let mut mounting = Command::new("unshare");
+        let words = "mkdir -m 700 \"$0\"; mount -t tmpfs -o size=$1,mode=700 none \"$0\"; shift; exec \"$@\"";
+        mounting.args(["--mount", "sh", "-ec", words]);
+        mounting.arg(agents.memory_pages()).arg(size);
+        mounting.arg(agent.get_program()).args(agent.get_args());
+        mounting.stdin(Stdio::null()).spawn()
+    })
+}
+
+#[test]
+fn a_machine_whose_pages_find_a_folder_that_is_smaller_runs_with_all_of_its_memory() {
+    if !rustix::process::geteuid().is_root() {
+        skip("only root can mount a small file system");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    save(&booted("fill:8m:6m:7 count:3"), &image);
+    let agents = AgentFolders::new();
+    let _agent = start_with_little_room(&agents, "2m");
+    let request = json!({"image": image, "agent_path": agents.socket(), "resume_vm": true});
+    let mut machine = load(&request);
+    for _ in 0..2 {
+        tell(&mut machine, "checkfill:8m:6m:7", "checkfill=right");
+    }
+    tell(&mut machine, "count:1", "count=4");
+    let cache = status_of(&agents).cache;
+    assert!(cache.memory.bytes_evicted > 4 << 20, "{cache:?}");
+    // A snapshot reads it all, from where there is no room for it.
+    let again = folder.path().join("again");
+    save(&machine, &again);
+    tell(&mut resumed(&again), "checkfill:8m:6m:7", "checkfill=right");
+    assert!(about(&machine)["stalled"].is_null());
+}
+
+#[test]
+fn a_machine_whose_pages_find_no_room_at_all_says_so_and_goes_on_when_there_is_some() {
+    if !rustix::process::geteuid().is_root() {
+        skip("only root can mount a small file system");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    save(&booted("fill:8m:4m:7 count:3"), &image);
+    let agents = AgentFolders::new();
+    let agent = start_with_little_room(&agents, "64k");
+    let request = json!({"image": image, "agent_path": agents.socket(), "stall_after_ms": 500});
+    let mut machine = load(&request);
+    machine.demand("PATCH", "/vm", &json!({"state": "Resumed"}));
+    machine.type_line("checkfill:8m:4m:7");
+    let stalled = wait_until_stalled(&machine);
+    assert_eq!(stalled["volume"], "memory", "{stalled}");
+    let reason = stalled["reason"].as_str().unwrap();
+    assert!(reason.contains("No space left"), "{reason}");
+    let target = folder.path().join("again");
+    let refused = refusal(
+        &machine,
+        "PUT",
+        "/snapshot/create",
+        &json!({"image_path": target}),
+    );
+    assert!(refused.contains("No space left"), "{refused}");
+    assert!(!target.exists());
+
+    let grown = Command::new("nsenter")
+        .args(["--mount", "--target", &agent.pid().to_string()])
+        .args(["mount", "-o", "remount,size=16m"])
+        .arg(agents.memory_pages())
+        .status();
+    assert!(grown.unwrap().success());
+    hear(&mut machine, "checkfill=right");
+    wait_until("it is not stalled", || about(&machine)["stalled"].is_null());
+    save(&machine, &target);
+    tell(&mut resumed(&target), "checkfill:8m:4m:7", "checkfill=right");
 }

@@ -7,13 +7,15 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use runnel_snapshot::image::Image;
+use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::verify::{VerifyProgress, verify};
 use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{configure, save, start, tell, wait_until, wait_until_stalled};
 use runnel_tests::lab::{say, skip};
@@ -181,9 +183,12 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
     let ground = Ground::new("rnlkill0");
     let target = ground.folder.path().join("target");
     let create = json!({"image_path": target});
+    let images = Cell::new(0);
     let attempt = |held: &str, phase: &str, signal: Signal| {
         let mut monitor = ground.monitor_held_in(held);
         monitor.demand("PUT", "/snapshot/load", &ground.local());
+        // It writes all the while.
+        monitor.type_line("churn:16m:4m");
         signal_in_phase(&monitor, "Create", phase, signal);
         let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/create", &create);
         let log = ground.ended(&mut monitor, signal);
@@ -192,7 +197,8 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
         }
         if target.exists() {
             // Then all of it.
-            Image::open_directory(&target, &Wanted::Only).unwrap();
+            verified(&target);
+            images.set(images.get() + 1);
             fs::remove_dir_all(&target).unwrap();
         }
         phase_hit(&log, "Create")
@@ -202,11 +208,22 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
     hits.aim(&phases, |phase, signal| attempt("", phase, signal));
     hits.aim(&phases, |phase, signal| attempt(phase, phase, signal));
     hits.suffice(&phases);
+    say(&format!(
+        "{} images were whole, and there was no other",
+        images.get()
+    ));
     let mut monitor = ground.monitor();
     monitor.demand("PUT", "/snapshot/load", &ground.local());
     save(&monitor, &target);
+    verified(&target);
     assert_eq!(ground.partials(), [""; 0], "the next snapshot sweeps");
     tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
+}
+
+fn verified(image: &Path) {
+    let layout = Layout::open(image).unwrap();
+    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
+    assert!(report.is_sound(), "{:?}", report.findings);
 }
 
 /// Which files are at these paths.

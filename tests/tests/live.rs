@@ -15,6 +15,8 @@ use runnel_tests::bare::{booted, configure, resumed, save, start, tell};
 use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
 
+const DISK_BYTES: u64 = 16 << 20;
+
 /// So much is written to all the time.
 const CHURN: &str = "churn:8m:24m";
 
@@ -128,7 +130,7 @@ fn a_guest_whose_writes_find_no_room_waits_for_the_capture_and_is_saved_as_it_wa
 
 /// A machine with the drive `disk` at `path`, which listens.
 fn with_disk(path: &Path) -> Monitor {
-    File::create(path).unwrap().set_len(16 << 20).unwrap();
+    File::create(path).unwrap().set_len(DISK_BYTES).unwrap();
     let mut monitor = Monitor::start();
     configure(&monitor, 1, "count:1");
     let drive = json!({
@@ -139,6 +141,44 @@ fn with_disk(path: &Path) -> Monitor {
     monitor
 }
 
+/// Saves a machine to `folder` until some snapshot was met by a write to its drive, as its log says; the last image.
+/// `begin` has the guest write, once the machine runs on.
+fn saved_until_a_drive_is_met(
+    machine: &mut Monitor,
+    folder: &Path,
+    mut begin: impl FnMut(&mut Monitor, usize),
+) -> PathBuf {
+    const TRIES: usize = 20;
+    for number in 0..TRIES {
+        let image = folder.join(format!("met-{number}"));
+        let saving = Question::put(
+            machine.socket(),
+            "PUT",
+            "/snapshot/create",
+            &json!({"image_path": image}),
+        );
+        machine.wait_for_log("The machine runs on");
+        begin(machine, number);
+        assert_eq!(saving.answer().0, 204);
+        // One that nobody has written to yet is not captured, and has no moment.
+        let about_the_drive = format!("volume_bytes={DISK_BYTES}");
+        let mut kept = 0;
+        loop {
+            let line = machine.wait_for_log("any more");
+            if line.contains(&about_the_drive) {
+                kept = figure(&line, "pages_kept");
+            } else if line.contains("Memory is not protected") {
+                break;
+            }
+        }
+        if kept > 0 {
+            return image;
+        }
+        fs::remove_dir_all(&image).unwrap();
+    }
+    panic!("in {TRIES} snapshots the guest never wrote to a part of its drive that was not saved yet");
+}
+
 #[test]
 fn a_drive_that_is_written_to_all_the_time_is_saved_as_it_was_at_the_pause() {
     let folder = tempfile::tempdir().unwrap();
@@ -146,16 +186,16 @@ fn a_drive_that_is_written_to_all_the_time_is_saved_as_it_was_at_the_pause() {
     // Before what changes, so that this is not saved at once.
     tell(&mut machine, "diskfill:0:2m:3", "diskfill=right");
     begin(&mut machine, "diskchurn:16384:256k");
-    let first = folder.path().join("first");
-    save(&machine, &first);
+    let first = saved_until_a_drive_is_met(&mut machine, folder.path(), |_, _| {});
     end(&mut machine, "diskchurn");
     drop(machine);
     fs::remove_file(folder.path().join("disk")).unwrap();
 
     // An overlay now, and what is below it from afar or at hand.
+    let overlays = folder.path().join("overlays");
+    fs::create_dir(&overlays).unwrap();
     let mut machine = resumed(&first);
-    let second = folder.path().join("second");
-    save(&machine, &second);
+    let second = saved_until_a_drive_is_met(&mut machine, &overlays, |_, _| {});
     end(&mut machine, "diskchurn");
     tell(&mut machine, "diskdiscard:0:64k", "diskdiscard=right");
     tell(&mut machine, "checkdiskzero:0:64k", "checkdiskzero=right");
@@ -172,20 +212,75 @@ fn what_is_discarded_while_a_drive_is_saved_is_in_its_image() {
     let folder = tempfile::tempdir().unwrap();
     let mut machine = with_disk(&folder.path().join("disk"));
     tell(&mut machine, "diskfill:0:4m:3", "diskfill=right");
-    let image = folder.path().join("image");
-    let saving = Question::put(
-        machine.socket(),
-        "PUT",
-        "/snapshot/create",
-        &json!({"image_path": image}),
-    );
-    machine.wait_for_log("The machine runs on");
-    tell(&mut machine, "diskdiscard:0:4m", "diskdiscard=right");
-    assert_eq!(saving.answer().0, 204);
+    let image = saved_until_a_drive_is_met(&mut machine, folder.path(), |machine, number| {
+        // What the last one discarded is to be discarded again.
+        if number > 0 {
+            tell(machine, "diskfill:0:4m:3", "diskfill=right");
+        }
+        tell(machine, "diskdiscard:0:4m", "diskdiscard=right");
+    });
     tell(&mut machine, "checkdiskzero:7168:512k", "checkdiskzero=right");
     drop(machine);
+    verified(&image);
     let mut again = resumed(&image);
     tell(&mut again, "checkdisk:7168:512k:3", "checkdisk=right");
+}
+
+#[test]
+fn several_vcpus_that_write_all_the_time_are_saved_as_they_were_at_the_pause() {
+    const VCPUS: u32 = 4;
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine = Monitor::start();
+    configure(&machine, VCPUS, &format!("vcpus:{VCPUS}"));
+    start(&mut machine);
+    // Each to memory of its own, of one moment with the others'.
+    begin(&mut machine, "churntogether:8m:6m");
+    let images = saved_under_writes(&mut machine, folder.path());
+    end(&mut machine, "churntogether");
+    drop(machine);
+    let last = images.last().unwrap();
+    verified(last);
+    let mut again = resumed(last);
+    let folder = tempfile::tempdir().unwrap();
+    let images = saved_under_writes(&mut again, folder.path());
+    for machine in [&mut again, &mut resumed(images.last().unwrap())] {
+        end(machine, "churntogether");
+        // All of them still do what they are told.
+        begin(machine, "churntogether:8m:1m");
+        end(machine, "churntogether");
+    }
+}
+
+/// RAM on both sides of the hole below 4 GiB is two mappings, and one volume.
+#[test]
+fn memory_above_the_hole_that_is_written_to_all_the_time_is_saved_as_it_was_at_the_pause() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine = Monitor::start();
+    machine.demand(
+        "PUT",
+        "/machine-config",
+        &json!({"vcpu_count": 1, "mem_size_mib": 5 << 10}),
+    );
+    machine.demand(
+        "PUT",
+        "/boot-source",
+        &json!({"kernel_image_path": runnel_tests::bare_guest(), "boot_args": "maphigh stamp:0xbff00000:1m:5"}),
+    );
+    start(&mut machine);
+    begin(&mut machine, "churn:0x100000000:8m");
+    let images = saved_under_writes(&mut machine, folder.path());
+    end(&mut machine, "churn");
+    drop(machine);
+    let last = images.last().unwrap();
+    verified(last);
+    // Not the kernel that fills in what is missing now, but the pager.
+    let mut again = resumed(last);
+    let folder = tempfile::tempdir().unwrap();
+    let images = saved_under_writes(&mut again, folder.path());
+    end(&mut again, "churn");
+    let mut third = resumed(images.last().unwrap());
+    end(&mut third, "churn");
+    tell(&mut third, "checkstamp:0xbff00000:1m:5", "checkstamp=right");
 }
 
 #[test]
@@ -212,6 +307,14 @@ fn a_snapshot_that_is_cancelled_leaves_the_machine_running_and_the_next_one_righ
                 "{answer}"
             );
             assert!(!target.exists());
+            // Of those that were done there is nothing but their images.
+            let left = fs::read_dir(folder.path()).unwrap();
+            let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+            assert!(
+                left.iter()
+                    .all(|name| !name.to_string_lossy().contains("partial")),
+                "{left:?}"
+            );
             cancelled += 1;
         }
         machine.wait_for_log("Memory is not protected any more");

@@ -8,7 +8,7 @@ use clap::Args;
 
 use runnel_snapshot::digest::BlobDigest;
 
-use crate::agent::AgentSettings;
+use crate::agent::{AgentSettings, QUOTA_BYTES_MIN};
 use crate::remote::{Credentials, CredentialsError, RemoteSettings, usual_credentials};
 
 /// Why there are no settings.
@@ -188,9 +188,6 @@ fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
     let rate = text.parse().ok().and_then(NonZeroU64::new);
     rate.ok_or_else(|| "give bytes a second, without a unit and at least 1, as in 10000000; without --fill-rate there is no limit".to_owned())
 }
-
-/// The smallest quota: more than the workers of an image write at once, in chunks of 64 KiB.
-const QUOTA_BYTES_MIN: u64 = 4 << 20;
 
 /// A quota, as somebody writes it.
 fn parse_quota(text: &str) -> Result<u64, String> {

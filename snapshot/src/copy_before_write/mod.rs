@@ -73,6 +73,8 @@ struct State {
     unsaved: PageSet,
     /// What pages held that were written to since and were not captured.
     kept: HashMap<u64, Kept>,
+    /// How many pages were kept in all.
+    kept_in_all: u64,
     /// Writers that wait for the capture.
     waiting: u64,
     /// Why the moment is lost, if it is. Writers go on.
@@ -172,6 +174,7 @@ impl CopyBeforeWrite {
             }
         }
         state.unsaved.remove_run(first, done);
+        state.kept_in_all += done;
         done
     }
 
@@ -212,6 +215,7 @@ impl Moment {
         let state = State {
             unsaved: own,
             kept: HashMap::new(),
+            kept_in_all: 0,
             waiting: 0,
             failure: None,
         };
@@ -237,8 +241,13 @@ impl Moment {
 
 impl Drop for Moment {
     fn drop(&mut self) {
-        self.writers
-            .lose(&mut self.writers.lock(), "the snapshot is over");
+        let mut state = self.writers.lock();
+        self.writers.lose(&mut state, "the snapshot is over");
+        tracing::debug!(
+            volume_bytes = self.writers.bytes,
+            pages_kept = state.kept_in_all,
+            "A moment of a volume is not kept any more."
+        );
     }
 }
 

@@ -173,3 +173,115 @@ fn a_page_that_cannot_be_read_ends_the_capture_and_not_the_writer() {
     let error = moment.read(3 * PAGE_SIZE, &mut [0; PAGE]).unwrap_err();
     assert!(error.to_string().contains("the disk is gone"), "{error}");
 }
+
+/// What happens once, taken out by whoever has it happen.
+type Happening = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// Pages of a file that have something happen to them once, before or after the next bytes are read.
+struct Interrupted {
+    file: File,
+    happens_first: bool,
+    what: Happening,
+}
+
+impl OwnPages for Interrupted {
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        // Taken out first: what happens may read here too.
+        let what = self.what.lock().unwrap().take();
+        match what {
+            Some(what) if self.happens_first => {
+                what();
+                self.file.read_exact_at(into, offset)
+            }
+            Some(what) => {
+                let read = self.file.read_exact_at(into, offset);
+                what();
+                read
+            }
+            None => self.file.read_exact_at(into, offset),
+        }
+    }
+}
+
+/// Four pages, of which the capture reads all at once while the second and third are overwritten; what it got, with how
+/// much it was told is saved.
+fn read_while_overwritten(happens_first: bool, room: u64) -> (Vec<u8>, u64) {
+    let file = tempfile::tempfile().unwrap();
+    for page in 0..4 {
+        file.write_all_at(&[page as u8 + 1; PAGE], page * PAGE_SIZE)
+            .unwrap();
+    }
+    let early = Arc::new(EarlyPages::new(
+        EarlyPagesLimits {
+            memory_bytes: room * PAGE_SIZE,
+            file_bytes: 0,
+        },
+        Path::new("/nonexistent"),
+    ));
+    let mut own = PageSet::new(4);
+    own.insert_run(PageIndex(0), 4);
+    let what = Happening::default();
+    let pages = Interrupted {
+        file: file.try_clone().unwrap(),
+        happens_first,
+        what: what.clone(),
+    };
+    let saved = Arc::new(AtomicU64::new(0));
+    let count = saved.clone();
+    let moment = Moment::new(
+        own,
+        4 * PAGE_SIZE,
+        Box::new(pages),
+        early.clone(),
+        move |_, pages| {
+            count.fetch_add(pages, Ordering::Relaxed);
+        },
+    );
+    let writers = moment.writers().clone();
+    let (overwritten, writer) = (file.try_clone().unwrap(), Arc::new(Mutex::new(None)));
+    let begun = writer.clone();
+    *what.lock().unwrap() = Some(Box::new(move || {
+        let waits = writers.clone();
+        let thread = thread::spawn(move || {
+            waits.before_write(PageIndex(1), 2);
+            overwritten.write_all_at(&[99; 2 * PAGE], PAGE_SIZE).unwrap();
+        });
+        // It has written, or cannot before this reading is over.
+        while !thread.is_finished() && writers.waiting() == 0 {
+            thread::yield_now();
+        }
+        assert_eq!(thread.is_finished(), room >= 2);
+        *begun.lock().unwrap() = Some(thread);
+    }));
+    let mut bytes = vec![0; 4 * PAGE];
+    moment.read(0, &mut bytes).unwrap();
+    writer.lock().unwrap().take().unwrap().join().unwrap();
+    let mut now = vec![0; 2 * PAGE];
+    file.read_exact_at(&mut now, PAGE_SIZE).unwrap();
+    assert!(now.iter().all(|byte| *byte == 99));
+    assert_eq!(
+        early.held(),
+        (0, 0),
+        "nothing is kept for longer than it is needed"
+    );
+    let wholes = bytes.chunks(PAGE).map(|page| {
+        assert!(page.iter().all(|byte| *byte == page[0]));
+        page[0]
+    });
+    (wholes.collect(), saved.load(Ordering::Relaxed))
+}
+
+#[test]
+fn what_is_overwritten_in_the_middle_of_a_reading_is_read_as_it_was() {
+    for happens_first in [true, false] {
+        // With room for both pages, for one of them, and for none.
+        for room in [2, 1, 0] {
+            let found = read_while_overwritten(happens_first, room);
+            assert_eq!(
+                found,
+                (vec![1, 2, 3, 4], 4),
+                "first: {happens_first}, room: {room}"
+            );
+        }
+    }
+}

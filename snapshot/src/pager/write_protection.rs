@@ -74,6 +74,10 @@ pub struct ProtectionCounters {
 
 struct State {
     armed: PageSet,
+    /// Pages that were given back since [`begin`](WriteProtection::begin). Armed where it is not any more, a page would
+    /// leave the kernel's mark in its place, over which no zeros can be installed (`EEXIST`): whoever touched it would wait
+    /// for ever. To `/proc/self/pagemap` it looks swapped out, so that it would pass for the machine's own besides.
+    given_back: PageSet,
     counters: ProtectionCounters,
     /// While the memory is captured.
     frozen: Option<Arc<CopyBeforeWrite>>,
@@ -101,6 +105,7 @@ impl WriteProtection {
             protector,
             state: Mutex::new(State {
                 armed: PageSet::new(pages),
+                given_back: PageSet::new(pages),
                 counters: ProtectionCounters::default(),
                 frozen: None,
                 saved: Vec::new(),
@@ -112,7 +117,14 @@ impl WriteProtection {
         })
     }
 
-    /// Arms pages while the machine runs, so that less is left to do when it stands.
+    /// To be called before it is looked which pages there are to be armed ahead: of those that are given back from here
+    /// on, none is.
+    pub fn begin(&self) {
+        self.lock().given_back.clear();
+    }
+
+    /// Arms pages while the machine runs, so that less is left to do when it stands; not those that it has given back
+    /// since [`begin`](Self::begin).
     ///
     /// # Errors
     /// When the host refuses; [`lift`](Self::lift) takes back what was done.
@@ -120,7 +132,16 @@ impl WriteProtection {
         own.runs().try_for_each(|(first, count)| {
             pieces(first, count).try_for_each(|(first, count)| {
                 // A lock for each piece: writers wait no longer than for one.
-                self.arm(&mut self.lock(), first, count)
+                let mut state = self.lock();
+                let mut page = first;
+                while page.0 < first.0 + count {
+                    let (is_gone, run) = state.given_back.run_at(page, first.0 + count - page.0);
+                    if !is_gone {
+                        self.arm(&mut state, page, run)?;
+                    }
+                    page.0 += run;
+                }
+                Ok(())
             })
         })
     }
@@ -189,14 +210,15 @@ impl WriteProtection {
         }
     }
 
-    /// To be called before the guest gives these pages back, by a thread that may wait: what they hold is kept, and
-    /// they are armed no longer.
+    /// To be called before the guest gives these pages back (`MADV_DONTNEED`), by a thread that may wait: what they hold
+    /// is kept, and they are armed no longer, nor again before the machine stands.
     pub fn discard(&self, first: PageIndex, count: u64) {
         let frozen = self.lock().frozen.clone();
         if let Some(frozen) = frozen {
             frozen.before_write(first, count);
         }
         let mut state = self.lock();
+        state.given_back.insert_run(first, count);
         self.let_go(&mut state, first, count);
     }
 

@@ -46,6 +46,7 @@ impl Live {
         let pages = layout.bytes() / PAGE_SIZE;
         let mut own = PageSet::new(pages);
         let protection = if let Some(pager) = &guest.pager {
+            pager.write_protection().begin();
             own = own_pages(&mappings(guest.machine.ram(), layout)?, pages)?;
             if let Some(within) = within {
                 own.retain_all(within);

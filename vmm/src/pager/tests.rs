@@ -16,6 +16,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::*;
 
+mod writes;
+
 const CHUNK: u64 = 64 << 10;
 const CHUNKS: u64 = 8;
 const BYTES: u64 = CHUNK * CHUNKS;
@@ -118,18 +120,19 @@ struct Memory(u64);
 
 impl Memory {
     fn map(file: &File) -> Self {
+        Self::map_as(file, MapFlags::PRIVATE)
+    }
+
+    /// As the memory of a machine that was booted is.
+    fn map_shared(file: &File) -> Self {
+        Self::map_as(file, MapFlags::SHARED)
+    }
+
+    fn map_as(file: &File, flags: MapFlags) -> Self {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                BYTES as usize,
-                protection,
-                MapFlags::PRIVATE,
-                file,
-                0,
-            )
-        };
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), BYTES as usize, protection, flags, file, 0) };
         Self(start.unwrap() as u64)
     }
 

@@ -25,7 +25,7 @@ mod settings;
 mod view;
 
 pub use pages::PagesError;
-pub use settings::{AgentSettings, UNUSED_AFTER};
+pub use settings::{AgentSettings, QUOTA_BYTES_MIN, UNUSED_AFTER};
 
 use std::io;
 use std::os::fd::OwnedFd;

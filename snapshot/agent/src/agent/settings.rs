@@ -12,6 +12,10 @@ use crate::remote::RemoteSettings;
 /// Images that no machine has used for this long are dropped, unless told otherwise.
 pub const UNUSED_AFTER: Duration = Duration::from_secs(600);
 
+/// The smallest quota: more than the workers of an image write at once, in chunks of 64 KiB. Below that each chunk may
+/// take the place of the one before, without end, before any machine has seen it.
+pub const QUOTA_BYTES_MIN: u64 = 4 << 20;
+
 /// How an agent works.
 #[derive(Clone, Debug)]
 pub struct AgentSettings {
@@ -27,9 +31,11 @@ pub struct AgentSettings {
     pub fill_bytes_per_second: Option<NonZeroU64>,
     /// How long an image is kept that no machine uses.
     pub unused_after: Duration,
-    /// Bytes that page files of memory may take; three quarters of what there is room for unless that is said.
+    /// Bytes that page files of memory may take; three quarters of what there is room for, and no less than
+    /// [`QUOTA_BYTES_MIN`], unless that is said.
     pub memory_quota: Option<u64>,
-    /// Bytes that page files of drives may take; half of what there is room for unless that is said.
+    /// Bytes that page files of drives may take; half of what there is room for, and no less than
+    /// [`QUOTA_BYTES_MIN`], unless that is said.
     pub drive_quota: Option<u64>,
 }
 

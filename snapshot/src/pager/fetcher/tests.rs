@@ -3,6 +3,8 @@ use std::io;
 use std::path::Path;
 
 use super::*;
+use crate::source::PageFileLayout;
+use crate::source::marks::MarkWriter;
 use crate::source::model::{ModelSource, id};
 use crate::units::ChunkSize;
 
@@ -401,4 +403,36 @@ fn stopping_ends_every_wait() {
     fetcher.stop();
     assert!(waiter.join().unwrap().is_err());
     assert!(fetcher.wait(id(0, 99)).is_err());
+}
+
+#[test]
+fn who_gives_up_a_reading_of_what_was_taken_out_leaves_no_stall_behind() {
+    let source = source(&[8]);
+    let chunks = PageFileLayout {
+        volume_bytes: 8 * CHUNK,
+        chunk_size: ChunkSize::DEFAULT,
+    };
+    let file = source.page_file(VolumeId(0));
+    let marks = MarkWriter::new(&file, chunks).unwrap();
+    let settings = FetcherSettings {
+        stall_after: Duration::ZERO,
+        ..quiet()
+    };
+    let fetcher = Fetcher::start(source.clone(), settings).unwrap();
+    fetcher.demand(id(0, 5));
+    source.deliver(id(0, 5));
+    let read = || fetcher.read_held(id(0, 5), || fetcher.wait_unless(id(0, 5), &|| false), || Ok(()));
+    assert_eq!(read().unwrap(), Arrived::Data);
+
+    marks.mark_out(&file, ChunkIndex(5)).unwrap();
+    assert!(read().is_err(), "it does not come again");
+    assert_eq!(fetcher.state(id(0, 5)), None);
+    assert_eq!(fetcher.stall(), None);
+    let cancelled = fetcher.read_held(id(0, 5), || fetcher.wait_unless(id(0, 5), &|| true), || Ok(()));
+    assert!(cancelled.is_err());
+    assert_eq!(fetcher.stall(), None);
+
+    marks.mark_in(&file, ChunkIndex(5)).unwrap();
+    source.deliver(id(0, 5));
+    assert_eq!(read().unwrap(), Arrived::Data);
 }

@@ -21,7 +21,9 @@ enum Step {
     Write(u64, u8),
     /// The guest gives a page back.
     Discard(u64),
-    /// The capture arms what is own by now.
+    /// The capture looks what is own by now.
+    Look,
+    /// It arms what it has seen then, or now if it has not looked.
     ArmAhead,
     /// The machine stands, and runs on.
     Freeze,
@@ -67,7 +69,15 @@ impl Shared {
 
 impl Protector for Shared {
     fn protect(&self, first: PageIndex, count: u64) -> io::Result<()> {
-        self.lock().protected.extend(first.0..first.0 + count);
+        let mut kernel = self.lock();
+        for page in first.0..first.0 + count {
+            let what = kernel.pages[page as usize];
+            assert!(
+                matches!(what, Page::Own(_)),
+                "page {page} is {what:?}, and is armed"
+            );
+            kernel.protected.insert(page);
+        }
         Ok(())
     }
 
@@ -97,6 +107,8 @@ struct Rig {
     room: u64,
     /// Writes that wait for protection to end, in order.
     waiting: Vec<(u64, u8)>,
+    /// What was own when the capture looked.
+    seen: Option<PageSet>,
     capture: Option<Capture>,
 }
 
@@ -127,6 +139,7 @@ impl Rig {
             early: Arc::new(EarlyPages::new(limits, Path::new("/nonexistent"))),
             room,
             waiting: Vec::new(),
+            seen: None,
             capture: None,
         }
     }
@@ -157,8 +170,16 @@ impl Rig {
                 self.retry();
             }
             Step::Discard(_) => {}
-            Step::ArmAhead if self.capture.is_none() => self.protection.arm_ahead(&self.own()).unwrap(),
+            Step::Look if self.capture.is_none() => {
+                self.protection.begin();
+                self.seen = Some(self.own());
+            }
+            Step::ArmAhead if self.capture.is_none() => {
+                let seen = self.seen.take().unwrap_or_else(|| self.own());
+                self.protection.arm_ahead(&seen).unwrap();
+            }
             Step::Freeze if self.capture.is_none() && self.waiting.is_empty() => {
+                self.seen = None;
                 let own = self.own();
                 let pages = Box::new(self.kernel.clone());
                 let moment = self.protection.freeze(own, pages, self.early.clone()).unwrap();
@@ -168,7 +189,7 @@ impl Rig {
                     next: 0,
                 });
             }
-            Step::ArmAhead | Step::Freeze => {}
+            Step::Look | Step::ArmAhead | Step::Freeze => {}
             Step::Save => self.save(),
             Step::Lift => self.lift(),
         }
@@ -220,6 +241,7 @@ impl Rig {
 
     fn lift(&mut self) {
         self.capture = None;
+        self.seen = None;
         self.protection.lift();
         self.retry();
         self.assert_at_rest();
@@ -247,6 +269,7 @@ fn step() -> impl Strategy<Value = Step> {
         (page.clone(), 1..90u8).prop_map(|(page, value)| Step::Write(page, value)),
         (page.clone(), 1..90u8).prop_map(|(page, value)| Step::Write(page, value)),
         page.prop_map(Step::Discard),
+        Just(Step::Look),
         Just(Step::ArmAhead),
         Just(Step::Freeze),
         Just(Step::Save),
@@ -314,6 +337,20 @@ fn every_interleaving_of_fill_write_discard_and_save_is_right() {
         });
         assert_eq!(seen, 12 * 11 * 10 * 9 * 8 * 7 / (6 * 2), "12! / (6! 3! 2! 1!)");
     }
+}
+
+#[test]
+fn a_page_that_is_given_back_before_it_is_armed_is_not_armed_and_is_when_it_is_own_again() {
+    let mut rig = Rig::new(4);
+    for step in [Step::Look, Step::Discard(3), Step::ArmAhead] {
+        rig.step(step);
+    }
+    assert_eq!(rig.kernel.lock().protected, BTreeSet::from([2, 4, 5]));
+    for step in [Step::Write(3, 9), Step::Look, Step::ArmAhead] {
+        rig.step(step);
+    }
+    assert_eq!(rig.kernel.lock().protected, BTreeSet::from([2, 3, 4, 5]));
+    rig.finish();
 }
 
 #[test]

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use runnel_snapshot::protocol::PoolStatus;
 
+use crate::agent::settings::QUOTA_BYTES_MIN;
+
 /// One part in so many of a pool stays free of what nobody waits for, and is made free at a time where there is none.
 const SPARE_SHARE: u64 = 16;
 
@@ -26,11 +28,11 @@ pub(super) struct Pool {
 
 impl Pool {
     /// Room for `bytes_max`, or for `share` (parts, of so many) of what the folder's file system has left beside
-    /// `bytes`, which are there already.
+    /// `bytes`, which are there already: a file system that is full now says so, and may have room later.
     pub(super) fn new(folder: &Path, bytes_max: Option<u64>, share: (u64, u64), bytes: u64) -> Self {
         let room = || {
             available(folder).map_or(u64::MAX, |available| {
-                available.saturating_add(bytes) / share.1 * share.0
+                (available.saturating_add(bytes) / share.1 * share.0).max(QUOTA_BYTES_MIN)
             })
         };
         Self {
@@ -123,6 +125,9 @@ mod tests {
                 .bytes_max
         };
         assert!(bytes_max((1, 2)) >= 1 << 49 && bytes_max((1, 2)) < bytes_max((3, 4)));
+        // Of no room it is a share that can be worked with.
+        let full = Pool::new(Path::new("/proc"), None, (3, 4), 0);
+        assert_eq!(full.status(0).bytes_max, QUOTA_BYTES_MIN);
         assert_eq!(
             Pool::new(Path::new("/none"), None, (1, 2), 0).status(0).bytes_max,
             u64::MAX
