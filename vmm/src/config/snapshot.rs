@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::guest_hook::{BadDeadline, GuestHook, GuestHookBody};
 use super::identifier::{BadIdentifier, ResourceId};
 use super::network::is_tap_name;
 
@@ -35,6 +36,9 @@ pub struct CreateSnapshotBody {
     /// Runnel's own: drives whose content is not taken into the image, and must be supplied at load.
     #[serde(default)]
     pub excluded_drives: Vec<String>,
+    /// Runnel's own: how the guest's agent is asked to prepare. If left out, it is asked if there is one, and not insisted
+    /// upon.
+    pub guest_hook: Option<GuestHookBody>,
 }
 
 /// Who answers page faults of a loaded machine.
@@ -163,6 +167,9 @@ pub enum SnapshotError {
     /// A field without the one that it belongs to.
     #[error("`{0}` needs `{1}`")]
     Needs(&'static str, &'static str),
+    /// A guest that is asked for longer than it can be.
+    #[error(transparent)]
+    HookDeadline(#[from] BadDeadline),
     /// A diff snapshot.
     #[error(
         "Diff snapshots are not supported by this version of Runnel: leave `snapshot_type` out, or give \"Full\""
@@ -230,6 +237,8 @@ pub enum SaveAs {
 pub struct CreateSnapshot {
     /// What it becomes.
     pub save_as: SaveAs,
+    /// How the guest is asked to prepare; [`GuestHook::UNASKED_FOR`] if `None` and there is somebody to ask.
+    pub guest_hook: Option<GuestHook>,
 }
 
 /// Which image.
@@ -303,6 +312,10 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             (None, _, _) if !excluded.is_empty() => {
                 return Err(SnapshotError::Needs("excluded_drives", "image_path"));
             }
+            // They are taken of a machine that stands, and whose guest cannot answer.
+            (None, Some(_), Some(_)) if body.guest_hook.is_some() => {
+                return Err(SnapshotError::Needs("guest_hook", "image_path"));
+            }
             (None, Some(state), Some(memory)) if state == memory => {
                 return Err(SnapshotError::OneFile(state));
             }
@@ -310,7 +323,8 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             (None, None, _) => return Err(SnapshotError::Missing("snapshot_path")),
             (None, Some(_), None) => return Err(SnapshotError::Missing("mem_file_path")),
         };
-        Ok(Self { save_as })
+        let guest_hook = body.guest_hook.map(GuestHook::try_from).transpose()?;
+        Ok(Self { save_as, guest_hook })
     }
 }
 
