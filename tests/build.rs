@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "start.S",
     "main.c",
     "commands.c",
     "memory.c",
     "block.c",
     "serial.c",
+    "agent.c",
 ];
 
 fn main() {
