@@ -72,8 +72,12 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     rng: bool,
 
+    /// Give the guest a second serial port (ttyS1), over which its agent is asked to prepare for snapshots
+    #[arg(long)]
+    guest_channel: bool,
+
     /// Take all of that from Firecracker's configuration file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng", "guest_channel"])]
     config: Option<PathBuf>,
 
     /// What the machine is called, 1 to 64 letters, digits and hyphens; m1, m2, … unless given
@@ -107,6 +111,9 @@ impl RunArgs {
         }
         if self.rng {
             boot.add_entropy();
+        }
+        if self.guest_channel {
+            boot.add_guest_channel();
         }
         Ok(boot)
     }
