@@ -28,6 +28,7 @@ pub struct LinuxGuest {
     drives: Vec<Value>,
     interfaces: Vec<Value>,
     entropy: bool,
+    guest_channel: bool,
 }
 
 impl LinuxGuest {
@@ -44,6 +45,7 @@ impl LinuxGuest {
             drives: Vec::new(),
             interfaces: Vec::new(),
             entropy: false,
+            guest_channel: false,
         }
     }
 
@@ -100,6 +102,15 @@ impl LinuxGuest {
         }
     }
 
+    /// With a channel for an agent: its second serial port.
+    #[must_use]
+    pub fn guest_channel(self) -> Self {
+        Self {
+            guest_channel: true,
+            ..self
+        }
+    }
+
     /// The whole machine as Firecracker's configuration file describes it.
     #[must_use]
     pub fn config(&self) -> Value {
@@ -115,6 +126,9 @@ impl LinuxGuest {
         });
         if self.entropy {
             config["entropy"] = json!({});
+        }
+        if self.guest_channel {
+            config["guest-channel"] = json!({});
         }
         config
     }
