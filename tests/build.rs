@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     "start.S",
     "main.c",
     "commands.c",
@@ -11,6 +11,7 @@ const SOURCES: [&str; 7] = [
     "block.c",
     "serial.c",
     "smp.c",
+    "agent.c",
 ];
 
 fn main() {

@@ -201,6 +201,26 @@ void obey(const char *word) {
     } else if (is(word, "wrmsr")) { /* wrmsr:NUMBER:VALUE */
         wrmsr((u32)a[0], a[1]);
         done("wrmsr"), end_line();
+    } else if (is(word, "agenthello")) { /* the guest channel: an agent is there */
+        agent_hello();
+        done("agenthello"), end_line();
+    } else if (is(word, "agentbye")) {
+        agent_bye();
+        done("agentbye"), end_line();
+    } else if (is(word, "agentnoise")) { /* agentnoise:BYTES */
+        agent_noise(a[0]);
+        done("agentnoise"), end_line();
+    } else if (is(word, "agenthear")) { /* waits for a line */
+        agent_hear();
+    } else if (is(word, "agentready")) { /* to the last `prepare` that was heard */
+        agent_answer(1);
+        done("agentready"), end_line();
+    } else if (is(word, "agentfailed")) {
+        agent_answer(0);
+        done("agentfailed"), end_line();
+    } else if (is(word, "agenttold")) { /* whether there is something to hear */
+        print(agent_is_told() ? "agenttold=something" : "agenttold=nothing");
+        end_line();
     } else if (is(word, "tsc")) {
         print("tsc=");
         print_number(rdtsc());

@@ -75,6 +75,14 @@ u64 block_ask(u64 sector, u64 address);
 u64 block_check_zero(u64 sector, u64 bytes);
 u64 block_discard(u64 sector, u64 bytes);
 
+/* agent.c */
+void agent_hello(void);
+void agent_bye(void);
+void agent_noise(u64 bytes);
+void agent_answer(int is_ready);
+void agent_hear(void);
+int agent_is_told(void);
+
 /* commands.c */
 void obey(const char *word);
 

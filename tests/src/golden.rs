@@ -110,7 +110,12 @@ pub fn volumes_of(image: &Image) -> Value {
     json!(volumes.collect::<BTreeMap<_, _>>())
 }
 
-fn bytes_of(image: &Image, name: &VolumeName) -> Vec<u8> {
+/// A volume's bytes, read in the same way.
+///
+/// # Panics
+/// When a chunk cannot be had.
+#[must_use]
+pub fn bytes_of(image: &Image, name: &VolumeName) -> Vec<u8> {
     let volume = image.volume(name).expect("the image has the volume");
     let (root, index) = (&volume.root, image.index(volume));
     let mut reader = ChunkReader::default();

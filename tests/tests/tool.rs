@@ -650,6 +650,43 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
 }
 
 #[test]
+fn a_guest_that_takes_part_in_snapshots_is_asked_as_the_flags_say() {
+    let user = User::new();
+    let more = ["--detach", "--name", "web", "--guest-channel"];
+    succeeded(user.boot("count:1", &more).output().unwrap());
+    assert_eq!(user.machines()[0]["guest_agent"], false);
+    let told = refusal(&user.run(&["snapshot", "web", "web", "--guest-hook"]));
+    assert!(told.contains("no agent in the guest"), "{told}");
+    user.output(&["snapshot", "web", "unasked"]);
+
+    user.output(&["kill", "web"]);
+
+    succeeded(user.boot("agenthello", &more).output().unwrap());
+    wait_until("its agent announces itself", || {
+        user.machines()[0]["guest_agent"] == true
+    });
+    let slow = ["--guest-hook", "--hook-deadline", "100ms"];
+    let told = refusal(&user.run(&[&["snapshot", "web", "web"][..], &slow].concat()));
+    assert!(told.contains("did not say within 100 ms"), "{told}");
+    let slow = ["--guest-hook=proceed", "--hook-deadline", "100ms"];
+    user.output(&[&["snapshot", "web", "web"][..], &slow].concat());
+    user.output(&["snapshot", "web", "off", "--guest-hook=off"]);
+
+    user.output(&["kill", "web"]);
+    succeeded(
+        user.boot("count:1", &["--detach", "--name", "deaf"])
+            .output()
+            .unwrap(),
+    );
+    assert_eq!(user.machines()[0]["guest_agent"], Value::Null);
+    let told = refusal(&user.run(&["snapshot", "deaf", "deaf", "--guest-hook"]));
+    assert!(
+        told.contains("run --guest-channel") && told.contains("--guest-hook"),
+        "{told}"
+    );
+}
+
+#[test]
 fn what_a_snapshot_that_was_cut_short_left_is_named_before_it_goes() {
     let user = User::new();
     let left = user.folder().join("images/.web.partial-1-1");

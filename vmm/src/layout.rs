@@ -68,6 +68,10 @@ pub const KVM_TSS: Span = Span::new(0xfeff_d000, 3 * PAGE_SIZE);
 pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
 /// COM1's interrupt line.
 pub const COM1_GSI: u32 = 4;
+/// The second serial port, COM2: the guest channel.
+pub const COM2_PORTS: Range<u16> = 0x2f8..0x300;
+/// COM2's interrupt line.
+pub const COM2_GSI: u32 = 3;
 /// The keyboard controller: a guest's `reboot=k` writes its reset command here.
 pub const I8042_PORTS: Range<u16> = 0x60..0x65;
 /// The keyboard's interrupt line.
@@ -249,7 +253,8 @@ const _: () = {
     assert!(KVM_IDENTITY_MAP.is_before(KVM_TSS));
     assert!(HOLE.holds(VIRTIO_MMIO) && HOLE.holds(IO_APIC) && HOLE.holds(LOCAL_APIC));
     assert!(HOLE.holds(KVM_IDENTITY_MAP) && HOLE.holds(KVM_TSS));
-    assert!(I8042_PORTS.end <= COM1_PORTS.start && COM1_PORTS.end <= POWER_PORTS.start);
+    assert!(I8042_PORTS.end <= COM2_PORTS.start && COM2_PORTS.end <= COM1_PORTS.start);
+    assert!(COM1_PORTS.end <= POWER_PORTS.start);
     assert!(RAM_BYTES_MAX.is_multiple_of(PAGE_SIZE) && LOW_RAM_END < RSDP.start);
 };
 
@@ -320,7 +325,7 @@ mod tests {
             .collect();
         for (number, slot) in slots.iter().enumerate() {
             assert!(VIRTIO_MMIO.holds(slot.registers));
-            assert!(![KEYBOARD_GSI, COM1_GSI, GED_GSI].contains(&slot.gsi));
+            assert!(![KEYBOARD_GSI, COM2_GSI, COM1_GSI, GED_GSI].contains(&slot.gsi));
             for other in &slots[..number] {
                 assert!(other.registers.is_before(slot.registers) && other.gsi != slot.gsi);
             }

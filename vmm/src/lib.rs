@@ -15,6 +15,7 @@ pub mod control;
 pub mod cpuid;
 pub mod engine;
 pub mod exit;
+pub mod guest_channel;
 pub mod kvm;
 pub mod layout;
 pub mod logger;

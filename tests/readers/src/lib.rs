@@ -31,7 +31,7 @@ pub use frames::{chunk_frame, seek_table, zero_frame};
 pub use image::image;
 pub use index::{index_root, index_segment};
 pub use machine::{compatibility, kernel, page_walk, sections};
-pub use messages::{from_agent, from_monitor, opening};
+pub use messages::{from_agent, from_monitor, guest_channel, opening};
 pub use names::names;
 pub use requests::{api_request, config_file, serve_request};
 pub use rings::{virtio_block, virtio_net};
@@ -41,7 +41,7 @@ pub use transport::{device_state, virtio_registers};
 pub type Reader = fn(&[u8]) -> bool;
 
 /// All of them, by name: a fuzz target, and a folder of the corpus, each.
-pub const READERS: [(&str, Reader); 27] = [
+pub const READERS: [(&str, Reader); 28] = [
     ("api_request", api_request),
     ("chunk_frame", chunk_frame),
     ("compatibility", compatibility),
@@ -50,6 +50,7 @@ pub const READERS: [(&str, Reader); 27] = [
     ("device_state", device_state),
     ("from_agent", from_agent),
     ("from_monitor", from_monitor),
+    ("guest_channel", guest_channel),
     ("http_answer", http_answer),
     ("http_fields", http_fields),
     ("image", image),

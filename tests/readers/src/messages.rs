@@ -1,4 +1,4 @@
-//! The chunk protocol, in both directions, and its handshake.
+//! The chunk protocol, in both directions, and its handshake; and what a guest says on its channel.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -95,4 +95,9 @@ pub(crate) fn in_memory(bytes: &[u8]) -> File {
     let mut file = File::from(file);
     file.write_all(bytes).expect("a memfd takes all");
     file
+}
+
+/// What a guest says on its channel.
+pub fn guest_channel(bytes: &[u8]) -> bool {
+    runnel_vmm::guest_channel::fuzz::hears(bytes)
 }

@@ -42,6 +42,13 @@ pub fn of(name: &str) -> Vec<Vec<u8>> {
         "device_state" => transport::saved_sections().iter().map(json_bytes).collect(),
         "from_agent" => from_agent().iter().map(FromAgent::to_bytes).collect(),
         "from_monitor" => from_monitor().iter().map(FromMonitor::to_bytes).collect(),
+        "guest_channel" => [
+            "hello 1\nready 0123456789abcdef\n",
+            "hello 1 web\r\nfailed 0123456789abcdef no room\n",
+            "hello 1\nbye\n",
+        ]
+        .map(|text| text.as_bytes().to_vec())
+        .into(),
         "http_answer" => http_answers(),
         "http_fields" => vec![
             b"https://host:5000/v2/web?x=1\n/other\nBasic realm=\"x\"".to_vec(),

@@ -29,6 +29,7 @@ pub struct LinuxGuest {
     interfaces: Vec<Value>,
     entropy: bool,
     tracks_dirty_pages: bool,
+    guest_channel: bool,
 }
 
 impl LinuxGuest {
@@ -46,6 +47,7 @@ impl LinuxGuest {
             interfaces: Vec::new(),
             entropy: false,
             tracks_dirty_pages: false,
+            guest_channel: false,
         }
     }
 
@@ -111,6 +113,15 @@ impl LinuxGuest {
         }
     }
 
+    /// With a channel for an agent: its second serial port.
+    #[must_use]
+    pub fn guest_channel(self) -> Self {
+        Self {
+            guest_channel: true,
+            ..self
+        }
+    }
+
     /// The whole machine as Firecracker's configuration file describes it.
     #[must_use]
     pub fn config(&self) -> Value {
@@ -128,6 +139,9 @@ impl LinuxGuest {
         });
         if self.entropy {
             config["entropy"] = json!({});
+        }
+        if self.guest_channel {
+            config["guest-channel"] = json!({});
         }
         config
     }

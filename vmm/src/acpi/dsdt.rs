@@ -1,5 +1,7 @@
 //! The DSDT: the devices, and how deeply the machine can sleep.
 
+use std::ops::Range;
+
 use acpi_tables::aml::{
     Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
     ResourceTemplate, Scope,
@@ -7,7 +9,7 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{Description, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{self, VirtioSlot};
 use crate::power::SLEEP_TYPE_S5;
 
@@ -20,13 +22,16 @@ const REVISION: u8 = 2;
 /// «The generation identifier has changed», in VMGenID's specification.
 const NOTIFY_CHANGED: u8 = 0x80;
 
-pub(super) fn build(virtio: &[VirtioSlot]) -> Sdt {
+pub(super) fn build(description: &Description) -> Sdt {
     let mut definitions = Vec::new();
     let mut devices = Vec::new();
-    for (slot, number) in virtio.iter().zip(0u32..) {
+    for (slot, number) in description.virtio.iter().zip(0u32..) {
         add_virtio(&mut devices, *slot, number);
     }
-    add_serial(&mut devices);
+    add_serial(&mut devices, 0, "COM1", &layout::COM1_PORTS, layout::COM1_GSI);
+    if description.guest_channel {
+        add_serial(&mut devices, 1, "COM2", &layout::COM2_PORTS, layout::COM2_GSI);
+    }
     add_keyboard(&mut devices);
     add_vmgenid(&mut devices);
     add_event_device(&mut devices);
@@ -75,18 +80,17 @@ fn add_virtio(devices: &mut Vec<u8>, slot: VirtioSlot, number: u32) {
     .to_aml_bytes(devices);
 }
 
-fn add_serial(devices: &mut Vec<u8>) {
-    let ports = &layout::COM1_PORTS;
+fn add_serial(devices: &mut Vec<u8>, number: u8, name: &'static str, ports: &Range<u16>, gsi: u32) {
     let ports = IO::new(ports.start, ports.start, 1, ports.len() as u8);
     Device::new(
-        Path::new("COM1"),
+        Path::new(name),
         vec![
             &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
-            &Name::new(Path::new("_UID"), &0u8),
-            &Name::new(Path::new("_DDN"), &"COM1"),
+            &Name::new(Path::new("_UID"), &number),
+            &Name::new(Path::new("_DDN"), &name),
             &Name::new(
                 Path::new("_CRS"),
-                &ResourceTemplate::new(vec![&ports, &line(layout::COM1_GSI)]),
+                &ResourceTemplate::new(vec![&ports, &line(gsi)]),
             ),
         ],
     )

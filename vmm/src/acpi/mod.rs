@@ -56,6 +56,8 @@ pub struct Description {
     pub vcpus: u8,
     /// Where the virtio devices are.
     pub virtio: Vec<VirtioSlot>,
+    /// Whether there is a guest channel.
+    pub guest_channel: bool,
 }
 
 /// Writes the tables to where [`layout`] has place for them.
@@ -67,7 +69,7 @@ pub fn write(ram: &GuestRam, description: &Description) -> Result<(), AcpiError>
         ram,
         next: layout::ACPI_TABLES.start,
     };
-    let dsdt = writer.place(dsdt::build(&description.virtio).as_slice())?;
+    let dsdt = writer.place(dsdt::build(description).as_slice())?;
     let fadt = writer.place_aml(&fadt(dsdt))?;
     let madt = writer.place_aml(&madt(description.vcpus))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -150,9 +152,18 @@ mod tests {
     use crate::memory;
 
     fn written(vcpus: u8, devices: usize) -> GuestRam {
+        written_with(vcpus, devices, false)
+    }
+
+    fn written_with(vcpus: u8, devices: usize, guest_channel: bool) -> GuestRam {
         let ram = memory::booted(RamLayout::new(layout::RAM_BYTES_MIN).unwrap()).unwrap();
         let virtio = (0..devices).map(|number| virtio_slot(number).unwrap()).collect();
-        write(&ram, &Description { vcpus, virtio }).unwrap();
+        let description = Description {
+            vcpus,
+            virtio,
+            guest_channel,
+        };
+        write(&ram, &description).unwrap();
         ram
     }
 
@@ -194,12 +205,23 @@ mod tests {
         assert_eq!(madt.len(), 44 + 12 + 32 * 8);
     }
 
-    #[test]
-    fn each_virtio_device_is_named_in_the_dsdt() {
-        let ram = written(1, 3);
+    fn count(ram: &GuestRam, name: &[u8]) -> usize {
         let mut place = vec![0; layout::ACPI_TABLES.bytes as usize];
         ram.read_slice(&mut place, layout::ACPI_TABLES.address()).unwrap();
-        let found = place.windows(8).filter(|window| window == b"LNRO0005").count();
-        assert_eq!(found, 3);
+        place.windows(name.len()).filter(|window| *window == name).count()
+    }
+
+    #[test]
+    fn each_virtio_device_is_named_in_the_dsdt() {
+        assert_eq!(count(&written(1, 3), b"LNRO0005"), 3);
+    }
+
+    #[test]
+    fn the_guest_channels_port_is_there_only_where_there_is_a_channel() {
+        assert_eq!(count(&written_with(1, 0, false), b"COM2"), 0);
+        let ram = written_with(1, VIRTIO_DEVICES_MAX, true);
+        // Its name, and its name for people.
+        assert_eq!(count(&ram, b"COM2"), 2);
+        assert_eq!(count(&ram, b"COM1"), 2);
     }
 }

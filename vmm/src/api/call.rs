@@ -89,6 +89,7 @@ pub(super) fn parse(endpoint: Endpoint, name: Option<&str>, body: &[u8]) -> Resu
         Endpoint::Drive => Call::Control(Request::PutDrive(drive(name, body)?)),
         Endpoint::NetworkInterface => Call::Control(Request::PutInterface(interface(name, body)?)),
         Endpoint::Entropy => Call::Control(Request::PutEntropy(json(body)?)),
+        Endpoint::GuestChannel => Call::Control(Request::PutGuestChannel(json(body)?)),
         Endpoint::Serial => Call::Control(Request::PutSerial(json(body)?)),
         Endpoint::Logger => Call::Control(Request::PutLogger(json(body)?)),
         Endpoint::Actions => Call::Control(match json::<ActionBody>(body)?.action_type {

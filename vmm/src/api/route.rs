@@ -54,6 +54,7 @@ pub enum Endpoint {
     Drive,
     NetworkInterface,
     Entropy,
+    GuestChannel,
     Serial,
     Logger,
     Actions,
@@ -82,7 +83,7 @@ const fn route(verb: Verb, path: &'static str, endpoint: Endpoint) -> Route {
 }
 
 /// All that is served.
-pub const ROUTES: [Route; 19] = [
+pub const ROUTES: [Route; 20] = [
     route(Verb::Get, "/", Endpoint::InstanceInfo),
     route(Verb::Get, "/version", Endpoint::Version),
     route(Verb::Get, "/machine-config", Endpoint::GetMachineConfig),
@@ -96,6 +97,7 @@ pub const ROUTES: [Route; 19] = [
         Endpoint::NetworkInterface,
     ),
     route(Verb::Put, "/entropy", Endpoint::Entropy),
+    route(Verb::Put, "/guest-channel", Endpoint::GuestChannel),
     route(Verb::Put, "/serial", Endpoint::Serial),
     route(Verb::Put, "/logger", Endpoint::Logger),
     route(Verb::Put, "/actions", Endpoint::Actions),

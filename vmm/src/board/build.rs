@@ -8,7 +8,7 @@ use runnel_devices::bus::{BusDevice, MmioAddress, PortAddress};
 use runnel_devices::event_loop::EventLoop;
 use runnel_devices::i8042::{I8042, I8042Deps};
 use runnel_devices::interrupt::Interrupt;
-use runnel_devices::serial::{Serial, SerialDeps};
+use runnel_devices::serial::{Serial, SerialDeps, Sink};
 use runnel_devices::virtio::block::{BlockParts, CacheType};
 use runnel_devices::virtio::net::{NetParts, Tap};
 use runnel_devices::virtio::registry::{self, Parts as DeviceParts, Place};
@@ -17,10 +17,11 @@ use runnel_snapshot::section::{SavedSection, Section};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::virtio::next_slot;
-use super::{Board, BoardError, Buses, Stores, Virtio};
+use super::{Board, BoardError, Buses, GUEST_PORT_ID, GuestPort, Stores, Virtio};
 use crate::config::{self, MicrovmConfig};
 use crate::console::Console;
 use crate::exit::EndSignal;
+use crate::guest_channel::GuestChannel;
 use crate::kvm::Vm;
 use crate::layout;
 use crate::power::{PowerRegisters, ResetLine};
@@ -28,6 +29,29 @@ use crate::vmgenid::VmGenId;
 
 /// The name of the entropy device among the others.
 const RNG_ID: &str = "rng";
+
+/// A serial port, and where it is.
+struct SerialPlace {
+    name: &'static str,
+    /// What tells its section from others'.
+    id: &'static str,
+    ports: Range<u16>,
+    gsi: u32,
+}
+
+const COM1: SerialPlace = SerialPlace {
+    name: "the serial port",
+    id: "",
+    ports: layout::COM1_PORTS,
+    gsi: layout::COM1_GSI,
+};
+
+const COM2: SerialPlace = SerialPlace {
+    name: "the guest channel's port",
+    id: GUEST_PORT_ID,
+    ports: layout::COM2_PORTS,
+    gsi: layout::COM2_GSI,
+};
 
 /// What a board is built on.
 pub struct Parts<'a> {
@@ -88,8 +112,12 @@ impl<'a> Builder<'a> {
         let keyboard = self.add_keyboard()?;
         let vmgenid = VmGenId::new(self.line(layout::GED_GSI, "VMGenID")?);
         let (mut console, output) = Console::open(&self.parts.config.serial)?;
-        let serial = self.add_serial(output)?;
+        let serial = self.add_serial(COM1, output)?;
         let config = self.parts.config;
+        let guest_channel = config
+            .guest_channel
+            .then(|| self.add_guest_channel())
+            .transpose()?;
         for drive in config.drives() {
             self.add_drive(drive)?;
         }
@@ -107,6 +135,7 @@ impl<'a> Builder<'a> {
         Ok(Board {
             buses: Arc::new(buses),
             serial,
+            guest_channel,
             keyboard,
             virtio,
             vmgenid,
@@ -146,16 +175,26 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn add_serial(&mut self, output: runnel_devices::serial::Sink) -> Result<Arc<Serial>, BoardError> {
-        let interrupt = self.line(layout::COM1_GSI, "the serial port")?;
+    fn add_serial(&mut self, port: SerialPlace, output: Sink) -> Result<Arc<Serial>, BoardError> {
+        let interrupt = self.line(port.gsi, port.name)?;
         let deps = SerialDeps { interrupt, output };
-        let serial = match self.take_section(Serial::KIND, "")? {
+        let serial = match self.take_section(Serial::KIND, port.id)? {
             None => Serial::new(deps)?,
             Some(saved) => Serial::restore(deps, saved.state_of::<Serial>()?)?,
         };
         let serial = Arc::new(serial);
-        self.add_ports("the serial port", &layout::COM1_PORTS, serial.clone())?;
+        self.add_ports(port.name, &port.ports, serial.clone())?;
         Ok(serial)
+    }
+
+    fn add_guest_channel(&mut self) -> Result<GuestPort, BoardError> {
+        let mut channel = match self.take_section(GuestChannel::KIND, "")? {
+            None => GuestChannel::new()?,
+            Some(saved) => GuestChannel::restore((), saved.state_of::<GuestChannel>()?)?,
+        };
+        let serial = self.add_serial(COM2, channel.sink())?;
+        channel.connect(&serial)?;
+        Ok(GuestPort { channel, serial })
     }
 
     fn add_drive(&mut self, drive: &config::Drive) -> Result<(), BoardError> {

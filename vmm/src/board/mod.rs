@@ -24,6 +24,7 @@ use runnel_snapshot::section::{SavedSection, Section, SectionError};
 
 use crate::config;
 use crate::console::{Console, ConsoleError};
+use crate::guest_channel::{GuestChannel, GuestChannelError};
 use crate::kvm::KvmError;
 use crate::layout::VirtioSlot;
 use crate::power::ResetLine;
@@ -55,6 +56,9 @@ pub enum BoardError {
     /// The serial port.
     #[error("the serial port cannot be made")]
     Serial(#[from] SerialError),
+    /// The guest channel.
+    #[error(transparent)]
+    GuestChannel(#[from] GuestChannelError),
     /// The keyboard controller.
     #[error("the keyboard controller cannot be made")]
     Keyboard(#[from] I8042Error),
@@ -121,11 +125,22 @@ pub struct Buses {
     pub mmio: Bus<MmioAddress>,
 }
 
+/// The guest channel, and the port that it is at.
+#[derive(Debug)]
+struct GuestPort {
+    channel: GuestChannel,
+    serial: Arc<Serial>,
+}
+
+/// The guest channel's port among the sections of serial ports.
+const GUEST_PORT_ID: &str = "com2";
+
 /// All devices of a machine.
 #[derive(Debug)]
 pub struct Board {
     buses: Arc<Buses>,
     serial: Arc<Serial>,
+    guest_channel: Option<GuestPort>,
     keyboard: Arc<ResetLine>,
     virtio: Vec<Virtio>,
     vmgenid: VmGenId,
@@ -145,6 +160,12 @@ impl Board {
     #[must_use]
     pub fn serial(&self) -> &Serial {
         &self.serial
+    }
+
+    /// The guest channel, if there is one.
+    #[must_use]
+    pub fn guest_channel(&self) -> Option<&GuestChannel> {
+        self.guest_channel.as_ref().map(|port| &port.channel)
     }
 
     /// The keyboard controller.
@@ -189,7 +210,17 @@ impl Board {
             .iter()
             .map(|device| Ok(device.device.save_section(&device.id, paused)?));
         let keyboard = SavedSection::of::<I8042>("", &self.keyboard().save(paused)?)?;
-        [Ok(serial), Ok(keyboard)].into_iter().chain(virtio).collect()
+        let mut sections: Vec<_> = [Ok(serial), Ok(keyboard)]
+            .into_iter()
+            .chain(virtio)
+            .collect::<Result<_, BoardSaveError>>()?;
+        if let Some(port) = &self.guest_channel {
+            let serial = port.serial.save(paused)?;
+            sections.push(SavedSection::of::<Serial>(GUEST_PORT_ID, &serial)?);
+            let channel = port.channel.save(paused)?;
+            sections.push(SavedSection::of::<GuestChannel>("", &channel)?);
+        }
+        Ok(sections)
     }
 
     /// Lets rebuilt devices go on: an interrupt or a kick may have been on its way. Once interrupt controllers and
@@ -199,6 +230,10 @@ impl Board {
             device.device.resume();
         }
         self.serial.reassert();
+        if let Some(port) = &self.guest_channel {
+            port.serial.reassert();
+            port.channel.resume();
+        }
         self.keyboard().reassert();
     }
 }
@@ -209,6 +244,9 @@ pub enum BoardSaveError {
     /// The serial port.
     #[error("the serial port cannot be saved")]
     Serial(#[from] SerialError),
+    /// The guest channel.
+    #[error("the guest channel cannot be saved")]
+    GuestChannel(#[from] GuestChannelError),
     /// The keyboard controller.
     #[error("the keyboard controller cannot be saved")]
     Keyboard(#[from] I8042Error),

@@ -48,6 +48,8 @@ pub struct MicrovmConfig {
     interfaces: Vec<Interface>,
     /// Whether there is an entropy device.
     pub entropy: bool,
+    /// Whether there is a guest channel.
+    pub guest_channel: bool,
     /// Where the serial console ends.
     pub serial: Serial,
     /// Whether the guest can report the end of its boot (`--boot-timer`).
@@ -55,14 +57,14 @@ pub struct MicrovmConfig {
 }
 
 impl MicrovmConfig {
-    /// The parts of a machine that was saved, whose files need not be on this host; their names are distinct.
+    /// The parts of a machine that was saved that have names, and whose files need not be on this host; the names are
+    /// distinct.
     #[must_use]
-    pub fn of_saved(machine: Machine, drives: Vec<Drive>, interfaces: Vec<Interface>, entropy: bool) -> Self {
+    pub fn of_saved(machine: Machine, drives: Vec<Drive>, interfaces: Vec<Interface>) -> Self {
         Self {
             machine,
             drives,
             interfaces,
-            entropy,
             ..Self::default()
         }
     }

@@ -11,6 +11,8 @@
 mod boot_source;
 mod drive;
 mod entropy;
+mod guest_channel;
+mod guest_hook;
 mod host_file;
 mod identifier;
 mod limiter;
@@ -24,6 +26,8 @@ mod whole_file;
 pub use boot_source::{BootSource, BootSourceBody, BootSourceError};
 pub use drive::{CacheType, Drive, DriveBody, DriveError, IoEngine};
 pub use entropy::{EntropyBody, EntropyError};
+pub use guest_channel::GuestChannelBody;
+pub use guest_hook::{GuestHook, GuestHookBody, HOOK_DEADLINE_MS_MAX, Otherwise};
 pub use host_file::{Access, HostFileError};
 pub use identifier::{BadIdentifier, InstanceId, ResourceId};
 pub use limiter::{LimiterUnsupported, RateLimiterBody, TokenBucketBody};

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::guest_hook::{BadDeadline, GuestHook, GuestHookBody};
 use super::identifier::{BadIdentifier, ResourceId};
 use super::network::is_tap_name;
 
@@ -35,6 +36,9 @@ pub struct CreateSnapshotBody {
     /// Runnel's own: drives whose content is not taken into the image, and must be supplied at load.
     #[serde(default)]
     pub excluded_drives: Vec<String>,
+    /// Runnel's own: how the guest's agent is asked to prepare. If left out, it is asked if there is one, and not insisted
+    /// upon.
+    pub guest_hook: Option<GuestHookBody>,
 }
 
 /// Who answers page faults of a loaded machine.
@@ -163,6 +167,9 @@ pub enum SnapshotError {
     /// A field without the one that it belongs to.
     #[error("`{0}` needs `{1}`")]
     Needs(&'static str, &'static str),
+    /// A guest that is asked for longer than it can be.
+    #[error(transparent)]
+    HookDeadline(#[from] BadDeadline),
     /// Another process as the page-fault handler.
     #[error(
         "`mem_backend` of type Uffd is not supported by this version of Runnel: give type File, \
@@ -227,6 +234,8 @@ pub struct CreateSnapshot {
     pub kind: SnapshotType,
     /// What it becomes.
     pub save_as: SaveAs,
+    /// How the guest is asked to prepare; [`GuestHook::UNASKED_FOR`] if `None` and there is somebody to ask.
+    pub guest_hook: Option<GuestHook>,
 }
 
 /// Which image.
@@ -297,6 +306,10 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             (None, _, _) if !excluded.is_empty() => {
                 return Err(SnapshotError::Needs("excluded_drives", "image_path"));
             }
+            // They are taken of a machine that stands, and whose guest cannot answer.
+            (None, Some(_), Some(_)) if body.guest_hook.is_some() => {
+                return Err(SnapshotError::Needs("guest_hook", "image_path"));
+            }
             (None, Some(state), Some(memory)) if state == memory => {
                 return Err(SnapshotError::OneFile(state));
             }
@@ -307,6 +320,7 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
         Ok(Self {
             kind: body.snapshot_type,
             save_as,
+            guest_hook: body.guest_hook.map(GuestHook::try_from).transpose()?,
         })
     }
 }

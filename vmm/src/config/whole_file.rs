@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::boot_source::BootSourceBody;
 use super::drive::DriveBody;
 use super::entropy::EntropyBody;
+use super::guest_channel::GuestChannelBody;
 use super::machine::MachineBody;
 use super::microvm::{ConfigError, MicrovmConfig};
 use super::network::InterfaceBody;
@@ -50,6 +51,9 @@ pub struct WholeFile {
     /// As `PUT /serial`; Runnel's own, and not shown where it is the default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialBody>,
+    /// As `PUT /guest-channel`; Runnel's own, and not shown where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_channel: Option<GuestChannelBody>,
     /// Everything else. What Firecracker knows and this version does not is refused if it asks for something;
     /// what neither knows is ignored, as Firecracker ignores it, and named in the log.
     #[serde(flatten)]
@@ -122,6 +126,7 @@ impl WholeFile {
             network_interfaces: config.interfaces().iter().map(InterfaceBody::from).collect(),
             entropy: config.entropy.then(EntropyBody::default),
             serial: None,
+            guest_channel: config.guest_channel.then(GuestChannelBody::default),
             others: LATER
                 .iter()
                 .map(|name| ((*name).to_owned(), absent(name)))
@@ -156,6 +161,7 @@ impl WholeFile {
         if let Some(entropy) = self.entropy {
             config.set_entropy(&entropy)?;
         }
+        config.guest_channel = self.guest_channel.is_some();
         if let Some(serial) = self.serial {
             config.set_serial(serial)?;
         }
@@ -176,6 +182,7 @@ mod tests {
                            "huge_pages": "None"},
         "network-interfaces": [{"iface_id": "net1", "guest_mac": "06:00:ac:10:00:02", "host_dev_name": "tap0"}],
         "entropy": {"rate_limiter": null},
+        "guest-channel": {},
         "balloon": null, "vsock": null, "metrics": null, "pmem": []
     }"#;
 
@@ -184,7 +191,7 @@ mod tests {
         let config = WholeFile::parse(WHOLE).unwrap().into_config().unwrap();
         assert_eq!(config.machine.vcpus.get(), 2);
         assert_eq!(config.drives()[0].id.as_str(), "rootfs");
-        assert!(config.entropy);
+        assert!(config.entropy && config.guest_channel);
         let described = serde_json::to_string(&WholeFile::describing(&config)).unwrap();
         assert_eq!(
             WholeFile::parse(&described).unwrap().into_config().unwrap(),

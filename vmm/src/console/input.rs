@@ -1,4 +1,4 @@
-//! The thread that brings input to the serial port, no faster than the guest reads it.
+//! The thread that brings input to a serial port, no faster than the guest reads it. The guest channel's port has one, too.
 
 use std::fmt;
 use std::fs::File;
@@ -12,15 +12,15 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// What a source waits for.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wait {
+pub(crate) struct Wait {
     /// Where its input comes from.
-    pub(super) fd: RawFd,
+    pub(crate) fd: RawFd,
     /// Whether it also waits to send there.
-    pub(super) to_write: bool,
+    pub(crate) to_write: bool,
 }
 
 /// Where input comes from, and perhaps output goes.
-pub(super) trait Source: Send {
+pub(crate) trait Source: Send {
     /// What to wait for; none, if there will be no more input.
     fn wait(&self) -> Option<Wait>;
     /// Signalled when the answer of [`wait`](Self::wait) has changed.
@@ -32,13 +32,13 @@ pub(super) trait Source: Send {
 }
 
 /// A stream that ends some time.
-pub(super) struct Stream {
+pub(crate) struct Stream {
     file: File,
     has_ended: bool,
 }
 
 impl Stream {
-    pub(super) fn new(file: File) -> Self {
+    pub(crate) fn new(file: File) -> Self {
         Self {
             file,
             has_ended: false,
@@ -85,13 +85,13 @@ impl Source for Stream {
 }
 
 /// The running thread; dropping it ends it.
-pub(super) struct InputThread {
+pub(crate) struct InputThread {
     quit: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl InputThread {
-    pub(super) fn start(source: Box<dyn Source>, serial: Arc<Serial>) -> io::Result<Self> {
+    pub(crate) fn start(name: &str, source: Box<dyn Source>, serial: Arc<Serial>) -> io::Result<Self> {
         let quit = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let carrier = Carrier {
             source,
@@ -101,7 +101,7 @@ impl InputThread {
             held: 0..0,
         };
         let thread = std::thread::Builder::new()
-            .name("console".to_owned())
+            .name(name.to_owned())
             .spawn(move || carrier.run())?;
         Ok(Self {
             quit,

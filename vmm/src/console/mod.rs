@@ -4,7 +4,7 @@
 //! be slow, a queue and a thread stand between. What a person types comes in through a thread of its own, which holds
 //! back what does not fit into the port's FIFO until the guest has read.
 
-mod input;
+pub(crate) mod input;
 mod output;
 mod socket;
 mod terminal;
@@ -135,7 +135,8 @@ impl Console {
             End::File => return Ok(()),
             End::Socket(socket) => Box::new(Arc::clone(socket)),
         };
-        self.input = Some(InputThread::start(source, Arc::clone(serial)).map_err(ConsoleError::Thread)?);
+        let thread = InputThread::start("console", source, Arc::clone(serial));
+        self.input = Some(thread.map_err(ConsoleError::Thread)?);
         Ok(())
     }
 }

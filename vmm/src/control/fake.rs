@@ -1,5 +1,6 @@
 //! A machine that needs no KVM, and remembers what was asked of it.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -119,6 +120,10 @@ impl Guest for FakeGuest {
 
     fn paging(&self) -> Option<Arc<dyn Paging>> {
         Some(Arc::new(FakePaging))
+    }
+
+    fn agent(&self) -> Option<Arc<AtomicBool>> {
+        self.config.guest_channel.then(|| Arc::new(true.into()))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use runnel_snapshot::units::ChunkIndex;
@@ -77,6 +78,9 @@ pub trait Guest {
 
     /// What is known of memory and drives that are still on their way, if some are.
     fn paging(&self) -> Option<Arc<dyn Paging>>;
+
+    /// Where it can be seen whether an agent in the guest has announced itself, if there is a channel for one.
+    fn agent(&self) -> Option<Arc<AtomicBool>>;
 }
 
 /// What can be asked, at any time and without waiting, of a machine whose volumes are still on their way.

@@ -112,6 +112,10 @@ impl<E: Engine> Control<E> {
             Request::PutDrive(body) => self.configure(|config| config.put_drive(body)),
             Request::PutInterface(body) => self.configure(|config| config.put_interface(body)),
             Request::PutEntropy(body) => self.configure(|config| config.set_entropy(&body)),
+            Request::PutGuestChannel(_) => self.configure(|config| {
+                config.guest_channel = true;
+                Ok(())
+            }),
             Request::InstanceStart => self.start(),
             Request::LoadSnapshot(load) => self.load(&load),
             Request::Pause
@@ -143,6 +147,7 @@ impl<E: Engine> Control<E> {
             | Request::PutDrive(_)
             | Request::PutInterface(_)
             | Request::PutEntropy(_)
+            | Request::PutGuestChannel(_)
             | Request::InstanceStart
             | Request::LoadSnapshot(_) => Err(Fault::PostBoot),
         }
@@ -201,7 +206,7 @@ impl<E: Engine> Control<E> {
     }
 
     fn adopt(&mut self, guest: Box<dyn Guest>, state: VmState) {
-        self.status.adopt(state, guest.paging());
+        self.status.adopt(state, guest.paging(), guest.agent());
         self.guest = Some(guest);
     }
 

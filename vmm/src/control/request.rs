@@ -1,8 +1,8 @@
 //! What the control thread can be asked for, and what it answers.
 
 use crate::config::{
-    BootSourceBody, CreateSnapshot, DriveBody, EntropyBody, InterfaceBody, LoadSnapshot, LoggerBody,
-    MachineBody, MachineUpdate, SerialBody, WholeFile,
+    BootSourceBody, CreateSnapshot, DriveBody, EntropyBody, GuestChannelBody, InterfaceBody, LoadSnapshot,
+    LoggerBody, MachineBody, MachineUpdate, SerialBody, WholeFile,
 };
 
 /// A request, in the API's words. Bodies are checked by the control thread, since whether they make sense can depend
@@ -20,6 +20,7 @@ pub enum Request {
     PutDrive(DriveBody),
     PutInterface(InterfaceBody),
     PutEntropy(EntropyBody),
+    PutGuestChannel(GuestChannelBody),
     InstanceStart,
     SendCtrlAltDel,
     FlushMetrics,

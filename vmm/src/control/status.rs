@@ -1,5 +1,6 @@
 //! What may be asked at any time, also while the control thread is busy for seconds.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
@@ -37,6 +38,9 @@ pub struct InstanceInfo {
     /// Why the machine is stalled, if it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stalled: Option<Stalled>,
+    /// Whether an agent in the guest has announced itself, if there is a channel for one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_agent: Option<bool>,
 }
 
 /// What may be asked at any time. Its lock is held for a few assignments; what it asks of [`Paging`] does not wait.
@@ -50,6 +54,7 @@ struct Shared {
     /// The one under way, or the last one.
     operation: Option<Arc<Operation>>,
     paging: Option<Arc<dyn Paging>>,
+    agent: Option<Arc<AtomicBool>>,
     /// Nothing that takes long is begun or waited for any more.
     is_ending: bool,
 }
@@ -62,6 +67,7 @@ impl Status {
             state: VmState::NotStarted,
             operation: None,
             paging: None,
+            agent: None,
             is_ending: false,
         };
         Arc::new(Self {
@@ -85,10 +91,16 @@ impl Status {
         self.shared().state = state;
     }
 
-    pub(super) fn adopt(&self, state: VmState, paging: Option<Arc<dyn Paging>>) {
+    pub(super) fn adopt(
+        &self,
+        state: VmState,
+        paging: Option<Arc<dyn Paging>>,
+        agent: Option<Arc<AtomicBool>>,
+    ) {
         let mut shared = self.shared();
         shared.state = state;
         shared.paging = paging;
+        shared.agent = agent;
     }
 
     /// A new operation takes the place of the last one.
@@ -105,9 +117,9 @@ impl Status {
     /// Answers `GET /`.
     #[must_use]
     pub fn instance_info(&self) -> InstanceInfo {
-        let (state, paging) = {
+        let (state, paging, agent) = {
             let shared = self.shared();
-            (shared.state, shared.paging.clone())
+            (shared.state, shared.paging.clone(), shared.agent.clone())
         };
         InstanceInfo {
             id: self.id.to_string(),
@@ -116,6 +128,7 @@ impl Status {
             app_name: "Firecracker",
             runnel_version: RUNNEL_VERSION,
             stalled: paging.and_then(|paging| paging.stalled()),
+            guest_agent: agent.map(|agent| agent.load(Ordering::Relaxed)),
         }
     }
 

@@ -88,6 +88,9 @@ pub(super) struct DescriptionState {
     drives: Vec<DriveState>,
     interfaces: Vec<InterfaceState>,
     entropy: bool,
+    /// Images of 0.1.0 know of none.
+    #[serde(default)]
+    guest_channel: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,6 +155,7 @@ impl Section for Description {
             drives: drives.collect(),
             interfaces: interfaces.collect(),
             entropy: self.config.entropy,
+            guest_channel: self.config.guest_channel,
         })
     }
 
@@ -195,7 +199,9 @@ impl Section for Description {
             .collect::<Result<Vec<_>, DescriptionError>>()?;
         refuse_twins(drives.iter().map(|drive| &drive.id))?;
         refuse_twins(interfaces.iter().map(|interface| &interface.id))?;
-        let config = MicrovmConfig::of_saved(machine, drives, interfaces, state.entropy);
+        let mut config = MicrovmConfig::of_saved(machine, drives, interfaces);
+        config.entropy = state.entropy;
+        config.guest_channel = state.guest_channel;
         Ok(Self {
             config,
             drives: records,
@@ -226,7 +232,7 @@ mod tests {
 
     fn state() -> serde_json::Value {
         serde_json::json!({
-            "vcpus": 2, "smt": false, "memory_mib": 64, "entropy": true,
+            "vcpus": 2, "smt": false, "memory_mib": 64, "entropy": true, "guest_channel": true,
             "drives": [{
                 "id": "rootfs", "path": "/gone", "is_root": true, "is_read_only": false, "cache_type": "Writeback",
                 "in_image": true, "bytes": 4096,
@@ -246,6 +252,14 @@ mod tests {
         assert_eq!(description.config.machine.vcpus.get(), 2);
         let saved = description.save(&Paused::until(|| {})).unwrap();
         assert_eq!(saved, serde_json::from_value(state()).unwrap());
+    }
+
+    #[test]
+    fn an_image_that_knows_of_no_guest_channel_has_none() {
+        let mut old = state();
+        old.as_object_mut().unwrap().remove("guest_channel");
+        assert!(!restored(old).unwrap().config.guest_channel);
+        assert!(restored(state()).unwrap().config.guest_channel);
     }
 
     #[test]

@@ -175,9 +175,14 @@ impl DriveCapture<'_> {
 
     fn of_file(self, store: &FileStore) -> io::Result<DriveContent> {
         let dirty = store.dirty().take();
-        let source = source_of(self.below, dirty.pages(), |within| {
-            store.freeze(within, self.early)
-        })?;
+        // What was a hole then and is none now was written to.
+        let data = self.data_ahead.map(|ahead| {
+            let mut data = ahead.clone();
+            data.insert_all(dirty.pages());
+            data
+        });
+        let freeze = |within: Option<&PageSet>| store.freeze(within.or(data.as_ref()), self.early);
+        let source = source_of(self.below, dirty.pages(), freeze)?;
         Ok(DriveContent::without_file(source, dirty))
     }
 

@@ -6,6 +6,7 @@ mod description;
 mod drives;
 #[doc(hidden)]
 pub mod fuzz;
+mod hook;
 mod live;
 mod load;
 mod memory;
@@ -14,12 +15,14 @@ mod save;
 mod watch;
 mod written;
 
+pub use hook::HookError;
 pub use load::LoadError;
 pub use save::SaveError;
 pub use watch::watch;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use runnel_snapshot::digest::BlobDigest;
@@ -180,6 +183,7 @@ impl KvmGuest {
         self.machine.unpause();
         self.is_running = true;
         self.is_held = false;
+        self.let_guest_go();
         if std::mem::take(&mut self.fill_is_due)
             && let Some(pager) = &self.pager
         {
@@ -232,7 +236,13 @@ impl Guest for KvmGuest {
                 check_directory(memory)?;
             }
         }
-        save::save(self, create, operation)
+        let saved = self.ask_guest(create.guest_hook, operation);
+        let saved = saved
+            .map_err(Into::into)
+            .and_then(|()| save::save(self, create, operation));
+        // One that was let run has heard of it already.
+        self.let_guest_go();
+        saved
     }
 
     fn look_after(&mut self) -> Option<Duration> {
@@ -267,5 +277,9 @@ impl Guest for KvmGuest {
 
     fn paging(&self) -> Option<Arc<dyn Paging>> {
         Some(self.pager.as_ref()?.logic().clone())
+    }
+
+    fn agent(&self) -> Option<Arc<AtomicBool>> {
+        Some(self.machine.board().guest_channel()?.has_agent().clone())
     }
 }

@@ -66,6 +66,7 @@ impl Microvm {
             &acpi::Description {
                 vcpus: topology.vcpus,
                 virtio,
+                guest_channel: config.guest_channel,
             },
         )?;
         board.vmgenid().write_new(&ram)?;

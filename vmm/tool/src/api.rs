@@ -71,6 +71,8 @@ pub(crate) struct InstanceInfo {
     pub(crate) state: String,
     /// Why the machine is stalled, if it is.
     pub(crate) stalled: Option<Stalled>,
+    /// Whether an agent in the guest has announced itself, if there is a channel for one.
+    pub(crate) guest_agent: Option<bool>,
 }
 
 /// A chunk that cannot be had.
@@ -371,10 +373,11 @@ mod tests {
 
     #[test]
     fn a_stalled_machine_is_understood() {
-        let answer = "HTTP/1.1 200 OK\r\n\r\n{\"id\":\"x\",\"state\":\"Running\",\"stalled\":{\"volume\":\"memory\",\"chunk\":7,\"reason\":\"away\",\"waiting_ms\":9}}";
+        let answer = "HTTP/1.1 200 OK\r\n\r\n{\"id\":\"x\",\"state\":\"Running\",\"stalled\":{\"volume\":\"memory\",\"chunk\":7,\"reason\":\"away\",\"waiting_ms\":9},\"guest_agent\":true}";
         served(answer, |api| {
             let info = api.instance_info().unwrap();
             assert_eq!(info.state, "Running");
+            assert_eq!(info.guest_agent, Some(true));
             assert_eq!(info.stalled.unwrap().chunk, 7);
         });
     }

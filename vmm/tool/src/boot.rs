@@ -224,6 +224,11 @@ impl Boot {
         bodies.filter_map(|body| body["path_on_host"].as_str())
     }
 
+    /// Adds a channel to an agent in the guest.
+    pub(crate) fn add_guest_channel(&mut self) {
+        self.put("/guest-channel", json!({}));
+    }
+
     /// Adds an entropy device.
     pub(crate) fn add_entropy(&mut self) {
         self.put("/entropy", json!({}));

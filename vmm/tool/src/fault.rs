@@ -4,7 +4,7 @@
 //! that knows which.
 
 /// The API's words, and the tool's.
-const WORDS: [(&str, &str); 8] = [
+const WORDS: [(&str, &str); 10] = [
     // What to give comes with how it is written.
     ("with `drive_overrides`", "with `--drive ID=PATH`"),
     ("with `network_overrides`", "with `--tap ID=TAP`"),
@@ -12,6 +12,8 @@ const WORDS: [(&str, &str); 8] = [
     ("`network_overrides`", "`--tap`"),
     ("`excluded_drives`", "`--exclude`"),
     ("`overlay_directory`", "`--overlay-directory`"),
+    ("`guest_hook`", "`--guest-hook`"),
+    ("PUT /guest-channel", "`runnel run --guest-channel`"),
     ("Invalid host_dev_name", "Invalid tap"),
     ("GET / no longer says so", "`runnel ps` no longer says so"),
 ];

@@ -163,6 +163,7 @@ fn answers_are_what_the_document_says() {
     let interface = json!({"iface_id": "a", "host_dev_name": "tap0", "guest_mac": "06:00:00:00:00:01"});
     assert_eq!(monitor.ask("PUT", "/network-interfaces/a", &interface).0, 204);
     assert_eq!(monitor.ask("PUT", "/entropy", &json!({})).0, 204);
+    assert_eq!(monitor.ask("PUT", "/guest-channel", &json!({})).0, 204);
     let monitor = monitor.started();
     check_all(&monitor);
     assert_eq!(

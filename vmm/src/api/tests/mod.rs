@@ -43,6 +43,7 @@ fn the_machine_is_configured_started_paused_and_described() {
     let interface = json!({"iface_id": "eth0", "host_dev_name": "tap0", "guest_mac": "06:00:00:00:00:01"});
     assert_eq!(client.ask("PUT", "/network-interfaces/eth0", &interface).0, 204);
     assert_eq!(client.ask("PUT", "/entropy", &json!({})).0, 204);
+    assert_eq!(client.ask("PUT", "/guest-channel", &json!({})).0, 204);
     assert_eq!(
         client
             .ask("PUT", "/serial", &json!({"serial_out_path": "/tmp/out"}))
@@ -52,7 +53,11 @@ fn the_machine_is_configured_started_paused_and_described() {
     assert_eq!(client.ask("PUT", "/logger", &json!({"level": "Debug"})).0, 204);
 
     let monitor = monitor.started();
-    assert_eq!(client.ask("GET", "/", &Value::Null).1["state"], "Running");
+    let about = client.ask("GET", "/", &Value::Null).1;
+    assert_eq!(
+        (&about["state"], &about["guest_agent"]),
+        (&json!("Running"), &json!(true))
+    );
     assert_eq!(client.ask("PATCH", "/vm", &json!({"state": "Paused"})).0, 204);
     assert_eq!(client.ask("GET", "/", &Value::Null).1["state"], "Paused");
     assert_eq!(client.ask("PATCH", "/vm", &json!({"state": "Resumed"})).0, 204);
@@ -66,6 +71,7 @@ fn the_machine_is_configured_started_paused_and_described() {
     assert_eq!(status, 200);
     assert_eq!(whole["machine-config"], expected);
     assert_eq!(whole["drives"][0]["drive_id"], "rootfs");
+    assert_eq!(whole["guest-channel"], json!({}));
     assert_eq!(whole["network-interfaces"][0]["guest_mac"], "06:00:00:00:00:01");
     assert_eq!(whole["boot-source"]["kernel_image_path"], "/proc/self/exe");
     drop(monitor);
@@ -128,6 +134,17 @@ fn malformed_bodies_are_refused_and_change_nothing() {
             json!({"iface_id": "a", "host_dev_name": "t", "guest_mac": "1"}),
         ),
         ("PUT", "/entropy", json!({"seed": 1})),
+        ("PUT", "/guest-channel", json!({"path": "x"})),
+        (
+            "PUT",
+            "/snapshot/create",
+            json!({"image_path": "i", "guest_hook": {"deadline_ms": 1, "timeout": 1}}),
+        ),
+        (
+            "PUT",
+            "/snapshot/create",
+            json!({"image_path": "i", "guest_hook": {"otherwise": "wait"}}),
+        ),
         ("PUT", "/serial", json!({"path": "x"})),
         ("PUT", "/logger", json!({"file": "x"})),
         ("PUT", "/actions", json!({"action_type": "Explode"})),

@@ -1,4 +1,5 @@
 use super::*;
+use crate::config::Otherwise;
 
 fn create(json: &str) -> Result<CreateSnapshot, SnapshotError> {
     serde_json::from_str::<CreateSnapshotBody>(json)
@@ -59,6 +60,10 @@ fn what_is_missing_or_too_much_is_named() {
         (
             r#"{"image_path": "i", "snapshot_path": "s"}"#,
             SnapshotError::Exclusive("image_path", "snapshot_path"),
+        ),
+        (
+            r#"{"snapshot_path": "s", "mem_file_path": "m", "guest_hook": {}}"#,
+            SnapshotError::Needs("guest_hook", "image_path"),
         ),
         (
             r#"{"image_path": "i", "mem_file_path": "m"}"#,
@@ -165,5 +170,28 @@ fn overrides_name_each_thing_once_and_by_a_possible_name() {
             field: "excluded_drives",
             ..
         })
+    ));
+}
+
+#[test]
+fn a_guest_is_asked_for_five_seconds_and_insisted_upon_unless_told_otherwise() {
+    let hook = |json: &str| {
+        let body = format!(r#"{{"image_path": "i", "guest_hook": {json}}}"#);
+        create(&body).map(|create| create.guest_hook)
+    };
+    let of = |ms, otherwise| {
+        let deadline = Duration::from_millis(ms);
+        Ok(Some(GuestHook { deadline, otherwise }))
+    };
+    assert_eq!(hook("null"), Ok(None));
+    assert_eq!(hook("{}"), of(5000, Otherwise::Fail));
+    assert_eq!(
+        hook(r#"{"deadline_ms": 600000, "otherwise": "proceed"}"#),
+        of(600_000, Otherwise::Proceed)
+    );
+    assert!(!hook(r#"{"deadline_ms": 0}"#).unwrap().unwrap().asks());
+    assert!(matches!(
+        hook(r#"{"deadline_ms": 600001}"#),
+        Err(SnapshotError::HookDeadline(_))
     ));
 }

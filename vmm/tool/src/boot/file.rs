@@ -12,10 +12,11 @@ use super::{Boot, BootError, is_id};
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// The parts that are understood.
-const PARTS: [&str; 7] = [
+const PARTS: [&str; 8] = [
     "boot-source",
     "drives",
     "entropy",
+    "guest-channel",
     "logger",
     "machine-config",
     "network-interfaces",
@@ -108,6 +109,9 @@ impl Boot {
         if let Some(entropy) = take("entropy") {
             boot.put("/entropy", entropy);
         }
+        if let Some(channel) = take("guest-channel") {
+            boot.put("/guest-channel", channel);
+        }
         for part in ["serial", "logger"] {
             if take(part).is_some() {
                 tracing::warn!("{part} of the configuration is not used: `runnel` decides where it goes");
@@ -165,6 +169,7 @@ mod tests {
             "machine-config": { "vcpu_count": 4, "mem_size_mib": 1024 },
             "network-interfaces": [{ "iface_id": "eth0", "host_dev_name": "tap0" }],
             "entropy": {},
+            "guest-channel": {},
             "balloon": null,
             "pmem": [],
         }))
@@ -177,7 +182,8 @@ mod tests {
                 "/boot-source",
                 "/drives/rootfs",
                 "/network-interfaces/eth0",
-                "/entropy"
+                "/entropy",
+                "/guest-channel"
             ]
         );
         assert_eq!(

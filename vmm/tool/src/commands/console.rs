@@ -149,6 +149,7 @@ mod tests {
         let info = |state: &str, stalled| InstanceInfo {
             state: state.into(),
             stalled,
+            guest_agent: None,
         };
         let stalled = Stalled {
             volume: "memory".into(),

@@ -30,7 +30,8 @@ not. ARRIVED is how much of its memory and disks a machine that was resumed from
 one image share its pages, so each counts what has come over the network and lies in memory once: `runnel agent --status`
 counts by image. FROM is where an image is read now, if its agent says so, else where it was resumed from. A stalled machine
 waits for a chunk that cannot be had: below the table is why, and what ends the wait. One that is saving stands for a
-snapshot: some milliseconds, or, loaded from Firecracker's two files, until its memory is read.
+snapshot: some milliseconds, or, loaded from Firecracker's two files, until its memory is read. With --json \"guest_agent\"
+is whether an agent in the guest has announced itself, of a machine with a guest channel.
 
 Logs lie in $XDG_RUNTIME_DIR/runnel, or in /run/runnel for root without it: machines/NAME/vmm.log of a machine that runs,
 ended/NAME.log of one that has ended, ended/NAME.1.log and so on of those of that name before (the last 32 in all),
@@ -61,6 +62,8 @@ struct Row {
     resident_bytes: Option<u64>,
     volumes: Vec<Residency>,
     stalled: Option<Stalled>,
+    /// Whether an agent in the guest has announced itself; null without a guest channel.
+    guest_agent: Option<bool>,
     /// The snapshot that is being made or loaded, if one is.
     operation: Option<Operation>,
     image: Option<String>,
@@ -81,9 +84,13 @@ impl Row {
             (progress.operation, progress.volumes)
         });
         let operation = operation.filter(Operation::is_under_way);
-        let (state, stalled) = match info {
-            Some(info) => (state_of(&info, operation.as_ref()), info.stalled),
-            None => ("unresponsive".to_owned(), None),
+        let (state, stalled, guest_agent) = match info {
+            Some(info) => (
+                state_of(&info, operation.as_ref()),
+                info.stalled,
+                info.guest_agent,
+            ),
+            None => ("unresponsive".to_owned(), None, None),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
@@ -97,6 +104,7 @@ impl Row {
             resident_bytes: machine.id.resident_bytes(),
             volumes,
             stalled,
+            guest_agent,
             operation,
             image: record.image.clone(),
             read_at: agents.place_of(record),
@@ -246,6 +254,7 @@ mod tests {
             resident_bytes: Some(3 << 20),
             volumes: Vec::new(),
             stalled: None,
+            guest_agent: None,
             operation: None,
             image: None,
             read_at: None,
@@ -350,6 +359,7 @@ mod tests {
         let info = InstanceInfo {
             state: "Running".into(),
             stalled: None,
+            guest_agent: None,
         };
         for (operation, state, remark) in [
             (operation("create", true), "saving", "is being saved, and stands"),

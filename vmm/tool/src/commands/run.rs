@@ -76,8 +76,12 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     track_dirty_pages: bool,
 
+    /// Give the guest a second serial port (ttyS1), over which its agent is asked to prepare for snapshots
+    #[arg(long)]
+    guest_channel: bool,
+
     /// Take all of that from Firecracker's configuration file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng", "track_dirty_pages"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline", "memory", "vcpus", "drives", "interfaces", "rng", "track_dirty_pages", "guest_channel"])]
     config: Option<PathBuf>,
 
     /// What the machine is called, 1 to 64 letters, digits and hyphens; m1, m2, … unless given
@@ -114,6 +118,9 @@ impl RunArgs {
         }
         if self.track_dirty_pages {
             boot.track_dirty_pages();
+        }
+        if self.guest_channel {
+            boot.add_guest_channel();
         }
         Ok(boot)
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use crate::operation::{self, Outcome};
 use crate::output::{OutputArgs, print, print_json, tell};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
-use crate::size;
+use crate::size::{self, parse_duration};
 use crate::stall;
 use crate::state::{Machine, MachineName, StateFolder};
 
@@ -34,7 +34,8 @@ other.
 Examples:
     runnel snapshot web web-v1
     runnel snapshot web web-v2 --diff
-    runnel snapshot web /srv/images/web-v1 --exclude scratch";
+    runnel snapshot web /srv/images/web-v1 --exclude scratch
+    runnel snapshot web web-v2 --guest-hook --hook-deadline 20s";
 
 /// The machine is no more.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +89,16 @@ pub(crate) struct SnapshotArgs {
     #[arg(long = "exclude", value_name = "DRIVE")]
     excluded: Vec<String>,
 
+    /// Whether the guest's agent is asked to prepare, and what becomes of the snapshot if it is not ready in time: fail
+    /// (if --guest-hook alone is given), proceed, or off, for not asking. An agent that is there is asked, and not insisted
+    /// upon, if nothing is given
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "fail")]
+    guest_hook: Option<HookFlag>,
+
+    /// How long it may take: 500ms, 20s, 2m [default: 5s]
+    #[arg(long, value_name = "TIME", requires = "guest_hook", value_parser = parse_duration)]
+    hook_deadline: Option<Duration>,
+
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -133,6 +144,30 @@ pub(crate) fn save(
     }
 }
 
+/// `--guest-hook`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum HookFlag {
+    Fail,
+    Proceed,
+    Off,
+}
+
+impl SnapshotArgs {
+    /// `guest_hook`, in the API's words.
+    fn guest_hook(&self) -> Option<Value> {
+        let otherwise = match self.guest_hook? {
+            HookFlag::Off => return Some(json!({ "deadline_ms": 0 })),
+            HookFlag::Fail => "fail",
+            HookFlag::Proceed => "proceed",
+        };
+        let mut hook = json!({ "otherwise": otherwise });
+        if let Some(deadline) = self.hook_deadline {
+            hook["deadline_ms"] = json!(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
+        }
+        Some(hook)
+    }
+}
+
 pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     // What was typed comes before what runs.
@@ -145,6 +180,9 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     }
     if args.diff {
         body["snapshot_type"] = json!("Diff");
+    }
+    if let Some(hook) = args.guest_hook() {
+        body["guest_hook"] = hook;
     }
     let started = Instant::now();
     let api = Api::new(&machine.folder.api_socket());
@@ -191,4 +229,37 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         elapsed.as_secs_f64(),
     ))?;
     Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: SnapshotArgs,
+    }
+
+    fn hook(flags: &[&str]) -> Option<Value> {
+        let words = [&["x", "web", "web-v1"][..], flags].concat();
+        Line::try_parse_from(words).unwrap().args.guest_hook()
+    }
+
+    #[test]
+    fn the_guest_is_asked_as_the_flags_say() {
+        assert_eq!(hook(&[]), None);
+        assert_eq!(hook(&["--guest-hook"]), Some(json!({ "otherwise": "fail" })));
+        assert_eq!(
+            hook(&["--guest-hook=proceed", "--hook-deadline", "20s"]),
+            Some(json!({ "otherwise": "proceed", "deadline_ms": 20_000 }))
+        );
+        assert_eq!(hook(&["--guest-hook=off"]), Some(json!({ "deadline_ms": 0 })));
+        for strange in [&["--hook-deadline", "20s"][..], &["--guest-hook=wait"]] {
+            let words = [&["x", "web", "web-v1"][..], strange].concat();
+            assert!(Line::try_parse_from(words).is_err(), "{strange:?}");
+        }
+    }
 }

@@ -232,7 +232,15 @@ mod tests {
                 needs_repair,
             });
             let state = state.into();
-            check_hearing(&name, &InstanceInfo { state, stalled }).map_err(|error| error.to_string())
+            check_hearing(
+                &name,
+                &InstanceInfo {
+                    state,
+                    stalled,
+                    guest_agent: None,
+                },
+            )
+            .map_err(|error| error.to_string())
         };
         assert_eq!(told("Running", None), Ok(()));
         assert_eq!(told("Running", Some(false)), Ok(()));
