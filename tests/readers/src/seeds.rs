@@ -123,6 +123,10 @@ fn api_requests() -> Vec<Vec<u8>> {
         ),
         ask(
             "PUT /snapshot/load",
+            &json!({"image": "/i", "record": {"path": "/w", "duration_ms": 5}}),
+        ),
+        ask(
+            "PUT /snapshot/load",
             &json!({"snapshot_path": "/s", "mem_backend": {"backend_type": "File", "backend_path": "/m"}, "resume_vm": true}),
         ),
     ]

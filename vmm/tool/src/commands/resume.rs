@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::Failure;
 use super::agent::{AgentFlags, ensure_running};
+use super::optimize::beside;
 use crate::boot::Override;
 use crate::drives::warn_of_rests;
 use crate::exit::Exit;
@@ -33,7 +34,8 @@ are for an agent that is started now; one that runs keeps its own. Console and e
 Examples:
     runnel resume web-v1
     runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
-    runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
+    runnel resume ./web-v1 --drive scratch=/srv/scratch.img
+    runnel resume web-v1 --record --record-for 30s";
 
 /// How long an agent may take to say what it has open.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
@@ -78,6 +80,15 @@ pub(crate) struct ResumeArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     stall_after: Option<Duration>,
 
+    /// Write down which chunks of the image the machine touches first, in order, until it is paused, saved or ends, for
+    /// `runnel image optimize`: into FILE, or IMAGE.working-set beside the directory of an image of this host
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    record: Option<Option<PathBuf>>,
+
+    /// With --record: end with that after this time: 30s, 2m
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "record")]
+    record_for: Option<Duration>,
+
     /// Load the machine and let it stand still, until `runnel unpause`
     #[arg(long)]
     paused: bool,
@@ -98,9 +109,28 @@ pub(crate) struct ResumeArgs {
     json: bool,
 }
 
+/// `--record` of an image that has no place on this host.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is of another host, and nothing is recorded there: say where to, with --record=FILE")]
+struct NowhereToRecord(String);
+
 impl ResumeArgs {
+    /// The file that is recorded to.
+    fn record_to(&self, image: &ImageReference) -> Result<Option<PathBuf>, NowhereToRecord> {
+        let path = match (&self.record, image) {
+            (None, _) => return Ok(None),
+            (Some(Some(path)), _) => path.clone(),
+            (Some(None), ImageReference::Directory { path, .. }) => beside(path),
+            (Some(None), remote @ ImageReference::Remote { .. }) => {
+                return Err(NowhereToRecord(remote.to_string()));
+            }
+        };
+        // The monitor need not have this command's working directory.
+        Ok(Some(std::path::absolute(&path).unwrap_or(path)))
+    }
+
     /// The body of the request.
-    fn load(&self, image: &ImageReference, agent: Option<&Path>) -> Value {
+    fn load(&self, image: &ImageReference, agent: Option<&Path>, record_to: Option<&Path>) -> Value {
         let mut body = json!({
             "image": image.to_string(),
             "resume_vm": !self.paused,
@@ -112,6 +142,12 @@ impl ResumeArgs {
         if let Some(directory) = &self.overlay_directory {
             // The monitor need not have this command's working directory.
             body["overlay_directory"] = json!(std::path::absolute(directory).unwrap_or(directory.clone()));
+        }
+        if let Some(path) = record_to {
+            body["record"] = json!({ "path": path });
+            if let Some(time) = self.record_for {
+                body["record"]["duration_ms"] = json!(time.as_millis());
+            }
         }
         if let Some(time) = self.stall_after {
             body["stall_after_ms"] = json!(time.as_millis());
@@ -139,6 +175,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     }
     args.agent.check()?;
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
+    let record_to = args.record_to(&image)?;
     let state = StateFolder::open()?;
     let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });
     let agent = if wants_agent {
@@ -154,7 +191,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
         ..Record::now()
     };
     monitor.folder().record(&record)?;
-    let body = args.load(&image, agent.as_deref());
+    let body = args.load(&image, agent.as_deref(), record_to.as_deref());
     warn_of_rests(args.drives.iter().map(|drive| &*drive.value));
     let start = |monitor: &Monitor<'_>| load(monitor, body, record, &signals);
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
@@ -238,7 +275,7 @@ mod tests {
         let own = ["--no-clock-realtime", "--overlay-directory", "/srv/overlays"];
         let args = Line::parse_from([&["x", "./web"][..], &overrides, &rest, &own].concat()).args;
         let image = "/images/web".parse().unwrap();
-        let body = args.load(&image, Some(Path::new("/run/agent.sock")));
+        let body = args.load(&image, Some(Path::new("/run/agent.sock")), None);
         let expected = json!({
             "image": "/images/web",
             "agent_path": "/run/agent.sock",
@@ -253,9 +290,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_recorded_goes_beside_an_image_of_this_host_or_where_it_is_told() {
+        let image: ImageReference = "/images/web".parse().unwrap();
+        let remote: ImageReference = "http://10.0.0.1:5000/web".parse().unwrap();
+        let args = Line::parse_from(["x", "--record", "--record-for", "30s", "web"]).args;
+        let path = args.record_to(&image).unwrap().unwrap();
+        assert_eq!(path, Path::new("/images/web.working-set"));
+        let record = &args.load(&image, None, Some(&path))["record"];
+        assert_eq!(*record, json!({ "path": path, "duration_ms": 30_000 }));
+        let refused = args.record_to(&remote).unwrap_err().to_string();
+        assert!(refused.contains("--record=FILE"), "{refused}");
+        let args = Line::parse_from(["x", "--record=/srv/set", "web"]).args;
+        assert_eq!(args.record_to(&remote).unwrap(), Some("/srv/set".into()));
+        assert!(Line::try_parse_from(["x", "--record-for", "30s", "web"]).is_err());
+    }
+
+    #[test]
     fn what_is_not_asked_for_is_left_out_and_the_clock_is_right_by_itself() {
         let args = Line::parse_from(["x", "./web"]).args;
-        let body = args.load(&"/images/web".parse().unwrap(), None);
+        let image = "/images/web".parse().unwrap();
+        assert_eq!(args.record_to(&image).unwrap(), None);
+        let body = args.load(&image, None, None);
         assert_eq!(
             body,
             json!({ "image": "/images/web", "resume_vm": true, "clock_realtime": true })
