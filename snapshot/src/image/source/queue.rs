@@ -26,6 +26,10 @@ const STAND_BACK: Duration = Duration::from_millis(100);
 /// How long somebody who waits for chunks keeps what the last ones needed.
 pub(super) const REST_AFTER: Duration = Duration::from_secs(1);
 
+/// Recorded chunks that are handed out together, if there are as many: a request for each would take longer than the
+/// bytes of some more.
+const RECORDED_RUN_MIN: usize = 4;
+
 /// How often fill looks whether there is room for it again.
 const ROOM_LOOK: Duration = Duration::from_secs(1);
 
@@ -280,7 +284,11 @@ impl Lines {
             return None;
         }
         let line = &self.lines[Urgency::Recorded as usize];
-        let chunks_max = (line.len().div_ceil(rules.recorded_hands_max)).clamp(1, rules.recorded_run_max);
+        let fair = line
+            .len()
+            .div_ceil(rules.recorded_hands_max)
+            .max(RECORDED_RUN_MIN);
+        let chunks_max = fair.min(rules.recorded_run_max);
         let mut chunks: Vec<ChunkId> = Vec::with_capacity(chunks_max);
         while chunks.len() < chunks_max
             && let Some(next) = self.pop(Urgency::Recorded)
