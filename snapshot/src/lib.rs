@@ -29,5 +29,7 @@ pub mod source;
 pub mod state;
 pub mod units;
 mod unnamed;
+mod varint;
 pub mod verify;
 pub mod volume;
+pub mod working_set;

@@ -171,6 +171,9 @@ void obey(const char *word) {
     } else if (is(word, "touch")) { /* touch:START:BYTES */
         u64 pages, total = touch(a[0], a[1], &pages);
         done("touch"), field("pages", pages), field_hex("total", total), end_line();
+    } else if (is(word, "spread")) { /* spread:START:BYTES:PIECE:PIECES */
+        u64 total = spread(a[0], a[1], a[2], a[3]);
+        done("spread"), field_hex("total", total), end_line();
     } else if (is(word, "poke")) { /* poke:ADDRESS:VALUE */
         *(volatile u64 *)a[0] = a[1];
         done("poke"), end_line();

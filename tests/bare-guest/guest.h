@@ -59,6 +59,7 @@ u64 churn(u64 start, u64 bytes, int (*is_over)(void), u64 *rounds);
 u64 longest_gap(u64 start, u64 bytes, u64 *writes);
 u64 sum(u64 start, u64 bytes);
 u64 touch(u64 start, u64 bytes, u64 *pages);
+u64 spread(u64 start, u64 bytes, u64 piece, u64 pieces);
 void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches);
 
 /* smp.c */

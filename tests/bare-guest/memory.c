@@ -104,6 +104,17 @@ u64 touch(u64 start, u64 bytes, u64 *pages) {
     return sum;
 }
 
+/* Reads a word of each page of some pieces of a range, which lie all over it: piece by piece, scattered. */
+u64 spread(u64 start, u64 bytes, u64 piece, u64 pieces) {
+    u64 count = piece ? bytes / piece : 0, sum = 0, at = 0, step = scattered_step(count);
+    if (pieces > count) pieces = count;
+    for (u64 i = 0; i < pieces; i++) {
+        for (u64 page = 0; page < piece; page += PAGE) sum += *(volatile u64 *)(start + at * piece + page);
+        at = (at + step) % count;
+    }
+    return sum;
+}
+
 /* Reads a word of some of the pages, scattered, and notes how many cycles each read took. */
 void time_touches(u64 start, u64 bytes, u64 *cycles, u64 touches) {
     u64 count = bytes / PAGE, page = 0, step = scattered_step(count);

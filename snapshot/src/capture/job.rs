@@ -6,13 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::CaptureSettings;
-use super::changes::{Changes, Merge};
+use super::changes::{Changes, Hot, HotLayer, Merge};
 use super::content::Content;
 use super::image_content::ImageContent;
 use super::pool::capture_volume;
 use super::progress::{Progress, Stage};
 use super::volume_writer::{VolumeWriter, WriteError, WrittenVolume};
-use crate::blobs::Blob;
+use crate::blobs::{Blob, BlobStore};
 use crate::digest::BlobDigest;
 use crate::image::layout::{Layout, LayoutError};
 use crate::image::manifest::{ImageVolume, ManifestDraft};
@@ -23,6 +23,7 @@ use crate::pager::PageSet;
 use crate::state::{FirstChunk, MachineState, StateError};
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
+use crate::working_set::WorkingSet;
 
 /// Why there is no image.
 #[derive(Debug, thiserror::Error)]
@@ -154,6 +155,18 @@ pub enum VolumeSource {
     },
     /// It is byte for byte the volume of an image, and becomes one full layer, cut into chunks as it is there.
     Squashed(Arc<ImageContent>),
+    /// It is byte for byte the volume of an image of this host, with a layer over the others that has some of its chunks
+    /// again, laid together.
+    HotFirst {
+        /// Where the image's blobs are read.
+        store: Arc<dyn BlobStore>,
+        /// The image's directory.
+        layout: Arc<Layout>,
+        /// The volume there.
+        base: ImageVolume,
+        /// The chunks, each once, in the order in which they are to lie.
+        chunks: Vec<ChunkIndex>,
+    },
 }
 
 impl VolumeSource {
@@ -161,6 +174,7 @@ impl VolumeSource {
         match self {
             Self::Content(content) | Self::Changes { content, .. } => content.bytes(),
             Self::Unchanged { volume, .. } => volume.root.volume_bytes(),
+            Self::HotFirst { base, .. } => base.root.volume_bytes(),
             Self::Squashed(content) => content.bytes(),
         }
     }
@@ -173,10 +187,16 @@ pub struct Job {
     /// The chunks whose entries go into the machine state.
     first_chunks: Vec<(VolumeName, ChunkIndex)>,
     parent: Option<BlobDigest>,
-    /// That of another image of the same chunks, and where it is.
-    working_set: Option<(Arc<Layout>, Blob)>,
+    working_set: Option<Recorded>,
     name: Option<String>,
     progress: Arc<Progress>,
+}
+
+/// Where a working set comes from.
+enum Recorded {
+    /// From another image of the same chunks, which lies there.
+    Of(Arc<Layout>, Blob),
+    New(WorkingSet),
 }
 
 /// An image that was made.
@@ -235,7 +255,14 @@ impl Job {
     /// The working set of an image that is written anew, which lies in `layout`.
     #[must_use]
     pub fn with_working_set(mut self, layout: Arc<Layout>, working_set: Blob) -> Self {
-        self.working_set = Some((layout, working_set));
+        self.working_set = Some(Recorded::Of(layout, working_set));
+        self
+    }
+
+    /// What was recorded with a machine of this image's volumes.
+    #[must_use]
+    pub fn with_recorded(mut self, working_set: WorkingSet) -> Self {
+        self.working_set = Some(Recorded::New(working_set));
         self
     }
 
@@ -305,6 +332,22 @@ impl Job {
                     };
                     self.capture_changes(&publication, position, changes, layout, wanted)?
                 }
+                VolumeSource::HotFirst {
+                    store,
+                    layout,
+                    base,
+                    chunks,
+                } => {
+                    let index = base_index(name, layout, base)?;
+                    let hot = Hot {
+                        name,
+                        store,
+                        base,
+                        index: &index,
+                        chunks,
+                    };
+                    self.lay_together(&publication, position, hot, layout, wanted)?
+                }
             };
             places.extend(
                 wanted
@@ -325,9 +368,14 @@ impl Job {
                 })
             })
             .collect();
-        if let Some((layout, working_set)) = &self.working_set {
-            publication.take_over(layout, working_set)?;
-        }
+        let working_set = match &self.working_set {
+            None => None,
+            Some(Recorded::Of(layout, blob)) => {
+                publication.take_over(layout, blob)?;
+                Some(*blob)
+            }
+            Some(Recorded::New(set)) => Some(publication.add(&set.to_bytes())?),
+        };
         let state_bytes = state.encode()?;
         let state = publication.add(&state_bytes)?;
         if self.progress.is_cancelled() {
@@ -338,7 +386,7 @@ impl Job {
             state,
             state_inline: Some(state_bytes),
             volumes,
-            working_set: self.working_set.as_ref().map(|(_, blob)| *blob),
+            working_set,
             parent: self.parent,
         };
         let manifest = publication.publish(&draft, self.name.as_deref())?;
@@ -383,6 +431,28 @@ impl Job {
             publication.take_over(layout, &layer)?;
         }
         let written = merge.capture(&self.settings, publication, (&self.progress, position), wanted)?;
+        self.progress.set_stored(position, written.volume.stored_bytes());
+        Ok(written)
+    }
+
+    fn lay_together(
+        &self,
+        publication: &Publication,
+        position: usize,
+        hot: Hot<'_>,
+        layout: &Layout,
+        wanted: BTreeSet<ChunkIndex>,
+    ) -> Result<WrittenVolume, CaptureError> {
+        let layer = HotLayer::new(hot, &self.progress)?;
+        for kept in layer.kept_layers() {
+            publication.take_over(layout, &kept)?;
+        }
+        let written = layer.capture(
+            self.settings.level,
+            publication,
+            (&self.progress, position),
+            wanted,
+        )?;
         self.progress.set_stored(position, written.volume.stored_bytes());
         Ok(written)
     }

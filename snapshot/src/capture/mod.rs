@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Of a volume that lies over an image's, what changed may be captured alone (`changes`), and an image of many layers
-//! be written anew as one of few ([`squash`]).
+//! be written anew as one of few ([`squash`]), or with what a resumed machine touches first laid together ([`optimize`]).
 //!
 //! The machine may stand still meanwhile, or run on while its [`Content`] answers with what each page was at the
 //! pause: nothing here knows which. Whatever fails, or a cancellation, leaves no half image and no thread behind.
@@ -16,6 +16,7 @@ pub mod content;
 mod image_content;
 mod job;
 mod line;
+pub mod optimize;
 mod pool;
 pub mod progress;
 pub mod raw;

@@ -71,6 +71,27 @@ impl ChunkReader {
         Ok(())
     }
 
+    /// Fills `frame` with the frame that an index names, as it is stored; nothing in it was verified. Tells the layer that
+    /// it is of.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub fn read_frame(
+        &self,
+        store: &dyn BlobStore,
+        layers: &[Blob],
+        stored: &StoredChunk,
+        frame: &mut Vec<u8>,
+    ) -> Result<BlobDigest, ChunkError> {
+        let number = stored.layer.0;
+        let layer = layers
+            .get(usize::from(number))
+            .ok_or(ChunkError::NoLayer(number))?;
+        frame.resize(stored.frame.len as usize, 0);
+        store.read_range(layer, stored.frame.start, frame)?;
+        Ok(layer.digest)
+    }
+
     fn decode(
         &mut self,
         store: &dyn BlobStore,

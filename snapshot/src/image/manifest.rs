@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::blobs::Blob;
 use crate::digest::BlobDigest;
 use crate::index::{IndexRoot, LAYERS_MAX, RootError};
+use crate::source::SourceVolume;
 use crate::volume::VolumeName;
 
 /// The manifest's own media type.
@@ -222,6 +223,16 @@ impl ImageVolume {
         };
         let layers = self.layers.iter().enumerate();
         layers.map(move |(number, blob)| (*blob, kind(number)))
+    }
+
+    /// The volume, as a source of chunks has it.
+    #[must_use]
+    pub fn as_source(&self) -> SourceVolume {
+        SourceVolume {
+            name: self.name.clone(),
+            bytes: self.root.volume_bytes(),
+            chunk_size: self.root.chunk_size(),
+        }
     }
 
     /// How long the layers are, as [`crate::index::IndexReader`] wants to know it.

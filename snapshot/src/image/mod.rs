@@ -24,8 +24,10 @@ use std::sync::Arc;
 use crate::blobs::{BlobError, BlobStore, read_verified};
 use crate::digest::BlobDigest;
 use crate::index::{IndexReader, RootError};
+use crate::source::{ChunkId, SourceVolume};
 use crate::state::{MachineState, STATE_BYTES_MAX, StateError};
 use crate::volume::VolumeName;
+use crate::working_set::{Misfit, WORKING_SET_BYTES_MAX, WorkingSet, WorkingSetError};
 pub use first_chunks::MisplacedChunk;
 use layout::{Layout, LayoutError};
 use manifest::{ImageManifest, ImageVolume, MANIFEST_BYTES_MAX, ManifestError};
@@ -48,6 +50,24 @@ pub enum ImageError {
     /// The machine state does not fit to the manifest.
     #[error(transparent)]
     FirstChunk(#[from] MisplacedChunk),
+    /// The working set makes no sense.
+    #[error("working set {digest}")]
+    WorkingSet {
+        /// The blob.
+        digest: BlobDigest,
+        /// What is wrong.
+        #[source]
+        source: WorkingSetError,
+    },
+    /// The working set does not fit to the manifest.
+    #[error("working set {digest}")]
+    Misfit {
+        /// The blob.
+        digest: BlobDigest,
+        /// What is wrong.
+        #[source]
+        source: Misfit,
+    },
 }
 
 impl ImageError {
@@ -79,7 +99,11 @@ impl ImageError {
                     ..
                 },
             )
-            | Self::State(StateError::Newer { .. }) => false,
+            | Self::State(StateError::Newer { .. })
+            | Self::WorkingSet {
+                source: WorkingSetError::Newer(_),
+                ..
+            } => false,
             _ => true,
         }
     }
@@ -126,6 +150,51 @@ impl Image {
         let state = MachineState::decode(&self.state_bytes()?)?;
         first_chunks::check(&state.first_chunks, &self.manifest.volumes)?;
         Ok(state)
+    }
+
+    /// Reads the recorded working set, if there is one. Each of its chunks is one of the image's volumes.
+    ///
+    /// # Errors
+    /// When it cannot be had, does not match its digest, is not of this image's volumes, or of a newer Runnel. The image
+    /// is good without.
+    pub fn working_set(&self) -> Result<Option<WorkingSet>, ImageError> {
+        let Some(blob) = &self.manifest.working_set else {
+            return Ok(None);
+        };
+        let digest = blob.digest;
+        let bytes = read_verified(self.store.as_ref(), blob, WORKING_SET_BYTES_MAX)?;
+        let set = WorkingSet::parse(&bytes).map_err(|source| ImageError::WorkingSet { digest, source })?;
+        let fits = set.of_volumes(&self.source_volumes());
+        fits.map_err(|source| ImageError::Misfit { digest, source })?;
+        Ok(Some(set))
+    }
+
+    /// The chunks of the working set, in order, for whoever asks for them ahead. None where there is none, nor where it
+    /// cannot be used: that is told in the log, and costs the time that it would have saved.
+    #[must_use]
+    pub fn recorded_chunks(&self) -> Vec<ChunkId> {
+        let set = match self.working_set() {
+            Ok(set) => set.unwrap_or_default(),
+            Err(error) => {
+                let mut reason = error.to_string();
+                let mut source = std::error::Error::source(&error);
+                while let Some(cause) = source {
+                    reason = format!("{reason}: {cause}");
+                    source = cause.source();
+                }
+                tracing::warn!(reason, image = %self.digest(), "the working set of an image cannot be used");
+                return Vec::new();
+            }
+        };
+        // It was held against these volumes as it was read.
+        set.of_volumes(&self.source_volumes()).unwrap_or_default()
+    }
+
+    /// The volumes, as a source of chunks has them.
+    #[must_use]
+    pub fn source_volumes(&self) -> Vec<SourceVolume> {
+        let volumes = self.manifest.volumes.iter();
+        volumes.map(ImageVolume::as_source).collect()
     }
 
     /// The machine state as it is stored: from the manifest, or else from the store.

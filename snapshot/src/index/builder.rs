@@ -3,9 +3,10 @@
 use super::segment::{KIND_DATA, KIND_PARTS, KIND_ZERO, page_bytes};
 use super::{
     Entry, IndexRoot, LAYERS_MAX, LayerNumber, SEGMENT_VOLUME_BYTES, StoredChunk, StoredPart,
-    VOLUME_BYTES_MAX, parts, varint,
+    VOLUME_BYTES_MAX, parts,
 };
 use crate::units::{ChunkIndex, ChunkSize};
+use crate::varint;
 
 /// A volume that the format cannot describe.
 #[derive(Debug, thiserror::Error)]

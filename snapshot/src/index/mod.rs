@@ -32,7 +32,6 @@ pub mod parts;
 mod reader;
 mod root;
 mod segment;
-mod varint;
 
 pub use builder::{IndexBuilder, IndexTooLarge};
 pub use page_bits::{BadPageBits, PageBits};

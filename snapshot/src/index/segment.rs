@@ -1,10 +1,11 @@
 //! The lower level of an index: what each chunk of 128 MiB of volume is.
 
 use super::parts::{self, PARTS_MAX};
-use super::{Entry, IndexRoot, LayerNumber, PageBits, SegmentIndex, StoredChunk, StoredPart, varint};
+use super::{Entry, IndexRoot, LayerNumber, PageBits, SegmentIndex, StoredChunk, StoredPart};
 use crate::digest::ChunkDigest;
 use crate::layer::frame::frame_bytes_max;
 use crate::units::{ByteRange, ChunkIndex, ChunkSize};
+use crate::varint;
 
 pub(super) const KIND_ZERO: u64 = 0;
 pub(super) const KIND_DATA: u64 = 1;

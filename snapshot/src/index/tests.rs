@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::segment::{KIND_DATA, KIND_PARTS, KIND_ZERO};
 use super::*;
 use crate::units::{ChunkIndex, ChunkSize};
+use crate::varint;
 
 const CHUNK: u64 = 64 << 10;
 const LAYER_BYTES: [u64; 2] = [1 << 40, 1 << 40];

@@ -247,6 +247,7 @@ impl Overlay {
             volume: self.volume,
             chunk: self.about.chunk_size.chunk_holding(part.start),
         };
+        self.fetcher.touched(id);
         let read = || guest_io::read_slices_at(&self.base, part.start, into);
         match self.fetcher.read_held(id, || self.fetcher.wait(id), read)? {
             Arrived::Data => Ok(()),
@@ -277,6 +278,7 @@ impl Overlay {
             volume: self.volume,
             chunk: self.about.chunk_size.chunk_holding(block.offset()),
         };
+        self.fetcher.touched(id);
         let mut bytes = [0; PAGE_SIZE as usize];
         let bytes = &mut bytes[..len as usize];
         let wait = || self.fetcher.wait(id);

@@ -82,6 +82,20 @@ impl Rig {
 }
 
 #[test]
+fn what_the_guest_reads_of_the_image_is_recorded_and_what_it_wrote_itself_is_not() {
+    let rig = rig(false);
+    rig.overlay.fetcher.record_touches();
+    rig.deliver_all();
+    rig.write(2 * CHUNK, &[7; CHUNK as usize]).unwrap();
+    rig.read(3 * CHUNK - 512, 1024).unwrap();
+    // The rest of a block that is written in part is the image's.
+    rig.write(512, &[1; 512]).unwrap();
+    let set = rig.overlay.fetcher.recorded();
+    let chunks: Vec<u64> = set.chunks().map(|(_, chunk)| chunk.0).collect();
+    assert_eq!(chunks, [3, 0]);
+}
+
+#[test]
 fn a_whole_block_is_written_without_waiting_for_the_image() {
     let rig = rig(false);
     rig.write(4096, &[0xAA; 8192]).unwrap();

@@ -30,7 +30,9 @@ use crate::source::{
 };
 use crate::units::ChunkIndex;
 use crate::volume::VolumeName;
+use crate::working_set::WorkingSet;
 
+use super::touches::Touches;
 use super::waits::{Histogram, Waits};
 use queue::{Pending, Queue, Work};
 pub use report::{FetcherCounters, Stall};
@@ -66,6 +68,7 @@ pub struct Fetcher {
     demanded: AtomicU64,
     failures: AtomicU64,
     waits: Histogram,
+    touches: Touches,
 }
 
 impl Fetcher {
@@ -89,6 +92,7 @@ impl Fetcher {
             demanded: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             waits: Histogram::default(),
+            touches: Touches::default(),
         });
         source.deliver_to(Arc::new(Sink(Arc::downgrade(&fetcher))));
         let weak = Arc::downgrade(&fetcher);
@@ -348,6 +352,24 @@ impl Fetcher {
         self.waits.read()
     }
 
+    /// Notes from now on which chunks the guest touches, in the order in which it first does.
+    pub fn record_touches(&self) {
+        self.touches.begin();
+    }
+
+    /// The guest touches a chunk, whether it is here or not.
+    pub fn touched(&self, id: ChunkId) {
+        self.touches.note(id);
+    }
+
+    /// Ends the recording: the chunks that the guest has touched, but for those that turned out to be zeros.
+    #[must_use]
+    pub fn recorded(&self) -> WorkingSet {
+        let touched = self.touches.end().into_iter();
+        let has_data = |id: &ChunkId| self.state(*id) != Some(Arrived::Zero);
+        WorkingSet::of(self.source.volumes(), touched.filter(has_data))
+    }
+
     /// Ends the thread and every [`wait`](Self::wait).
     pub fn stop(&self) {
         self.work.lock().stopping = true;
@@ -541,7 +563,7 @@ fn repeat_and_fill(fetcher: &Weak<Fetcher>, work: &Work) {
             continue;
         }
         drop(queue);
-        for urgency in [Urgency::Demand, Urgency::Soon, Urgency::Fill] {
+        for urgency in [Urgency::Demand, Urgency::Recorded, Urgency::Soon, Urgency::Fill] {
             let chunks: Vec<_> = asks
                 .iter()
                 .filter(|ask| ask.1 == urgency)

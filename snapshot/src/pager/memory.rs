@@ -176,6 +176,7 @@ impl MemoryPager {
             self.report(self.installer.zero(page, 1), chunk, &mut pages);
             return self.finish(pages);
         }
+        self.fetcher.touched(self.id(chunk));
         match self.fetcher.state(self.id(chunk)) {
             Some(what) => {
                 let counter = if what == Arrived::Zero {

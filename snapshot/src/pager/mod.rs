@@ -15,6 +15,7 @@
 mod fetcher;
 mod memory;
 mod page_set;
+mod touches;
 mod waits;
 mod write_protection;
 

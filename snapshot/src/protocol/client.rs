@@ -376,7 +376,7 @@ impl Shared {
         let mut line = self.lock();
         line.socket = Some(Arc::new(socket));
         line.backlog.clear();
-        for wanted in [Urgency::Demand, Urgency::Soon, Urgency::Fill] {
+        for wanted in [Urgency::Demand, Urgency::Recorded, Urgency::Soon, Urgency::Fill] {
             let chunks: Vec<_> = line
                 .outstanding
                 .iter()

@@ -247,7 +247,7 @@ impl FromMonitor {
         match self {
             Self::Hello(hello) => json(HELLO, hello),
             Self::Ask(urgency, chunks) => {
-                let mut bytes = vec![ASK, *urgency as u8];
+                let mut bytes = vec![ASK, urgency_on_the_wire(*urgency)];
                 put_chunks(&mut bytes, chunks);
                 bytes
             }
@@ -406,6 +406,16 @@ fn json(kind: u8, body: &impl Serialize) -> Vec<u8> {
 
 fn parse_json<'b, T: Deserialize<'b>>(kind: u8, bytes: &'b [u8]) -> Result<T, BadMessage> {
     serde_json::from_slice(bytes).map_err(|source| BadMessage::Json { kind, source })
+}
+
+/// What was recorded with an image the agent finds there itself, and asks for unasked: from a monitor it is as any other
+/// prefetch.
+fn urgency_on_the_wire(urgency: Urgency) -> u8 {
+    match urgency {
+        Urgency::Fill => 0,
+        Urgency::Soon | Urgency::Recorded => 1,
+        Urgency::Demand => 2,
+    }
 }
 
 fn put_chunk(bytes: &mut Vec<u8>, id: ChunkId) {

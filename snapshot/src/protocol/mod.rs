@@ -8,7 +8,7 @@
 //!      │                                        │
 //!      │ Ask {urgency, chunks} ───────────────► │   any number, at any time, again to lift the urgency
 //!      │ Cancel {chunks} ─────────────────────► │
-//!      │ ◄────────────── Arrived {chunk, what}… │   each chunk asked for is answered once
+//!      │ ◄────────────── Arrived {chunk, what}… │   each chunk asked for is answered once, and some that were not
 //!      │ ◄─── Failed {chunk, reason, transient} │
 //!      │                                        │
 //!      │ Status ──────────────────────────────► │   instead of Hello, by whoever is curious
@@ -22,6 +22,8 @@
 //! manifest, and one *page file* a volume, open for reading alone. A chunk is in its page file, verified, before its
 //! `Arrived` is sent. After a reconnection the page files must be the same files; that is what the agent's page
 //! directory is for.
+//!
+//! An agent also tells of chunks that were not asked for: of those of the image's working set, which it fetches by itself.
 //!
 //! A chunk that has arrived may be taken out of its page file again, at any time and without a message: who reads page
 //! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused.

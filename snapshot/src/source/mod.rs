@@ -56,8 +56,11 @@ pub struct ChunkId {
 pub enum Urgency {
     /// Background fill: nobody waits.
     Fill,
-    /// It is likely to be touched soon: a neighbour, the working set.
+    /// It is likely to be touched soon: a neighbour.
     Soon,
+    /// It was touched early by a machine that ran from the image before. What waits with this urgency is fetched in the
+    /// order in which it was asked for.
+    Recorded,
     /// A vCPU or a device waits.
     Demand,
 }

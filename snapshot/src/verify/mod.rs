@@ -7,19 +7,18 @@ mod diff;
 mod full;
 mod volume;
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::Digest as _;
 
 use crate::blobs::{Blob, BlobError, BlobStore, read_verified};
 use crate::decode::{DecodeError, ZerosError};
 use crate::digest::BlobDigest;
-use crate::image::ImageError;
 use crate::image::layout::{DirectoryBlobs, Layout};
 use crate::image::manifest::{ImageManifest, ImageVolume, MANIFEST_BYTES_MAX};
 use crate::image::reference::Wanted;
+use crate::image::{Image, ImageError};
 use crate::index::IndexError;
 use crate::layer::seek_table::SeekTableError;
 use crate::state::{MachineState, STATE_BYTES_MAX, StateError};
@@ -57,6 +56,9 @@ pub enum Finding {
         /// Which chunk.
         chunk: ChunkIndex,
     },
+    /// The working set makes no sense, or is another image's.
+    #[error("the recorded order of chunks")]
+    WorkingSet(#[source] Box<ImageError>),
     /// Part of an index makes no sense.
     #[error("volume {volume}")]
     Index {
@@ -236,8 +238,18 @@ pub fn verify(
         // A blob whose digest is wrong was found already; its frames are looked at nevertheless, to name chunks.
         verification.volume(layout, volume);
     }
-    if sound.iter().any(|blob| blob.digest == manifest.state.digest) {
+    let is_sound = |blob: &Blob| sound.iter().any(|other| other.digest == blob.digest);
+    if is_sound(&manifest.state) {
         verification.state(layout, &store, &manifest);
+    }
+    if manifest.working_set.as_ref().is_some_and(is_sound) {
+        let image = Image {
+            manifest: Arc::new(manifest.clone()),
+            store: Arc::new(store),
+        };
+        if let Err(error) = image.working_set() {
+            verification.find(Finding::WorkingSet(Box::new(error)));
+        }
     }
     let (findings, findings_left_out) = verification
         .findings

@@ -24,6 +24,7 @@ mod rings;
 pub mod seeds;
 mod store;
 mod transport;
+mod working_set;
 
 pub use answers::{credentials, http_answer, http_fields};
 pub use documents::{index_json, machine_state, manifest};
@@ -36,12 +37,13 @@ pub use names::names;
 pub use requests::{api_request, config_file, serve_request};
 pub use rings::{virtio_block, virtio_net};
 pub use transport::{device_state, virtio_registers};
+pub use working_set::working_set;
 
 /// A reader. Whether it accepted the bytes.
 pub type Reader = fn(&[u8]) -> bool;
 
 /// All of them, by name: a fuzz target, and a folder of the corpus, each.
-pub const READERS: [(&str, Reader); 28] = [
+pub const READERS: [(&str, Reader); 29] = [
     ("api_request", api_request),
     ("chunk_frame", chunk_frame),
     ("compatibility", compatibility),
@@ -69,5 +71,6 @@ pub const READERS: [(&str, Reader); 28] = [
     ("virtio_block", virtio_block),
     ("virtio_net", virtio_net),
     ("virtio_registers", virtio_registers),
+    ("working_set", working_set),
     ("zero_frame", zero_frame),
 ];

@@ -15,10 +15,11 @@ use runnel_snapshot::protocol::{
     FromAgent, FromMonitor, Hello, Opened, OpenedVolume, PROTOCOL_VERSION, Refused,
 };
 use runnel_snapshot::section::SavedSection;
-use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, Urgency, VolumeId};
+use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, SourceVolume, Urgency, VolumeId};
 use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::{ByteRange, ChunkIndex, ChunkSize};
 use runnel_snapshot::volume::VolumeName;
+use runnel_snapshot::working_set::WorkingSet;
 use runnel_vmm::state::vcpu::{Vcpu, VcpuState};
 use serde_json::{Value, json};
 
@@ -77,6 +78,7 @@ pub fn of(name: &str) -> Vec<Vec<u8>> {
         "virtio_block" => vec![block_requests()],
         "virtio_net" => vec![packets()],
         "virtio_registers" => (0..3).map(|device| vec![device, 3, 4, 0, 4, 1, 5, 6, 0, 6, 1, 0, 0x70, 0, 4]).collect(),
+        "working_set" => working_sets(),
         "zero_frame" => vec![zero_frame(200_000), zero_frame(1)],
         other => panic!("there is no reader {other}"),
     }
@@ -130,9 +132,28 @@ fn api_requests() -> Vec<Vec<u8>> {
         ),
         ask(
             "PUT /snapshot/load",
+            &json!({"image": "/i", "record": {"path": "/w", "duration_ms": 5}}),
+        ),
+        ask(
+            "PUT /snapshot/load",
             &json!({"snapshot_path": "/s", "mem_backend": {"backend_type": "File", "backend_path": "/m"}, "resume_vm": true}),
         ),
     ]
+}
+
+fn working_sets() -> Vec<Vec<u8>> {
+    let volume = |name| SourceVolume {
+        name,
+        bytes: 1 << 26,
+        chunk_size: ChunkSize::DEFAULT,
+    };
+    let volumes = [VolumeName::Memory, VolumeName::Drive("rootfs".to_owned())].map(volume);
+    let touched = [(0, 900), (0, 901), (1, 3), (0, 5), (1, 2)].map(|(volume, chunk)| ChunkId {
+        volume: VolumeId(volume),
+        chunk: ChunkIndex(chunk),
+    });
+    let all = [WorkingSet::of(&volumes, touched), WorkingSet::default()];
+    all.iter().map(WorkingSet::to_bytes).collect()
 }
 
 fn config_file() -> Value {

@@ -6,6 +6,7 @@
 mod drives;
 mod memory;
 mod networks;
+mod recorded;
 mod served;
 mod stalls;
 mod time;

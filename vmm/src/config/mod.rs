@@ -39,7 +39,7 @@ pub use network::{Interface, InterfaceBody, InterfaceError, MacAddress};
 pub use serial::{Serial, SerialBody, SerialError};
 pub use snapshot::{
     CreateSnapshot, CreateSnapshotBody, DriveOverride, Image, LoadFrom, LoadSnapshot, LoadSnapshotBody,
-    MemoryBackendBody, MemoryBackendType, NetworkOverride, SaveAs, SnapshotError, SnapshotHugePages,
-    SnapshotType,
+    MemoryBackendBody, MemoryBackendType, NetworkOverride, Record, RecordBody, SaveAs, SnapshotError,
+    SnapshotHugePages, SnapshotType,
 };
 pub use whole_file::{LoggerBody, WholeFile, WholeFileError};

@@ -102,6 +102,16 @@ pub struct VsockOverride {
     pub uds_path: PathBuf,
 }
 
+/// How the chunks that a loaded machine touches first are recorded; Runnel's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordBody {
+    /// The file that gets them.
+    pub path: PathBuf,
+    /// For how long, from the time when the machine runs; until it is paused, saved or ends, unless given.
+    pub duration_ms: Option<u64>,
+}
+
 /// `PUT /snapshot/load`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -144,6 +154,8 @@ pub struct LoadSnapshotBody {
     /// Runnel's own: the directory for what the machine writes to its drives, and without an agent for the pages of
     /// drives that have arrived.
     pub overlay_directory: Option<PathBuf>,
+    /// Runnel's own: the order in which the machine first touches the image's chunks is written down.
+    pub record: Option<RecordBody>,
 }
 
 /// Why a snapshot cannot be made or loaded that way.
@@ -286,6 +298,17 @@ pub struct LoadSnapshot {
     pub stall_after: Option<Duration>,
     /// Where overlays lie; the directory for temporary files if `None`.
     pub overlay_directory: Option<PathBuf>,
+    /// What the machine touches first is written down.
+    pub record: Option<Record>,
+}
+
+/// How the chunks that a machine touches first are recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The file that gets them.
+    pub path: PathBuf,
+    /// For how long, from the time when the machine runs; until it is paused, saved or ends if `None`.
+    pub time: Option<Duration>,
 }
 
 impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
@@ -364,8 +387,13 @@ impl TryFrom<LoadSnapshotBody> for LoadSnapshot {
             None if body.overlay_directory.is_some() => {
                 return Err(SnapshotError::Needs("overlay_directory", "image"));
             }
+            None if body.record.is_some() => return Err(SnapshotError::Needs("record", "image")),
             None => two_files(body.snapshot_path, body.mem_file_path, body.mem_backend)?,
         };
+        let record = body.record.map(|record| Record {
+            path: record.path,
+            time: record.duration_ms.map(Duration::from_millis),
+        });
         let taps = body
             .network_overrides
             .into_iter()
@@ -387,6 +415,7 @@ impl TryFrom<LoadSnapshotBody> for LoadSnapshot {
             drives: distinct("drive_overrides", drives)?,
             stall_after: body.stall_after_ms.map(Duration::from_millis),
             overlay_directory: body.overlay_directory,
+            record,
         })
     }
 }

@@ -20,15 +20,17 @@ use runnel_snapshot::overlay::{Overlay, OverlayError};
 use runnel_snapshot::pager::{Fetcher, FetcherSettings};
 use runnel_snapshot::protocol::{AgentSource, ConnectError, Opening};
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
-use runnel_snapshot::source::{ChunkId, PageSource};
+use runnel_snapshot::source::{ChunkId, PageSource, Urgency};
 use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
 use runnel_snapshot::units::PageIndex;
 use runnel_snapshot::volume::VolumeName;
+use runnel_snapshot::working_set::FileError;
 
 use super::bases::{Base, Bases};
 use super::description::{Description, DescriptionError, DriveRecord};
 use super::drives::{self, Backing, DriveFileError};
 use super::memory::mappings;
+use super::recording::Recording;
 use super::written::WrittenMemory;
 use super::{EngineError, KvmGuest};
 use crate::board::BoardError;
@@ -80,6 +82,9 @@ pub enum LoadError {
         #[source]
         source: io::Error,
     },
+    /// What the machine touches first could not be written down.
+    #[error("nothing can be recorded")]
+    Record(#[from] FileError),
     /// A section.
     #[error(transparent)]
     Section(#[from] SectionError),
@@ -229,6 +234,10 @@ pub(super) fn load(
     let description = take_description(&mut opened.state.sections)?;
     let described = with_overrides(&description, load, config)?;
     check_compatibility(&opened.state.compatibility).map_err(LoadError::from)?;
+    let recording = match (&load.record, &opened.fetcher) {
+        (Some(record), Some(fetcher)) => Some(Recording::begin(record, fetcher).map_err(LoadError::from)?),
+        _ => None,
+    };
     ask_for_first_chunks(&opened);
 
     operation.enter("restoring");
@@ -270,6 +279,7 @@ pub(super) fn load(
         parent: opened.digest,
         is_held: false,
         fill_is_due: opened.fetcher.is_some(),
+        recording,
         pager,
         writes: None,
     })
@@ -330,9 +340,13 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError>
     source.learn(&state.first_chunks);
     let layout = Arc::new(Layout::open(&path)?);
     let digest = Some(image.digest());
+    let source = Arc::new(source);
+    let fetcher = fetcher(source.clone(), FetcherSettings::default(), load)?;
+    // Of one that is not at hand the agent asks for these by itself.
+    source.ask(&image.recorded_chunks(), Urgency::Recorded);
     Ok(Opened {
         state,
-        fetcher: Some(fetcher(Arc::new(source), FetcherSettings::default(), load)?),
+        fetcher: Some(fetcher),
         memory: None,
         digest,
         at_hand: Some((layout, image)),

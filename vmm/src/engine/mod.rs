@@ -11,6 +11,7 @@ mod live;
 mod load;
 mod memory;
 mod paging;
+mod recording;
 mod save;
 mod watch;
 mod written;
@@ -23,7 +24,7 @@ pub use watch::watch;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::pager::Stall;
@@ -38,6 +39,7 @@ use crate::pager::{Pager, WriteWatch};
 use bases::Bases;
 use drives::{Backing, open_file};
 use paging::stall_of;
+use recording::Recording;
 use written::WrittenMemory;
 
 /// How often it is looked whether a machine is stalled: well below the time after which it counts as that.
@@ -106,6 +108,7 @@ impl Engine for KvmEngine {
             parent: None,
             fill_is_due: false,
             is_held: false,
+            recording: None,
             pager: None,
             writes: None,
         }))
@@ -123,7 +126,10 @@ impl Engine for KvmEngine {
 
 /// A machine on KVM.
 struct KvmGuest {
-    // Fields drop in this order: the pager ends when nothing touches guest memory any more.
+    // Fields drop in this order: what was recorded is written whatever holds up the machine's end, and the pager ends when
+    // nothing touches guest memory any more.
+    /// What the machine touches first, as long as that is recorded.
+    recording: Option<Recording>,
     machine: Microvm,
     config: MicrovmConfig,
     end: EndSignal,
@@ -165,6 +171,7 @@ impl KvmGuest {
         match paused {
             Ok(()) => {
                 self.is_running = false;
+                self.recording = None;
                 Ok(())
             }
             Err(error) => Err(match self.stall() {
@@ -184,6 +191,9 @@ impl KvmGuest {
         self.is_running = true;
         self.is_held = false;
         self.let_guest_go();
+        if let Some(recording) = &mut self.recording {
+            recording.machine_runs(Instant::now());
+        }
         if std::mem::take(&mut self.fill_is_due)
             && let Some(pager) = &self.pager
         {
@@ -246,6 +256,13 @@ impl Guest for KvmGuest {
     }
 
     fn look_after(&mut self) -> Option<Duration> {
+        let recording_ends = self
+            .recording
+            .as_ref()
+            .and_then(|recording| recording.left(Instant::now()));
+        if recording_ends == Some(Duration::ZERO) {
+            self.recording = None;
+        }
         let logic = self.pager.as_ref()?.logic();
         // The guest waits for a chunk that does not come: a thread in a page fault, or a drive.
         let is_stalled = self.is_running && logic.stall().is_some_and(|stall| stall.holds_guest);
@@ -260,11 +277,13 @@ impl Guest for KvmGuest {
             }
         }
         self.is_held = is_stalled;
-        Some(match (is_stalled, is_complete) {
+        let pause = match (is_stalled, is_complete) {
             (true, _) => LOOK_WHILE_HELD,
             (false, false) => LOOK,
             (false, true) => LOOK_WHEN_COMPLETE,
-        })
+        };
+        let recording_ends = recording_ends.filter(|left| !left.is_zero());
+        Some(recording_ends.map_or(pause, |left| left.min(pause)))
     }
 
     fn config(&self) -> &MicrovmConfig {

@@ -1,4 +1,4 @@
-//! Images that lie over others, as a process shows and squashes them.
+//! Images that lie over others, as a process shows, squashes and optimizes them.
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
@@ -7,6 +7,12 @@ mod user;
 use std::fs;
 use std::process::Command;
 
+use runnel_snapshot::image::Image;
+use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::source::{ChunkId, VolumeId};
+use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::working_set::{WorkingSet, WorkingSetFile};
+use serde_json::json;
 use user::{CHUNK, User, text};
 
 #[test]
@@ -174,4 +180,97 @@ fn squashing_is_called_off_and_leaves_nothing() {
     );
     let left = fs::read_dir(user.store()).unwrap().count();
     assert_eq!(left, 2);
+}
+
+/// Puts down that these chunks of an image's memory were touched first.
+fn record(user: &User, image: &str, file: &str, chunks: &[u64]) {
+    let image = Image::open_directory(&user.store().join(image), &Wanted::Only).unwrap();
+    let touched = chunks.iter().map(|chunk| ChunkId {
+        volume: VolumeId(0),
+        chunk: ChunkIndex(*chunk),
+    });
+    let set = WorkingSet::of(&image.source_volumes(), touched);
+    WorkingSetFile::create(&user.store().join(file))
+        .unwrap()
+        .write(&set)
+        .unwrap();
+}
+
+#[test]
+fn an_image_is_optimized_with_what_was_recorded_beside_it_or_where_it_is_told() {
+    let user = User::new();
+    let below = user.capture("web-v1", None);
+    let refused = user.run(&["image", "optimize", "web-v1", "fast"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("no working set was recorded"));
+
+    record(&user, "web-v1", "web-v1.working-set", &[3]);
+    let made = user.json(&["image", "optimize", "web-v1", "fast", "--json"]);
+    assert_eq!((&made["chunks"], &made["layers"]), (&1.into(), &3.into()));
+    assert_eq!(made["parent"], below.manifest.digest.to_string());
+    assert!(user.json(&["verify", "fast", "--json"])["sound"] == true);
+    let shown = user.json(&["inspect", "fast", "--json"]);
+    assert!(shown["working_set_bytes"].as_u64().unwrap() > 0, "{shown}");
+    // Every layer is what stock zstd reads.
+    let layers = shown["volumes"][0]["layers"].as_array().unwrap();
+    let layer = |number: usize| {
+        let digest = layers[number]["digest"].as_str().unwrap();
+        zstd_of(&user.store().join("fast/blobs").join(digest.replace(':', "/")))
+    };
+    let (full, hot) = (layer(0), layer(1));
+    assert!(full.len() == 4 * CHUNK && hot == full[3 * CHUNK..]);
+
+    let told = user.output(&["image", "optimize", "fast", "again"]);
+    assert!(told.contains("1 chunks first"), "its own: {told}");
+    record(&user, "web-v1", "other", &[3, 0]);
+    let other = user.store().join("other");
+    let arguments = [
+        "image",
+        "optimize",
+        "web-v1",
+        "other-fast",
+        "--json",
+        "--working-set",
+    ];
+    let made = user.json(&[&arguments[..], &[other.to_str().unwrap()]].concat());
+    assert_eq!(made["chunks"], 2);
+    let shown = user.json(&["inspect", "other-fast", "--json"]);
+    let layers = shown["volumes"][0]["layers"].as_array().unwrap();
+    let digest = layers[0]["digest"].as_str().unwrap();
+    let plain = zstd_of(
+        &user
+            .store()
+            .join("other-fast/blobs")
+            .join(digest.replace(':', "/")),
+    );
+    let in_order = [&full[3 * CHUNK..], &full[..CHUNK]].concat();
+    assert!(layers.len() == 1 && plain == in_order, "nothing is left below");
+    // The files beside images are none.
+    let listed = user.json(&["image", "ls", "--json"]);
+    assert_eq!(listed["images"].as_array().unwrap().len(), 4);
+    assert_eq!((&listed["broken"], &listed["others"]), (&json!([]), &json!([])));
+}
+
+#[test]
+fn a_working_set_that_cannot_be_used_is_named_and_leaves_nothing() {
+    let user = User::new();
+    user.capture("web-v1", None);
+    let path = user.store().join("set");
+    fs::write(&path, "nonsense").unwrap();
+    let set = path.to_str().unwrap();
+    let arguments = ["image", "optimize", "web-v1", "fast", "--working-set", set];
+    let refused = user.run(&arguments);
+    assert_eq!(refused.status.code(), Some(1));
+    let told = text(&refused.stderr);
+    assert!(
+        told.contains(set) && told.contains("it is no working set"),
+        "{told}"
+    );
+    let refused = user.run(&["image", "optimize", "http://10.0.0.1:5000/web", "fast"]);
+    let told = text(&refused.stderr);
+    assert!(
+        told.contains("is of another host, and is optimized there"),
+        "{told}"
+    );
+    assert!(!user.store().join("fast").exists());
 }

@@ -45,6 +45,11 @@ impl FanOut {
         self.lock().machines.len()
     }
 
+    /// Those that have joined and not left.
+    pub(super) fn numbers(&self) -> Vec<MachineNumber> {
+        self.lock().machines.keys().copied().collect()
+    }
+
     /// A machine will ask for these chunks.
     pub(super) fn expect(&self, machine: MachineNumber, chunks: &[ChunkId]) {
         let mut waiting = self.lock();

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 use runnel_snapshot::blobs::BlobError;
@@ -115,6 +115,9 @@ pub(super) struct OpenImage {
     asking: Mutex<()>,
     /// What a resumed machine touches first: asked for when the image is opened.
     first: HashSet<ChunkId>,
+    /// What machines touched first when that was recorded, in order: known soon after the image is open, and asked for on
+    /// behalf of every machine.
+    recorded: OnceLock<Vec<ChunkId>>,
     /// The index is being read ahead, or was.
     index_ahead: AtomicBool,
     /// The folder of each volume's page file.
@@ -175,6 +178,7 @@ impl OpenImage {
             waiting,
             asking: Mutex::new(()),
             first: first.iter().copied().collect(),
+            recorded: OnceLock::new(),
             index_ahead: AtomicBool::new(false),
             kept_in: names
                 .map(|name| (name.clone(), folders.folder_of(name)))
@@ -184,7 +188,29 @@ impl OpenImage {
             source,
         });
         open.go_ahead(first);
+        open.fetch_recorded(image);
         Ok(open)
+    }
+
+    /// Reads the image's working set, and asks for its chunks: no machine can, as none reads it. One that cannot be used
+    /// costs no machine more than the time that it would have saved.
+    fn fetch_recorded(self: &Arc<Self>, image: Image) {
+        if image.manifest.working_set.is_none() {
+            return;
+        }
+        let open = Arc::clone(self);
+        in_background("recorded", move || {
+            let chunks = image.recorded_chunks();
+            tracing::debug!(chunks = chunks.len(), image = %open.digest, "the working set of an image is known");
+            let _asking = open.lock();
+            let chunks = open.recorded.get_or_init(|| chunks);
+            for machine in open.waiting.numbers() {
+                open.waiting.expect(machine, chunks);
+            }
+            if open.waiting.machines() > 0 {
+                open.source.ask(chunks, Urgency::Recorded);
+            }
+        });
     }
 
     /// Fetches the first chunks, and then the parts of the index around them, which the next ones wait for.
@@ -194,11 +220,11 @@ impl OpenImage {
         }
         self.ask(NOBODY, &first, Urgency::Demand);
         let image = Arc::clone(self);
-        read_ahead(move || {
+        in_background("ahead", move || {
             // Not at once: a machine starts with the chunks alone, and the link is theirs until then.
             image.waiting.wait_until_answered(NOBODY, &first);
             let read = |chunk: ChunkId| image.source.read_index_at(chunk.volume, chunk.chunk);
-            first.into_iter().map(read).fold(Ok(()), Result::and)
+            tell_of_index(&first.into_iter().map(read).fold(Ok(()), Result::and));
         });
     }
 
@@ -209,14 +235,14 @@ impl OpenImage {
             return;
         }
         let image = Arc::clone(self);
-        read_ahead(move || {
+        in_background("ahead", move || {
             let is_wanted = || image.waiting.machines() > 0;
             let read = image.source.read_index_ahead(chunk, &is_wanted);
             if read.is_err() || !is_wanted() {
                 // The next machine that goes somewhere new has it tried again.
                 image.index_ahead.store(false, Ordering::Relaxed);
             }
-            read
+            tell_of_index(&read);
         });
     }
 
@@ -254,9 +280,15 @@ impl OpenImage {
         send(&files)
     }
 
-    /// A machine comes.
+    /// A machine comes. It is told of what was recorded as that arrives, or of what has, so that a touch of it finds all
+    /// of a chunk.
     pub(super) fn join(&self, machine: MachineNumber, line: Arc<Line>) {
+        let _asking = self.lock();
         self.waiting.join(machine, line);
+        if let Some(chunks) = self.recorded.get() {
+            self.waiting.expect(machine, chunks);
+            self.source.ask(chunks, Urgency::Recorded);
+        }
     }
 
     /// A machine is gone.
@@ -319,16 +351,18 @@ impl OpenImage {
     }
 }
 
-/// Reads parts of an index in a thread of its own. What fails is read again by whoever needs it, and told to them.
-fn read_ahead(read: impl FnOnce() -> Result<(), IndexError> + Send + 'static) {
-    let spawned = thread::Builder::new().name("ahead".to_owned()).spawn(move || {
-        if let Err(error) = read() {
-            let error = &error as &dyn std::error::Error;
-            tracing::debug!(error, "an index cannot be read ahead");
-        }
-    });
-    if let Err(error) = spawned {
+/// Does something in a thread of its own that no machine waits for.
+fn in_background(name: &str, work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
         tracing::debug!(%error, "nothing is read ahead");
+    }
+}
+
+/// What of an index cannot be read ahead is read again by whoever needs it, and told to them.
+fn tell_of_index(read: &Result<(), IndexError>) {
+    if let Err(error) = read {
+        let error = error as &dyn std::error::Error;
+        tracing::debug!(error, "an index cannot be read ahead");
     }
 }
 

@@ -17,8 +17,13 @@ use std::path::{Path, PathBuf};
 
 use runnel_agent::serve::{CONNECTIONS_MAX, ImageServer, Repositories, ServeSettings};
 use runnel_snapshot::blobs::Blob;
+use runnel_snapshot::capture::CaptureSettings;
+use runnel_snapshot::capture::optimize::optimize;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
+use runnel_snapshot::source::{ChunkId, VolumeId};
+use runnel_snapshot::units::ChunkIndex;
+use runnel_snapshot::working_set::WorkingSet;
 use tempfile::TempDir;
 
 /// An image in a directory named `web` that goes away with this.
@@ -38,6 +43,20 @@ impl Stored {
     pub(crate) fn of(parts: &[fixture::Part]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let manifest = fixture::publish_memory(&folder.path().join("web"), parts).unwrap();
+        Self { folder, manifest }
+    }
+
+    /// The same with these chunks of its memory recorded, in that order.
+    pub(crate) fn recorded(self, chunks: &[u64]) -> Self {
+        let touched = chunks.iter().map(|chunk| ChunkId {
+            volume: VolumeId(0),
+            chunk: ChunkIndex(*chunk),
+        });
+        let set = WorkingSet::of(&self.open().source_volumes(), touched);
+        let (job, state) =
+            optimize(&self.path(), &Wanted::Only, Some(set), CaptureSettings::default()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let manifest = job.run(&folder.path().join("web"), state).unwrap().manifest;
         Self { folder, manifest }
     }
 

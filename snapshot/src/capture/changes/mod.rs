@@ -11,6 +11,7 @@
 //! that are as they were are found by their digests. A page that changed to zeros takes no bytes. Of the image below the
 //! index alone is read: layers that are not used any more are left out, and the others are the same blobs as before.
 
+mod hot;
 mod merge;
 mod pieces;
 mod writer;
@@ -35,6 +36,7 @@ use crate::layer::frame::{ChunkCompressor, is_zero};
 use crate::pager::PageSet;
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
+pub(super) use hot::{Hot, HotLayer};
 use merge::{Kept, Plan};
 use pieces::{Piece, Pieces};
 use writer::{Changed, ChangesWriter, New};

@@ -49,6 +49,8 @@ pub(super) struct ChangesWriter<'a> {
     builder: IndexBuilder,
     /// Whether some chunk was looked at.
     has_changes: bool,
+    /// Chunks whose frames are in the layer before their turn in the index has come.
+    laid: BTreeMap<ChunkIndex, StoredChunk>,
     /// The chunks whose entries are wanted beside the index.
     wanted: BTreeSet<ChunkIndex>,
     found: BTreeMap<ChunkIndex, Entry>,
@@ -74,6 +76,7 @@ impl<'a> ChangesWriter<'a> {
             seek_table: SeekTableWriter::default(),
             builder,
             has_changes: false,
+            laid: BTreeMap::new(),
             wanted,
             found: BTreeMap::new(),
         })
@@ -132,6 +135,32 @@ impl<'a> ChangesWriter<'a> {
             }
         };
         self.push(entry)
+    }
+
+    /// Puts the frame of a whole chunk into the layer, in whatever order; [`push_laid`](Self::push_laid) describes them.
+    pub(super) fn lay(
+        &mut self,
+        chunk: ChunkIndex,
+        compressed: CompressedChunk,
+        frame: &[u8],
+        chunk_bytes: u64,
+    ) -> Result<(), WriteError> {
+        self.has_changes = true;
+        let stored = self.write(compressed, frame, chunk_bytes as u32)?; // at most 2 MiB
+        self.laid.insert(chunk, stored);
+        Ok(())
+    }
+
+    /// Describes all chunks of the volume: those that were laid, and the others as they are in the base.
+    pub(super) fn push_laid(&mut self, goes_on: &dyn Fn() -> bool) -> Result<(), ChangesError> {
+        for (chunk, stored) in std::mem::take(&mut self.laid) {
+            self.keep_until(chunk.0, goes_on)?;
+            if !goes_on() {
+                return Ok(());
+            }
+            self.push(Entry::Data(stored))?;
+        }
+        self.keep_until(self.below.root().chunks(), goes_on)
     }
 
     /// Puts a frame into the layer.

@@ -37,6 +37,10 @@ use room::Room;
 /// Chunks that are handed out together at most: what waits for the last of them is answered late.
 const RUN_CHUNKS_MAX: usize = 64;
 
+/// Recorded chunks that are handed out together: a MiB, for which somebody is likely to wait soon. Where they were laid
+/// together that is two requests; where they were not, some of them follow each other, and the others are few.
+const RECORDED_CHUNKS_MAX: usize = 16;
+
 /// What an [`ImageSource`] needs to know of its host and its store.
 #[derive(Clone, Debug)]
 pub struct SourceSettings {
@@ -65,6 +69,9 @@ impl SourceSettings {
 
     /// For an image that is a round trip away. In flight at once: 20 requests of those who wait, and four of fill, half
     /// a MiB each, which keeps a gigabit of 20 ms busy and a demand from waiting behind more than that.
+    ///
+    /// What was recorded has half of the workers: a demand finds one that is free, and waits on the link for no more than
+    /// it would behind other prefetch.
     #[must_use]
     pub fn remote() -> Self {
         Self {
@@ -250,6 +257,12 @@ impl SourceSettings {
             } else {
                 RUN_CHUNKS_MAX
             },
+            recorded_run_max: if self.read_bytes_max == 0 {
+                1
+            } else {
+                RECORDED_CHUNKS_MAX
+            },
+            recorded_hands_max: self.workers / 2,
             fill_bytes_per_second: self.fill_bytes_per_second,
         }
     }

@@ -1,9 +1,10 @@
 //! Which chunks come next: by urgency, then in the order of asking; each chunk once, however often it is asked for.
 //!
-//! Those who wait get a worker for each chunk. Prefetch is joined to runs of neighbours where there are more chunks
-//! than workers. Background fill has fillers of its own and goes in long runs, to a rate if there is one. While
-//! somebody waits, and for a moment after, all fillers but one stand back: link and processors are then needed by what
-//! the machine asks for, one chunk after the other.
+//! Those who wait get a worker for each chunk. What was recorded goes in its order, several chunks at once, to some of
+//! the workers alone: there are always others for who waits. Prefetch comes after it, joined to runs of neighbours where
+//! there are more chunks than workers. Background fill has fillers of its own and goes in long runs, to a rate if there
+//! is one. While somebody waits or something recorded does, and for a moment after, all fillers but one stand back: link
+//! and processors are then needed by what the machine asks for, one chunk after the other.
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU64;
@@ -25,6 +26,10 @@ const STAND_BACK: Duration = Duration::from_millis(100);
 /// How long somebody who waits for chunks keeps what the last ones needed.
 pub(super) const REST_AFTER: Duration = Duration::from_secs(1);
 
+/// Recorded chunks that are handed out together, if there are as many: a request for each would take longer than the
+/// bytes of some more.
+const RECORDED_RUN_MIN: usize = 4;
+
 /// How often fill looks whether there is room for it again.
 const ROOM_LOOK: Duration = Duration::from_secs(1);
 
@@ -33,11 +38,15 @@ const ROOM_LOOK: Duration = Duration::from_secs(1);
 pub(super) struct Rules {
     /// Chunks that are handed out together; at least one.
     pub(super) run_max: usize,
+    /// Of those that were recorded; at least one.
+    pub(super) recorded_run_max: usize,
+    /// Workers that have recorded chunks in hand at once; at least one.
+    pub(super) recorded_hands_max: usize,
     /// Stored bytes of background fill a second.
     pub(super) fill_bytes_per_second: Option<NonZeroU64>,
 }
 
-/// Chunks of one volume that follow each other, for one worker.
+/// Chunks of one volume for one worker: such that follow each other, in the volume or in what was recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Run {
     /// At least one.
@@ -71,6 +80,8 @@ struct Lines {
     lines: [VecDeque<ChunkId>; LEVELS],
     /// Workers that wait for chunks.
     idle: usize,
+    /// Workers that have recorded chunks in hand.
+    recorded_hands: usize,
     /// What the fill's rate has been used up to.
     fill_not_before: Option<Instant>,
     /// Until when fillers stand back.
@@ -93,6 +104,8 @@ impl AskQueue {
         Self {
             rules: Rules {
                 run_max: rules.run_max.max(1),
+                recorded_run_max: rules.recorded_run_max.max(1),
+                recorded_hands_max: rules.recorded_hands_max.max(1),
                 ..rules
             },
             lines: Mutex::default(),
@@ -115,7 +128,7 @@ impl AskQueue {
             lines.lines[urgency as usize].push_back(chunk);
             added += 1;
         }
-        if urgency == Urgency::Demand {
+        if urgency >= Urgency::Recorded {
             lines.hurry(Instant::now());
         }
         lines.throw_out_stale();
@@ -141,6 +154,9 @@ impl AskQueue {
             }
         }
         lines.throw_out_stale();
+        drop(lines);
+        // Prefetch may have waited for what was recorded.
+        self.asked.notify_all();
     }
 
     /// Waits for chunks and takes them in hand; `None` once the queue is closed. Fill waits for room too, as
@@ -166,6 +182,13 @@ impl AskQueue {
                 Hand::Filler(number) => lines.next_fill(&self.rules, number, now),
             };
             if let Some(run) = next {
+                if run.urgency == Urgency::Recorded {
+                    lines.recorded_hands += 1;
+                    if !lines.has_recorded() {
+                        // Others may go on with what has waited for that.
+                        self.asked.notify_all();
+                    }
+                }
                 return Some(run);
             }
             if rests_at.is_some_and(|moment| moment <= now) {
@@ -204,6 +227,10 @@ impl AskQueue {
         let now = Instant::now();
         match (urgency, self.rules.fill_bytes_per_second) {
             (Urgency::Demand, _) => lines.hurry(now),
+            (Urgency::Recorded, _) => {
+                lines.recorded_hands = lines.recorded_hands.saturating_sub(1);
+                lines.hurry(now);
+            }
             (Urgency::Fill, Some(rate)) => {
                 let begins = lines.fill_not_before.map_or(now, |used_up| used_up.max(now));
                 let nanoseconds = u128::from(stored_bytes) * 1_000_000_000 / u128::from(rate.get());
@@ -242,10 +269,50 @@ impl Lines {
         if let Some(first) = self.pop(Urgency::Demand) {
             return Some(self.run_of(first, Urgency::Demand, 1));
         }
+        if self.has_recorded() {
+            return self.next_recorded(rules);
+        }
         let first = self.pop(Urgency::Soon)?;
         // This one, and a fair part of what waits: the other idle workers take theirs.
         let fair = self.lines[Urgency::Soon as usize].len() / (self.idle + 1) + 1;
         Some(self.run_of(first, Urgency::Soon, fair.min(rules.run_max)))
+    }
+
+    /// Recorded chunks in their order, as long as they are of one volume.
+    fn next_recorded(&mut self, rules: &Rules) -> Option<Run> {
+        if self.recorded_hands >= rules.recorded_hands_max {
+            return None;
+        }
+        let line = &self.lines[Urgency::Recorded as usize];
+        let fair = line
+            .len()
+            .div_ceil(rules.recorded_hands_max)
+            .max(RECORDED_RUN_MIN);
+        let chunks_max = fair.min(rules.recorded_run_max);
+        let mut chunks: Vec<ChunkId> = Vec::with_capacity(chunks_max);
+        while chunks.len() < chunks_max
+            && let Some(next) = self.pop(Urgency::Recorded)
+        {
+            if chunks.first().is_some_and(|first| first.volume != next.volume) {
+                self.lines[Urgency::Recorded as usize].push_front(next);
+                break;
+            }
+            self.pending.insert(next, Pending::InHand);
+            chunks.push(next);
+        }
+        (!chunks.is_empty()).then_some(Run {
+            chunks,
+            urgency: Urgency::Recorded,
+        })
+    }
+
+    /// Whether recorded chunks wait.
+    fn has_recorded(&mut self) -> bool {
+        let Some(first) = self.pop(Urgency::Recorded) else {
+            return false;
+        };
+        self.lines[Urgency::Recorded as usize].push_front(first);
+        true
     }
 
     fn next_fill(&mut self, rules: &Rules, number: usize, now: Instant) -> Option<Run> {
@@ -310,9 +377,10 @@ impl Lines {
     /// Keeps the lines about as long as what waits, whatever is asked and cancelled.
     fn throw_out_stale(&mut self) {
         let Self { pending, lines, .. } = self;
-        for (line, urgency) in lines
-            .iter_mut()
-            .zip([Urgency::Fill, Urgency::Soon, Urgency::Demand])
+        for (line, urgency) in
+            lines
+                .iter_mut()
+                .zip([Urgency::Fill, Urgency::Soon, Urgency::Recorded, Urgency::Demand])
         {
             if line.len() > 2 * pending.len() + STALE_MAX {
                 line.retain(|chunk| pending.get(chunk) == Some(&Pending::Waiting(urgency)));
@@ -328,6 +396,8 @@ mod tests {
 
     const RULES: Rules = Rules {
         run_max: 1,
+        recorded_run_max: 1,
+        recorded_hands_max: 1,
         fill_bytes_per_second: None,
     };
 
@@ -449,6 +519,53 @@ mod tests {
         assert_eq!(numbers(&next(&queue).unwrap()), [1]);
         queue.lock().idle = 0;
         assert_eq!(numbers(&next(&queue).unwrap()), [2, 3, 4]);
+    }
+
+    #[test]
+    fn what_was_recorded_goes_in_its_order_before_prefetch_and_leaves_hands_to_who_waits() {
+        let queue = AskQueue::new(Rules {
+            run_max: 8,
+            recorded_run_max: 3,
+            recorded_hands_max: 2,
+            ..RULES
+        });
+        let other = ChunkId {
+            volume: VolumeId(1),
+            chunk: ChunkIndex(5),
+        };
+        queue.ask(&[40, 41].map(chunk), Urgency::Soon);
+        queue.ask(&[30, 9, 10, 2, 7].map(chunk), Urgency::Recorded);
+        queue.ask(&[other, chunk(1)], Urgency::Recorded);
+        queue.ask(&[chunk(9), chunk(40)], Urgency::Demand);
+        let take = || queue.take(Hand::Worker, || true, || ()).unwrap();
+        assert_eq!([take(), take()].map(|run| numbers(&run)), [[9], [40]]);
+        let first = take();
+        assert_eq!(
+            (numbers(&first), first.urgency),
+            (vec![30, 10, 2], Urgency::Recorded)
+        );
+        assert_eq!(numbers(&take()), [7], "the next is of another volume");
+        assert_eq!(next(&queue), None, "two hands are enough, and prefetch waits");
+        queue.ask(&[chunk(50)], Urgency::Demand);
+        assert_eq!(numbers(&take()), [50]);
+        queue.finished(Urgency::Recorded, 1);
+        assert_eq!(take().chunks, [other]);
+        queue.finished(Urgency::Recorded, 1);
+        assert_eq!(numbers(&take()), [1]);
+        assert_eq!(numbers(&take()), [41], "prefetch, when nothing recorded waits");
+    }
+
+    #[test]
+    fn prefetch_goes_on_when_what_was_recorded_is_cancelled() {
+        let queue = AskQueue::new(RULES);
+        queue.ask(&[1, 2].map(chunk), Urgency::Recorded);
+        queue.ask(&[chunk(3)], Urgency::Soon);
+        assert_eq!(numbers(&queue.take(Hand::Worker, || true, || ()).unwrap()), [1]);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| queue.take(Hand::Worker, || true, || ()));
+            queue.cancel(&[chunk(2)]);
+            assert_eq!(numbers(&waiting.join().unwrap().unwrap()), [3]);
+        });
     }
 
     #[test]

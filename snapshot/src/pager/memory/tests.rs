@@ -129,6 +129,28 @@ fn a_fault_waits_for_its_chunk_and_then_has_all_of_it() {
 }
 
 #[test]
+fn touches_are_recorded_in_their_order_whether_the_chunk_is_here_or_not() {
+    let rig = rig();
+    let fetcher = rig.pager.fetcher();
+    fetcher.record_touches();
+    fetcher.prefetch(&[id(0, 4), id(0, 3), id(0, 0)]);
+    for chunk in [4, 3, 0] {
+        rig.source.deliver(id(0, chunk));
+    }
+    rig.pager.discard(PageIndex(0), 1);
+    // One that is here, one that is not, zeros, the first again, one that was given back.
+    for page in [13, 5, 9, 14, 0] {
+        rig.pager.fault(PageIndex(page), false);
+    }
+    rig.source.deliver(id(0, 2));
+    let set = fetcher.recorded();
+    let chunks: Vec<u64> = set.chunks().map(|(_, chunk)| chunk.0).collect();
+    assert_eq!(chunks, [3, 1], "in their order, each once, and no zeros");
+    rig.pager.fault(PageIndex(17), false);
+    assert!(fetcher.recorded().is_empty(), "it is over");
+}
+
+#[test]
 fn a_page_of_a_huge_one_is_not_taken_for_the_images() {
     let rig = rig_with(false);
     // Beside it something was written, and it came into being with that.

@@ -79,6 +79,18 @@ fn of_resumes(metrics: &Metrics, peers: &Value, first_bytes: &Value, round_trip_
         ),
         Aim::at_most("vmm_rss_kib", 6.0 * 1024.0, of_memory),
     ];
+    let without_trace = median("resume_20ms_without_trace_ms");
+    let of_trace = json!({
+        "resume_20ms_without_trace_ms": without_trace,
+        "times_sooner": without_trace / median("resume_20ms_with_trace_ms"),
+        "mib": median("resume_20ms_with_trace_mib"),
+        "mib_without": median("resume_20ms_without_trace_mib"),
+    });
+    aims.push(Aim::at_most(
+        "resume_20ms_with_trace_ms",
+        without_trace / 5.0,
+        of_trace,
+    ));
     if let Some(peer) = peers["firecracker"]["resume_local_ms"]["median"].as_f64() {
         let answer = peers["firecracker"]["resume_local_answer_ms"]["median"].as_f64();
         let parts = json!({

@@ -16,6 +16,7 @@ use super::content::RAM_MIB;
 use super::local::{IMAGE, resumed, touch, wait_until_resident};
 use super::metrics::{Metrics, Samples};
 use super::process::{Running, Vmm, start, wait_until};
+use super::traces::OPTIMIZED;
 
 const PORT: u16 = 5000;
 const RESUMES: usize = 7;
@@ -62,7 +63,7 @@ impl<'a> Remote<'a> {
         let mut command = Command::new(program("runnel"));
         command
             .arg("serve")
-            .arg(images.join(IMAGE))
+            .args([IMAGE, OPTIMIZED].map(|name| images.join(name)))
             .arg("--listen")
             .arg(format!("{SOURCE}:{PORT}"))
             .args(["--insecure"])
@@ -86,7 +87,10 @@ impl<'a> Remote<'a> {
     }
 
     /// An agent that knows nothing yet.
-    fn start_agent(&self, more: &[&str]) -> io::Result<Running> {
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn start_agent(&self, more: &[&str]) -> io::Result<Running> {
         let memory = self.folder.join("memory/pages");
         let old = memory.clone();
         self.hosts.target().run(move || match fs::remove_dir_all(old) {
@@ -111,12 +115,21 @@ impl<'a> Remote<'a> {
         Ok(agent)
     }
 
-    fn monitor(&self) -> io::Result<Vmm> {
+    /// A monitor on the target.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub(crate) fn monitor(&self) -> io::Result<Vmm> {
         Ok(Vmm::start(&program("runnel-vmm"), self.folder, Some(self.hosts.target()))?.0)
     }
 
     fn load(&self, resume: bool) -> Value {
-        let image = format!("http://{SOURCE}:{PORT}/{IMAGE}");
+        self.load_of(IMAGE, resume)
+    }
+
+    /// The request that loads an image of the source.
+    pub(crate) fn load_of(&self, image: &str, resume: bool) -> Value {
+        let image = format!("http://{SOURCE}:{PORT}/{image}");
         json!({"image": image, "agent_path": self.agent_socket(), "resume_vm": resume})
     }
 
@@ -157,6 +170,11 @@ impl<'a> Remote<'a> {
         }
         metrics.add("bytes_before_first_instruction", Samples::new("bytes", bytes));
         Ok(())
+    }
+
+    /// What the target's interface has received.
+    pub(crate) fn bytes_received(&self) -> u64 {
+        self.hosts.target().bytes_received()
     }
 
     fn settled(&self) -> u64 {

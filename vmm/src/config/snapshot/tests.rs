@@ -102,6 +102,10 @@ fn what_is_missing_or_too_much_is_named() {
             SnapshotError::Uffd,
         ),
         (
+            r#"{"snapshot_path": "s", "mem_file_path": "m", "record": {"path": "r"}}"#.to_owned(),
+            SnapshotError::Needs("record", "image"),
+        ),
+        (
             r#"{"image": "i", "vsock_override": {"uds_path": "u"}}"#.to_owned(),
             SnapshotError::Vsock,
         ),
@@ -136,6 +140,14 @@ fn an_image_of_another_host_needs_an_agent() {
     assert_eq!(local.overlay_directory, None);
     let elsewhere = load(r#"{"image": "/srv/image", "overlay_directory": "/srv/overlays"}"#).unwrap();
     assert_eq!(elsewhere.overlay_directory, Some("/srv/overlays".into()));
+    assert_eq!(elsewhere.record, None);
+    let recorded =
+        load(r#"{"image": "/srv/image", "record": {"path": "/srv/set", "duration_ms": 1500}}"#).unwrap();
+    let record = Record {
+        path: "/srv/set".into(),
+        time: Some(Duration::from_millis(1500)),
+    };
+    assert_eq!(recorded.record, Some(record));
     let two_files = r#"{"snapshot_path": "s", "mem_file_path": "m", "overlay_directory": "/srv/overlays"}"#;
     assert_eq!(
         load(two_files),

@@ -13,7 +13,7 @@ use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
-use super::{Failure, squash};
+use super::{Failure, optimize, squash};
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
 use crate::images::ImageStore;
@@ -77,7 +77,8 @@ Examples:
     runnel image ls
     runnel image rm web-v1
     runnel image prune --older-than 30d --dry-run
-    runnel image squash web-v50 web-base")]
+    runnel image squash web-v50 web-base
+    runnel image optimize web-v1 web-v1-fast")]
 pub(crate) struct ImageArgs {
     #[command(subcommand)]
     command: ImageCommand,
@@ -93,6 +94,8 @@ enum ImageCommand {
     Prune(PruneArgs),
     /// Write an image anew, each volume in one full layer: the same machine, without the layers that it lies over
     Squash(squash::SquashArgs),
+    /// Put with an image what was recorded of it (`runnel resume --record`): the same machine, which resumes sooner
+    Optimize(optimize::OptimizeArgs),
 }
 
 #[derive(Debug, Args)]
@@ -138,6 +141,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
         ImageCommand::Rm(args) => remove(&store, args),
         ImageCommand::Prune(args) => prune(&store, args),
         ImageCommand::Squash(args) => squash::run(&store, args),
+        ImageCommand::Optimize(args) => optimize::run(&store, args),
     }
 }
 

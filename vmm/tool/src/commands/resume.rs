@@ -1,15 +1,17 @@
 //! `runnel resume`: runs a machine from its image, before the image has arrived.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::protocol::status;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Failure;
 use super::agent::{AgentFlags, ensure_running};
 use super::loading::LoadFlags;
+use super::optimize::beside;
 use crate::exit::Exit;
 use crate::foreground::{Afterwards, start_and_attend};
 use crate::images::ImageStore;
@@ -17,6 +19,7 @@ use crate::monitor::Monitor;
 use crate::operation::{self, Outcome};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
+use crate::size::parse_duration;
 use crate::state::{MachineName, Record, StateError, StateFolder};
 use crate::taps::HostInterfaces;
 
@@ -29,7 +32,8 @@ are for an agent that is started now; one that runs keeps its own. Console and e
 Examples:
     runnel resume web-v1
     runnel resume http://10.0.0.1:5000/web-v1 --name web --tap eth0=tap1 --detach
-    runnel resume ./web-v1 --drive scratch=/srv/scratch.img";
+    runnel resume ./web-v1 --drive scratch=/srv/scratch.img
+    runnel resume web-v1 --record --record-for 30s";
 
 /// How long an agent may take to say what it has open.
 const AGENT_PATIENCE: Duration = Duration::from_secs(2);
@@ -48,6 +52,15 @@ pub(crate) struct ResumeArgs {
     #[command(flatten)]
     load: LoadFlags,
 
+    /// Write down which chunks of the image the machine touches first, in order, until it is paused, saved or ends, for
+    /// `runnel image optimize`: into FILE, or IMAGE.working-set beside the directory of an image of this host
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    record: Option<Option<PathBuf>>,
+
+    /// With --record: end with that after this time: 30s, 2m
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "record")]
+    record_for: Option<Duration>,
+
     /// Read a directory through the agent too: its clones then share memory
     #[arg(long)]
     through_agent: bool,
@@ -64,11 +77,45 @@ pub(crate) struct ResumeArgs {
     json: bool,
 }
 
+/// `--record` of an image that has no place on this host.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is of another host, and nothing is recorded there: say where to, with --record=FILE")]
+struct NowhereToRecord(String);
+
+impl ResumeArgs {
+    /// The file that is recorded to.
+    fn record_to(&self, image: &ImageReference) -> Result<Option<PathBuf>, NowhereToRecord> {
+        let path = match (&self.record, image) {
+            (None, _) => return Ok(None),
+            (Some(Some(path)), _) => path.clone(),
+            (Some(None), ImageReference::Directory { path, .. }) => beside(path),
+            (Some(None), remote @ ImageReference::Remote { .. }) => {
+                return Err(NowhereToRecord(remote.to_string()));
+            }
+        };
+        // The monitor need not have this command's working directory.
+        Ok(Some(std::path::absolute(&path).unwrap_or(path)))
+    }
+
+    /// The body of the request.
+    fn body(&self, image: &ImageReference, agent: Option<&Path>, record_to: Option<&Path>) -> Value {
+        let mut body = self.load.body(image, agent);
+        if let Some(path) = record_to {
+            body["record"] = json!({ "path": path });
+            if let Some(time) = self.record_for {
+                body["record"]["duration_ms"] = json!(time.as_millis());
+            }
+        }
+        body
+    }
+}
+
 pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
     args.load.check()?;
     args.agent.check()?;
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
+    let record_to = args.record_to(&image)?;
     let state = StateFolder::open()?;
     let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });
     let agent = if wants_agent {
@@ -84,7 +131,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
         ..Record::now()
     };
     monitor.folder().record(&record)?;
-    let body = args.load.body(&image, agent.as_deref());
+    let body = args.body(&image, agent.as_deref(), record_to.as_deref());
     args.load.warn_of_rests();
     let start = |monitor: &Monitor<'_>| load(monitor, body, record, &signals);
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
@@ -147,4 +194,33 @@ fn digest_of(record: &Record) -> Option<String> {
     let mut images = images.into_iter();
     let image = images.find(|image| Some(&image.image) == record.image.as_ref())?;
     Some(image.digest.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: ResumeArgs,
+    }
+
+    #[test]
+    fn what_is_recorded_goes_beside_an_image_of_this_host_or_where_it_is_told() {
+        let image: ImageReference = "/images/web".parse().unwrap();
+        let remote: ImageReference = "http://10.0.0.1:5000/web".parse().unwrap();
+        let args = Line::parse_from(["x", "--record", "--record-for", "30s", "web"]).args;
+        let path = args.record_to(&image).unwrap().unwrap();
+        assert_eq!(path, Path::new("/images/web.working-set"));
+        let record = &args.body(&image, None, Some(&path))["record"];
+        assert_eq!(*record, json!({ "path": path, "duration_ms": 30_000 }));
+        let refused = args.record_to(&remote).unwrap_err().to_string();
+        assert!(refused.contains("--record=FILE"), "{refused}");
+        let args = Line::parse_from(["x", "--record=/srv/set", "web"]).args;
+        assert_eq!(args.record_to(&remote).unwrap(), Some("/srv/set".into()));
+        assert!(Line::try_parse_from(["x", "--record-for", "30s", "web"]).is_err());
+    }
 }

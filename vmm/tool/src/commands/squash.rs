@@ -1,34 +1,22 @@
 //! `runnel image squash`: writes an image anew, without the layers that it lies over.
 
 use std::path::Path;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use runnel_snapshot::capture::CaptureSettings;
 use runnel_snapshot::capture::squash::squash;
-use runnel_snapshot::capture::{CaptureError, CaptureSettings, Progress, progress::Stage};
 use runnel_snapshot::image::Image;
-use runnel_snapshot::image::reference::{ImageReference, Wanted};
+use runnel_snapshot::image::reference::Wanted;
 use serde_json::json;
 
 use super::Failure;
+use super::rewrite::{LocalImage, layers, rewrite, stored};
 use crate::exit::Exit;
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json, tell};
-use crate::progress::ProgressView;
+use crate::output::{OutputArgs, print, print_json};
 use crate::signals::Signals;
 use crate::size;
-
-/// How often progress is shown and signals are looked for.
-const LOOK: Duration = Duration::from_millis(100);
-
-/// The image is elsewhere.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "{0} is of another host, and is squashed there, or here once its directory was copied (`skopeo copy`): give a directory or a name"
-)]
-struct Remote(String);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -55,83 +43,20 @@ pub(crate) struct SquashArgs {
 
 pub(super) fn run(store: &ImageStore, args: &SquashArgs) -> Result<Exit, Failure> {
     let signals = Signals::take()?;
-    let reference = store.resolve(&args.image)?;
-    let ImageReference::Directory { path, wanted } = &reference else {
-        return Err(Remote(reference.to_string()).into());
-    };
+    let image = LocalImage::find(store, &args.image, "squashed")?;
     let target = store.destination(&args.target)?;
     let started = Instant::now();
-    let (job, state) = squash(path, wanted, CaptureSettings::default())?;
-    let progress = job.progress();
-    let mut view = ProgressView::new(format!("squash {}", args.image));
-    let mut called_off = None;
-    let made = thread::scope(|scope| {
-        let (sender, end) = mpsc::channel::<()>();
-        let mut look = || {
-            if let Some(signal) = signals.next() {
-                called_off = Some(signal);
-                progress.cancel();
-            }
-            show(&progress, &mut view);
-        };
-        // One that came early calls it off before it begins.
-        look();
-        let target = &target;
-        let worker = scope.spawn(move || {
-            // Dropped when it ends, however that comes.
-            let _sender = sender;
-            job.run(target, state)
-        });
-        while matches!(end.recv_timeout(LOOK), Err(RecvTimeoutError::Timeout)) {
-            look();
-        }
-        worker.join()
-    });
-    drop(view);
-    match (
-        made.map_err(|_| "squashing panicked: this is a bug in Runnel")?,
-        called_off,
-    ) {
-        (Err(CaptureError::Cancelled), Some(signal)) => {
-            tell(format_args!(
-                "called off: nothing is left of {}.",
-                target.display()
-            ));
-            return Ok(Exit::Signal(signal));
-        }
-        (made, _) => _ = made?,
+    let made = squash(&image.path, &image.wanted, CaptureSettings::default())?;
+    let title = format!("squash {}", args.image);
+    match rewrite(made, &target, title, &signals)? {
+        Some(signal) => Ok(Exit::Signal(signal)),
+        None => report(args, &image, &target, started.elapsed()),
     }
-    report(args, path, &target, wanted, started.elapsed())
 }
 
-fn show(progress: &Progress, view: &mut ProgressView) {
-    let volumes = progress.volumes();
-    let done = volumes.iter().map(|volume| volume.bytes_done).sum();
-    let total = volumes.iter().map(|volume| volume.bytes_total).sum();
-    let phase = match progress.stage() {
-        Stage::Copying => "copying",
-        Stage::Publishing | Stage::Published => "publishing",
-    };
-    view.show(phase, done, total);
-}
-
-fn report(
-    args: &SquashArgs,
-    path: &Path,
-    target: &Path,
-    wanted: &Wanted,
-    elapsed: Duration,
-) -> Result<Exit, Failure> {
+fn report(args: &SquashArgs, image: &LocalImage, target: &Path, elapsed: Duration) -> Result<Exit, Failure> {
     let made = Image::open_directory(target, &Wanted::Only)?;
-    let below = Image::open_directory(path, wanted)?;
-    let layers = |image: &Image| -> usize {
-        let volumes = image.manifest.volumes.iter();
-        volumes.map(|volume| volume.layers.len()).sum()
-    };
-    let stored = |image: &Image| -> u64 {
-        let blobs = image.manifest.blobs();
-        blobs.iter().fold(0, |sum, blob| sum.saturating_add(blob.bytes))
-    };
+    let below = image.open()?;
     if args.output.json {
         print_json(&json!({
             "image": target,

@@ -1,7 +1,7 @@
-//! LEB128 numbers, in their shortest form only, so that an index has one spelling.
+//! LEB128 numbers, in their shortest form only, so that what is written with them has one spelling.
 
 /// Appends `value`.
-pub(super) fn append(mut value: u64, out: &mut Vec<u8>) {
+pub(crate) fn append(mut value: u64, out: &mut Vec<u8>) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
         value >>= 7;
@@ -10,12 +10,12 @@ pub(super) fn append(mut value: u64, out: &mut Vec<u8>) {
 }
 
 /// Appends a number that may be negative: 0, -1, 1, -2 become 0, 1, 2, 3.
-pub(super) fn append_signed(value: i64, out: &mut Vec<u8>) {
+pub(crate) fn append_signed(value: i64, out: &mut Vec<u8>) {
     append(((value << 1) ^ (value >> 63)) as u64, out);
 }
 
 /// Takes a number off the front of `bytes`; `None` if it is cut off, longer than it need be, or beyond 64 bits.
-pub(super) fn take(bytes: &mut &[u8]) -> Option<u64> {
+pub(crate) fn take(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0_u64;
     for shift in (0..64).step_by(7) {
         let (byte, rest) = bytes.split_first()?;
@@ -33,7 +33,7 @@ pub(super) fn take(bytes: &mut &[u8]) -> Option<u64> {
 }
 
 /// Takes what [`append_signed`] appended.
-pub(super) fn take_signed(bytes: &mut &[u8]) -> Option<i64> {
+pub(crate) fn take_signed(bytes: &mut &[u8]) -> Option<i64> {
     let value = take(bytes)?;
     Some((value >> 1) as i64 ^ -((value & 1) as i64))
 }
