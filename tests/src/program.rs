@@ -8,14 +8,15 @@ use std::sync::{Mutex, PoisonError};
 use crate::lab;
 
 /// The program `name`, of the package of the same name, built in the same profile as the test that asks for it. Built
-/// once more if need be, so that no test runs an old one; in the nested host, the one that was carried along.
+/// once more if need be, so that no test runs an old one; in the nested host, the one that was carried along, and where
+/// `RUNNEL_PROGRAMS` names a folder, the one there.
 ///
 /// # Panics
 /// When it cannot be built.
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
-    if lab::is_nested() {
-        return lab::program(name); // carried along: there is nothing to build with
+    if lab::is_nested() || std::env::var_os("RUNNEL_PROGRAMS").is_some() {
+        return lab::program(name); // carried along: there is nothing to build with; or built for a purpose
     }
     static BUILT: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     // target/<profile>/deps/<test>, or target/<profile>/<program>
