@@ -193,6 +193,9 @@ fn there_are_all_clones_or_none() {
     let told = refusal(&user.run(&["fork", "web", "-n", "2"]));
     assert!(told.contains("images/web"), "{told}");
     assert_eq!(user.machines().len(), 2);
+    // Its image's name says that the machine is meant.
+    let clones = forked(&user, &["web", "-n", "1", "--image", "of-web", "--paused"]);
+    assert_eq!(clones, ["web-1"]);
 }
 
 #[test]

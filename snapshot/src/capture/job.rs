@@ -245,7 +245,7 @@ impl Job {
         self
     }
 
-    /// The image that the machine was resumed from.
+    /// The image that this one descends from: the one below it, or that of which the machine was resumed.
     #[must_use]
     pub fn with_parent(mut self, parent: BlobDigest) -> Self {
         self.parent = Some(parent);

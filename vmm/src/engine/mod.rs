@@ -55,9 +55,6 @@ pub enum EngineError {
     /// There is no event descriptor to be had.
     #[error("cannot make an event descriptor")]
     Event(#[source] std::io::Error),
-    /// Something that a later version of Runnel does.
-    #[error("{0} is not supported by this version of Runnel")]
-    Unsupported(&'static str),
     /// An image or a file is to appear in a directory that is not there.
     #[error("{0} does not exist: make it first, with `mkdir -p {word}`", word = shell_word(.0))]
     NoDirectory(PathBuf),

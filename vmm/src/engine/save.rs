@@ -228,7 +228,9 @@ impl Saving {
             false => Ok(None),
         };
         let changed = changed.map_err(SaveError::Memory)?;
-        let read = changed.as_ref().map(|changed| self.read_of(&changed.pages));
+        // A guess has nearly every page that there is: of these, data alone is armed.
+        let known = changed.as_ref().filter(|changed| !changed.is_guess);
+        let read = known.map(|changed| self.read_of(&changed.pages));
         let content = match &mut self.live {
             Some(live) => live.freeze(guest, read.as_ref(), is_cancelled),
             None => memory_content(guest, is_cancelled),

@@ -23,6 +23,7 @@ use crate::boot::Override;
 use crate::exit::Exit;
 use crate::images::ImageStore;
 use crate::monitor::{Monitor, MonitorError};
+use crate::operation::Outcome;
 use crate::output::{OutputArgs, print, print_json, tell};
 use crate::signals::Signals;
 use crate::state::{Machine, MachineName, Record, StateError, StateFolder};
@@ -54,8 +55,8 @@ const NUMBER: &str = "{n}";
 enum ForkError {
     /// A machine and an image of one name.
     #[error(
-        "{name} is a machine that runs, and an image of the local store too: give the image by its path, {path}, or the machine's \
-         clones another --image and remove that one",
+        "{name} is a machine that runs, and an image of the local store too: give the image by its path, {path}, or the \
+         image to make of the machine with --image",
         path = path.display()
     )]
     Both { name: String, path: PathBuf },
@@ -140,9 +141,18 @@ pub(crate) fn run(args: &ForkArgs) -> Result<Exit, Failure> {
         Source::Machine(machine) => {
             let target = args.target(&store, &machine)?;
             let body = json!({ "image_path": target, "snapshot_type": "Diff" });
-            if let Some(signal) = save(&state, &machine, body, &signals)? {
-                return Ok(Exit::Signal(signal));
+            match save(&state, &machine, body, &signals)? {
+                Outcome::Done => {}
+                Outcome::Overtaken(signal) => {
+                    tell(format_args!(
+                        "called off: no clone was started; the image {} was finished, and stays",
+                        target.display()
+                    ));
+                    return Ok(Exit::Signal(signal));
+                }
+                Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => return Ok(Exit::Signal(signal)),
             }
+            tell(format_args!("the clones' image is {}", target.display()));
             store.resolve(&target.to_string_lossy())?
         }
     };
@@ -186,12 +196,13 @@ impl ForkArgs {
             Some(Err(error)) => return Err(error.into()),
         };
         match store.image(&self.source) {
-            Ok(path) => Err(ForkError::Both {
+            // Whoever says what its image is to be called means the machine.
+            Ok(path) if self.image.is_none() => Err(ForkError::Both {
                 name: self.source.clone(),
                 path,
             }
             .into()),
-            Err(_) => Ok(Source::Machine(Box::new(machine))),
+            _ => Ok(Source::Machine(Box::new(machine))),
         }
     }
 
@@ -202,7 +213,7 @@ impl ForkArgs {
             (None, Source::Machine(machine)) => machine.folder.name.to_string(),
             (None, Source::Image(image)) => name_of(image),
         };
-        // The longest number has six digits.
+        // There is room for a number of seven digits, and then some.
         let is_short = prefix.len() <= 50;
         match format!("{prefix}-1").parse::<MachineName>() {
             Ok(_) if is_short => Ok(prefix),

@@ -80,7 +80,7 @@ pub(crate) struct SnapshotArgs {
     /// The image to make
     image: String,
 
-    /// Save what changed since the machine's last image, or the one of this host that it was resumed from, as layers
+    /// Save what changed since the machine's last image, or the one of this host that it was resumed from without the agent, as layers
     /// over it; a volume that has none is saved whole
     #[arg(long)]
     diff: bool,
@@ -103,7 +103,7 @@ pub(crate) struct SnapshotArgs {
     output: OutputArgs,
 }
 
-/// Has `machine` save itself as `body` says; the signal that called it off, if one did.
+/// Has `machine` save itself as `body` says; how that ended; what a signal did is told.
 ///
 /// # Errors
 /// When it cannot be saved.
@@ -112,7 +112,7 @@ pub(crate) fn save(
     machine: &Machine,
     body: Value,
     signals: &Signals,
-) -> Result<Option<i32>, Failure> {
+) -> Result<Outcome, Failure> {
     let name = &machine.folder.name;
     let api = Api::new(&machine.folder.api_socket());
     let mut view = ProgressView::new(format!("snapshot {name}"));
@@ -128,20 +128,15 @@ pub(crate) fn save(
         return Err(Ended { machine, log }.into());
     }
     let image = machine.record.image.as_deref();
-    match outcome.map_err(|error| explained(error, name, image))? {
-        // There is an image, whole; whoever wanted none can remove it.
-        Outcome::Done | Outcome::Overtaken(_) => Ok(None),
-        Outcome::Cancelled(signal) => {
-            tell(format_args!(
-                "called off: nothing is left of the image, and {name} goes on as it was."
-            ));
-            Ok(Some(signal))
-        }
-        Outcome::Abandoned(signal) => {
-            tell(format_args!("not waited for: {name} still calls it off."));
-            Ok(Some(signal))
-        }
+    let outcome = outcome.map_err(|error| explained(error, name, image))?;
+    match outcome {
+        Outcome::Done | Outcome::Overtaken(_) => {}
+        Outcome::Cancelled(_) => tell(format_args!(
+            "called off: nothing is left of the image, and {name} goes on as it was."
+        )),
+        Outcome::Abandoned(_) => tell(format_args!("not waited for: {name} still calls it off.")),
     }
+    Ok(outcome)
 }
 
 /// `--guest-hook`.
@@ -186,8 +181,10 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     }
     let started = Instant::now();
     let api = Api::new(&machine.folder.api_socket());
-    if let Some(signal) = save(&state, &machine, body, &signals)? {
-        return Ok(Exit::Signal(signal));
+    match save(&state, &machine, body, &signals)? {
+        // There is an image, whole; whoever wanted none can remove it.
+        Outcome::Done | Outcome::Overtaken(_) => {}
+        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => return Ok(Exit::Signal(signal)),
     }
     let elapsed = started.elapsed();
     // Of a machine that was paused before it is nothing; and nobody fails for want of a figure. Another snapshot of the
