@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::bare_guest;
-use crate::monitor::{DEADLINE, Monitor};
+use crate::monitor::{DEADLINE, Monitor, Question};
 
 /// RAM of a machine, unless a test says otherwise.
 pub const MIB: u64 = 64;
@@ -128,6 +128,23 @@ pub fn booted_with_noise(bytes: u64, words: &str) -> (Monitor, Noise) {
 /// When it cannot be saved.
 pub fn save(monitor: &Monitor, image: &Path) {
     monitor.demand("PUT", "/snapshot/create", &json!({"image_path": image}));
+}
+
+/// Asks a machine to save itself to an image, and does not wait for it.
+#[must_use]
+pub fn saving(monitor: &Monitor, image: &Path) -> Question {
+    let create = json!({"image_path": image});
+    Question::put(monitor.socket(), "PUT", "/snapshot/create", &create)
+}
+
+/// Has a guest end what it does round by round (`churn`, `diskchurn`, …); all of its rounds must have been right.
+///
+/// # Panics
+/// When one was not: what it found was not of one moment.
+pub fn end_rounds(monitor: &mut Monitor, what: &str) {
+    monitor.type_line("");
+    let answer = monitor.wait_for_console(&format!("{what}="));
+    assert!(answer.starts_with(&format!("{what}=right rounds=")), "{answer}");
 }
 
 /// A machine as `request` says.

@@ -1,4 +1,5 @@
-//! Images that are changed behind their author's back, with every digest on the way made right again.
+//! Images as tests look at them: whether they are sound, and changed behind their author's back, with every digest on the
+//! way made right again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,10 +7,26 @@ use std::path::{Path, PathBuf};
 use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::manifest::{ImageManifest, ManifestDraft};
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::state::MachineState;
+use runnel_snapshot::verify::{VerifyProgress, verify};
 use serde_json::{Value, json};
+
+/// An image that is sound: every digest of it was looked at, and the index held against every frame.
+///
+/// # Panics
+/// When it is not.
+#[allow(clippy::must_use_candidate, reason = "that it is sound is often all")]
+#[track_caller]
+pub fn verified(image: &Path) -> Image {
+    let layout = Layout::open(image).expect("an image's directory");
+    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default());
+    let report = report.expect("it can be verified");
+    assert!(report.is_sound(), "{:?}", report.findings);
+    open(image)
+}
 
 /// The image of a directory that has one.
 ///

@@ -9,11 +9,9 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::Image;
-use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::manifest::ImageVolume;
-use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::verify::{VerifyProgress, verify};
-use runnel_tests::bare::{MIB, configure, load, resumed, save, start, tell};
+use runnel_tests::bare::{MIB, configure, end_rounds, load, resumed, save, start, tell};
+use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
 
@@ -46,19 +44,6 @@ fn diff_of(image: &Path) -> Value {
 
 fn save_diff(monitor: &Monitor, image: &Path) {
     monitor.demand("PUT", "/snapshot/create", &diff_of(image));
-}
-
-fn end(machine: &mut Monitor, what: &str) {
-    machine.type_line("");
-    let answer = machine.wait_for_console(&format!("{what}="));
-    assert!(answer.starts_with(&format!("{what}=right rounds=")), "{answer}");
-}
-
-fn verified(image: &Path) -> Image {
-    let layout = Layout::open(image).unwrap();
-    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
-    assert!(report.is_sound(), "{:?}", report.findings);
-    Image::open_directory(image, &Wanted::Only).unwrap()
 }
 
 /// The layers of a volume, and the bytes of the last.
@@ -156,7 +141,7 @@ fn a_machine_that_writes_all_the_time_is_diffed_as_it_was_at_each_pause() {
         for number in 1..4 {
             save_diff(&machine, &path(number));
         }
-        end(&mut machine, "churn");
+        end_rounds(&mut machine, "churn");
         drop(machine);
         let (_, bytes) = layers(&verified(&path(3)), 0);
         let (_, whole) = layers(&verified(&path(0)), 0);
@@ -166,13 +151,13 @@ fn a_machine_that_writes_all_the_time_is_diffed_as_it_was_at_each_pause() {
         for number in 4..7 {
             save_diff(&machine, &path(number));
         }
-        end(&mut machine, "churn");
+        end_rounds(&mut machine, "churn");
         drop(machine);
         for number in 0..7 {
             verified(&path(number));
             if number % 3 == 0 {
                 let mut again = resumed(&path(number));
-                end(&mut again, "churn");
+                end_rounds(&mut again, "churn");
                 tell(&mut again, "checkfill:27m:512k:5", "checkfill=right");
             }
         }
@@ -192,7 +177,7 @@ fn a_drive_that_is_written_to_all_the_time_is_diffed_as_it_was_at_each_pause() {
     for number in 1..3 {
         save_diff(&machine, &path(number));
     }
-    end(&mut machine, "diskchurn");
+    end_rounds(&mut machine, "diskchurn");
     drop(machine);
     fs::remove_file(&disk).unwrap();
     // An overlay now.
@@ -200,7 +185,7 @@ fn a_drive_that_is_written_to_all_the_time_is_diffed_as_it_was_at_each_pause() {
     for number in 3..5 {
         save_diff(&machine, &path(number));
     }
-    end(&mut machine, "diskchurn");
+    end_rounds(&mut machine, "diskchurn");
     tell(&mut machine, "diskdiscard:0:64k", "diskdiscard=right");
     tell(&mut machine, "diskfill:2048:64k:4", "diskfill=right");
     save_diff(&machine, &path(5));
@@ -208,7 +193,7 @@ fn a_drive_that_is_written_to_all_the_time_is_diffed_as_it_was_at_each_pause() {
     for number in 0..5 {
         verified(&path(number));
         let mut again = resumed(&path(number));
-        end(&mut again, "diskchurn");
+        end_rounds(&mut again, "diskchurn");
         tell(&mut again, "checkdisk:128:64k:3", "checkdisk=right");
     }
     let last = verified(&path(5));

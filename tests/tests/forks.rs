@@ -154,6 +154,11 @@ fn a_machine_that_runs_is_forked_as_it_is_and_goes_on() {
     assert!(heard.contains("count=4"), "{heard}");
     let image = Image::open_directory(&user.folder().join("images/again"), &Wanted::Only).unwrap();
     assert!(image.manifest.parent.is_some());
+    assert_eq!(
+        image.manifest.volumes[0].layers.len(),
+        2,
+        "what it wrote, and nothing else"
+    );
     // A second fork of one machine is of an image of its own.
     let user = with_machine("count:1");
     forked(&user, &["web", "-n", "1", "--paused"]);

@@ -13,11 +13,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::verify::{VerifyProgress, verify};
 use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{configure, save, start, tell, wait_until, wait_until_stalled};
+use runnel_tests::forge::verified;
 use runnel_tests::lab::{say, skip};
 use runnel_tests::monitor::{Monitor, Question};
 use runnel_tests::served::serve;
@@ -218,12 +216,6 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
     verified(&target);
     assert_eq!(ground.partials(), [""; 0], "the next snapshot sweeps");
     tell(&mut monitor, "checkfill:8m:256k:7", "checkfill=right");
-}
-
-fn verified(image: &Path) {
-    let layout = Layout::open(image).unwrap();
-    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
-    assert!(report.is_sound(), "{:?}", report.findings);
 }
 
 /// Which files are at these paths.

@@ -4,19 +4,17 @@
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::verify::{VerifyProgress, verify};
 use runnel_tests::agent::Agent;
 use runnel_tests::bare::{
-    Noise, about, booted, booted_with_noise, configure, hear, load, refusal, resumed, save, start, tell,
-    wait_until, wait_until_stalled,
+    Noise, about, booted, booted_with_noise, configure, hear, load, refusal, resumed, save, saving, start,
+    tell, wait_until, wait_until_stalled,
 };
+use runnel_tests::forge::verified;
 use runnel_tests::lab::say;
 use runnel_tests::link::{Link, Wrong};
-use runnel_tests::monitor::{Monitor, Question};
+use runnel_tests::monitor::Monitor;
 use runnel_tests::served::{Served, TRICKLE};
 use serde_json::{Value, json};
 
@@ -99,21 +97,6 @@ fn resident(monitor: &Monitor) -> (u64, u64) {
 /// How many waits for chunks have ended.
 fn waits(monitor: &Monitor) -> u64 {
     progress(monitor)["waits"]["count"].as_u64().unwrap()
-}
-
-fn create(monitor: &Monitor, image: &Path) -> Question {
-    Question::put(
-        monitor.socket(),
-        "PUT",
-        "/snapshot/create",
-        &json!({"image_path": image}),
-    )
-}
-
-fn verified(image: &Path) {
-    let layout = Layout::open(image).unwrap();
-    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
-    assert!(report.is_sound(), "{:?}", report.findings);
 }
 
 /// Waits until a snapshot has copied something and not all.
@@ -208,7 +191,7 @@ fn a_snapshot_of_what_comes_wrong_again_and_again_fails_with_the_reason_and_the_
 
         rig.link.heal();
         // What is damaged is not asked for again at once.
-        wait_until("it is right", || create(&machine, &target).answer().0 == 204);
+        wait_until("it is right", || saving(&machine, &target).answer().0 == 204);
         drop((machine, agent));
         verified(&target);
         let mut again = resumed(&target);
@@ -228,12 +211,12 @@ fn a_snapshot_of_what_comes_wrong_twice_asks_again_and_is_right() {
         let before = rig.link.went_wrong();
         rig.link.go_wrong(wrong, 2);
         let target = rig.target(&format!("{wrong:?}"));
-        let (status, answer) = create(&machine, &target).answer();
+        let (status, answer) = saving(&machine, &target).answer();
         if wrong == Wrong::Flipped {
             // Damage is not waited for: it is said at once, and may be repaired by then.
             assert_eq!(status, 400, "{answer}");
             assert!(!target.exists());
-            wait_until("it is right", || create(&machine, &target).answer().0 == 204);
+            wait_until("it is right", || saving(&machine, &target).answer().0 == 204);
         } else {
             assert_eq!(status, 204, "{wrong:?}: {answer}");
         }
@@ -253,7 +236,7 @@ fn a_machine_behind_a_link_that_crawls_runs_and_is_saved_while_it_comes() {
     rig.link.crawl(CRAWL);
     tell(&mut machine, "count:1", "count=4");
     let target = rig.target("again");
-    let saving = create(&machine, &target);
+    let saving = saving(&machine, &target);
     wait_until_copying(&machine);
     let (have, all) = resident(&machine);
     assert!(have < all, "{have} of {all}");
@@ -343,7 +326,7 @@ fn an_agent_that_is_killed_in_the_middle_of_a_snapshot_is_asked_again_and_the_im
     tell(&mut machine, "fill:20m:1m:5", "fill=done");
     rig.link.crawl(CRAWL);
     let target = rig.target("again");
-    let saving = create(&machine, &target);
+    let saving = saving(&machine, &target);
     for _ in 0..KILLS {
         wait_until_copying(&machine);
         drop(agent);
@@ -369,7 +352,7 @@ fn an_agent_that_stays_away_ends_a_snapshot_with_the_reason_and_the_next_one_is_
     let mut machine = rig.load(1500);
     rig.link.crawl(CRAWL);
     let target = rig.target("again");
-    let saving = create(&machine, &target);
+    let saving = saving(&machine, &target);
     wait_until_copying(&machine);
     drop(agent);
     let (status, answer) = saving.answer();
@@ -396,7 +379,7 @@ fn a_guest_that_switches_itself_off_while_it_is_saved_leaves_a_whole_image_of_th
     rig.link.crawl(CRAWL);
     tell(&mut machine, "fill:20m:1m:5", "fill=done");
     let target = rig.target("again");
-    let saving = create(&machine, &target);
+    let saving = saving(&machine, &target);
     wait_until_copying(&machine);
     tell(&mut machine, "fill:20m:1m:6", "fill=done");
     machine.type_line("poweroff");
@@ -430,7 +413,7 @@ fn a_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause_while_it_s
     // The capture comes no further than to what is not here, which lies before what the guest writes to.
     rig.link.go_wrong(Wrong::Silent, usize::MAX);
     let target = rig.target("again");
-    let saving = create(&machine, &target);
+    let saving = saving(&machine, &target);
     machine.wait_for_log("The machine runs on");
     ends(&mut machine);
     machine.type_line(CHURN);

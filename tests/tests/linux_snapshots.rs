@@ -14,11 +14,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use runnel_snapshot::image::Image;
-use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::verify::{VerifyProgress, verify};
 use runnel_tests::agent::AgentFolders;
+use runnel_tests::forge::{open, verified};
 use runnel_tests::lab::linux_guest::LinuxGuest;
 use runnel_tests::lab::suite::Suite;
 use runnel_tests::monitor::Monitor;
@@ -68,14 +65,7 @@ fn a_linux_at_work_is_diffed_twenty_times_and_forked_eight_ways() {
     drop(guest);
 
     let image = path(DIFFS);
-    let report = verify(
-        &Layout::open(&image).unwrap(),
-        &Wanted::Only,
-        1,
-        &VerifyProgress::default(),
-    )
-    .unwrap();
-    assert!(report.is_sound(), "{:?}", report.findings);
+    verified(&image);
     let agents = AgentFolders::new();
     let _agent = agents.start(&[]);
     let load = json!({"image": image, "agent_path": agents.socket(), "resume_vm": false});
@@ -136,6 +126,6 @@ fn counters(line: &str) -> [u64; JOBS.len()] {
 
 /// Bytes of the last layer of memory.
 fn last_layers(image: &Path) -> u64 {
-    let image = Image::open_directory(image, &Wanted::Only).unwrap();
+    let image = open(image);
     image.manifest.volumes[0].layers.last().unwrap().bytes
 }

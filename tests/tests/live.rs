@@ -8,10 +8,8 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::verify::{VerifyProgress, verify};
-use runnel_tests::bare::{booted, configure, resumed, save, start, tell};
+use runnel_tests::bare::{booted, configure, end_rounds, resumed, save, start, tell};
+use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
 
@@ -23,13 +21,6 @@ const CHURN: &str = "churn:8m:24m";
 /// Has the guest begin to write, and waits until it does: it has gone a round when something is typed.
 fn begin(machine: &mut Monitor, words: &str) {
     machine.type_line(words);
-}
-
-/// Has the guest end its round, and holds what it says against `what`.
-fn end(machine: &mut Monitor, what: &str) {
-    machine.type_line("");
-    let answer = machine.wait_for_console(&format!("{what}="));
-    assert!(answer.starts_with(&format!("{what}=right rounds=")), "{answer}");
 }
 
 /// A number in the line with which a snapshot ends.
@@ -59,23 +50,17 @@ fn saved_under_writes(machine: &mut Monitor, folder: &Path) -> Vec<PathBuf> {
     panic!("in {TRIES} snapshots the guest never wrote to a page that was not saved yet");
 }
 
-fn verified(image: &Path) {
-    let layout = Layout::open(image).unwrap();
-    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
-    assert!(report.is_sound(), "{:?}", report.findings);
-}
-
 #[test]
 fn a_booted_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause() {
     let folder = tempfile::tempdir().unwrap();
     let mut machine = booted("count:1");
     begin(&mut machine, CHURN);
     let images = saved_under_writes(&mut machine, folder.path());
-    end(&mut machine, "churn");
+    end_rounds(&mut machine, "churn");
     for image in images {
         verified(&image);
         let mut again = resumed(&image);
-        end(&mut again, "churn");
+        end_rounds(&mut again, "churn");
     }
 }
 
@@ -89,13 +74,13 @@ fn a_resumed_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause() 
     drop(machine);
     let mut machine = resumed(&first);
     let images = saved_under_writes(&mut machine, folder.path());
-    end(&mut machine, "churn");
+    end_rounds(&mut machine, "churn");
     drop(machine);
     fs::remove_dir_all(&first).unwrap();
     for image in images {
         verified(&image);
         let mut again = resumed(&image);
-        end(&mut again, "churn");
+        end_rounds(&mut again, "churn");
     }
 }
 
@@ -122,10 +107,10 @@ fn a_guest_whose_writes_find_no_room_waits_for_the_capture_and_is_saved_as_it_wa
         figure(&line, "faults_held") > 0
     });
     assert!(has_waited, "in {TRIES} snapshots no write ever waited");
-    end(&mut machine, "churn");
+    end_rounds(&mut machine, "churn");
     verified(&image);
     let mut again = resumed(&image);
-    end(&mut again, "churn");
+    end_rounds(&mut again, "churn");
 }
 
 /// A machine with the drive `disk` at `path`, which listens.
@@ -187,7 +172,7 @@ fn a_drive_that_is_written_to_all_the_time_is_saved_as_it_was_at_the_pause() {
     tell(&mut machine, "diskfill:0:2m:3", "diskfill=right");
     begin(&mut machine, "diskchurn:16384:256k");
     let first = saved_until_a_drive_is_met(&mut machine, folder.path(), |_, _| {});
-    end(&mut machine, "diskchurn");
+    end_rounds(&mut machine, "diskchurn");
     drop(machine);
     fs::remove_file(folder.path().join("disk")).unwrap();
 
@@ -196,14 +181,14 @@ fn a_drive_that_is_written_to_all_the_time_is_saved_as_it_was_at_the_pause() {
     fs::create_dir(&overlays).unwrap();
     let mut machine = resumed(&first);
     let second = saved_until_a_drive_is_met(&mut machine, &overlays, |_, _| {});
-    end(&mut machine, "diskchurn");
+    end_rounds(&mut machine, "diskchurn");
     tell(&mut machine, "diskdiscard:0:64k", "diskdiscard=right");
     tell(&mut machine, "checkdiskzero:0:64k", "checkdiskzero=right");
     drop(machine);
     fs::remove_dir_all(&first).unwrap();
     verified(&second);
     let mut again = resumed(&second);
-    end(&mut again, "diskchurn");
+    end_rounds(&mut again, "diskchurn");
     tell(&mut again, "checkdisk:256:256k:3", "checkdisk=right");
 }
 
@@ -236,7 +221,7 @@ fn several_vcpus_that_write_all_the_time_are_saved_as_they_were_at_the_pause() {
     // Each to memory of its own, of one moment with the others'.
     begin(&mut machine, "churntogether:8m:6m");
     let images = saved_under_writes(&mut machine, folder.path());
-    end(&mut machine, "churntogether");
+    end_rounds(&mut machine, "churntogether");
     drop(machine);
     let last = images.last().unwrap();
     verified(last);
@@ -244,10 +229,10 @@ fn several_vcpus_that_write_all_the_time_are_saved_as_they_were_at_the_pause() {
     let folder = tempfile::tempdir().unwrap();
     let images = saved_under_writes(&mut again, folder.path());
     for machine in [&mut again, &mut resumed(images.last().unwrap())] {
-        end(machine, "churntogether");
+        end_rounds(machine, "churntogether");
         // All of them still do what they are told.
         begin(machine, "churntogether:8m:1m");
-        end(machine, "churntogether");
+        end_rounds(machine, "churntogether");
     }
 }
 
@@ -269,7 +254,7 @@ fn memory_above_the_hole_that_is_written_to_all_the_time_is_saved_as_it_was_at_t
     start(&mut machine);
     begin(&mut machine, "churn:0x100000000:8m");
     let images = saved_under_writes(&mut machine, folder.path());
-    end(&mut machine, "churn");
+    end_rounds(&mut machine, "churn");
     drop(machine);
     let last = images.last().unwrap();
     verified(last);
@@ -277,9 +262,9 @@ fn memory_above_the_hole_that_is_written_to_all_the_time_is_saved_as_it_was_at_t
     let mut again = resumed(last);
     let folder = tempfile::tempdir().unwrap();
     let images = saved_under_writes(&mut again, folder.path());
-    end(&mut again, "churn");
+    end_rounds(&mut again, "churn");
     let mut third = resumed(images.last().unwrap());
-    end(&mut third, "churn");
+    end_rounds(&mut third, "churn");
     tell(&mut third, "checkstamp:0xbff00000:1m:5", "checkstamp=right");
 }
 
@@ -325,8 +310,8 @@ fn a_snapshot_that_is_cancelled_leaves_the_machine_running_and_the_next_one_righ
     assert!(cancelled >= 3, "no snapshot was cancelled in time");
     let image = folder.path().join("image");
     save(&machine, &image);
-    end(&mut machine, "churn");
+    end_rounds(&mut machine, "churn");
     let mut again = resumed(&image);
-    end(&mut again, "churn");
+    end_rounds(&mut again, "churn");
     tell(&mut again, "checkfill:59m:1m:7", "checkfill=right");
 }

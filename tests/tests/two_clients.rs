@@ -3,17 +3,15 @@
 
 #![allow(clippy::unwrap_used)] // An assertion, in helpers of tests as in tests.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use runnel_snapshot::image::layout::Layout;
-use runnel_snapshot::image::reference::Wanted;
-use runnel_snapshot::verify::{VerifyProgress, verify};
-use runnel_tests::bare::{about, booted, configure, refusal, resumed, start, tell, wait_until};
+use runnel_tests::bare::{about, booted, configure, refusal, resumed, saving, start, tell, wait_until};
+use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question, ask};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// The phases of a snapshot, in order.
@@ -25,21 +23,6 @@ const PHASES: [&str; 6] = [
     "copying",
     "publishing",
 ];
-
-fn create(monitor: &Monitor, image: &Path) -> Question {
-    Question::put(
-        monitor.socket(),
-        "PUT",
-        "/snapshot/create",
-        &json!({"image_path": image}),
-    )
-}
-
-fn verified(image: &Path) {
-    let layout = Layout::open(image).unwrap();
-    let report = verify(&layout, &Wanted::Only, 1, &VerifyProgress::default()).unwrap();
-    assert!(report.is_sound(), "{:?}", report.findings);
-}
 
 fn operation(monitor: &Monitor) -> Value {
     monitor.demand("GET", "/snapshot/progress", &Value::Null)["operation"].clone()
@@ -57,7 +40,7 @@ fn watched(monitor: &Monitor, targets: &[PathBuf; 2]) -> Vec<Value> {
         }
         seen
     });
-    let questions = targets.each_ref().map(|target| create(monitor, target));
+    let questions = targets.each_ref().map(|target| saving(monitor, target));
     let answers = questions.map(Question::answer);
     is_over.store(true, Ordering::SeqCst);
     let seen = watcher.join().unwrap();
@@ -146,7 +129,7 @@ fn of_two_snapshots_at_once_to_one_place_one_is_made_and_the_other_is_refused() 
     let folder = TempDir::new().unwrap();
     let mut machine = booted("fill:8m:8m:7 count:3");
     let target = folder.path().join("image");
-    let answers = [create(&machine, &target), create(&machine, &target)].map(Question::answer);
+    let answers = [saving(&machine, &target), saving(&machine, &target)].map(Question::answer);
     let mut statuses = answers.each_ref().map(|(status, _)| *status);
     statuses.sort_unstable();
     assert_eq!(statuses, [204, 400], "{answers:?}");
@@ -175,7 +158,7 @@ fn who_calls_a_snapshot_off_takes_none_with_it_that_another_client_waits_for() {
     start(&mut machine);
     let targets = ["one", "two"].map(|name| folder.path().join(name));
     let [first, second] = targets.each_ref().map(|target| {
-        let question = create(&machine, target);
+        let question = saving(&machine, target);
         // The first is under way before the second is asked for, which then waits.
         wait_until("a snapshot copies", || operation(&machine)["phase"] == "copying");
         question

@@ -176,13 +176,8 @@ impl Image {
         let set = match self.working_set() {
             Ok(set) => set.unwrap_or_default(),
             Err(error) => {
-                let mut reason = error.to_string();
-                let mut source = std::error::Error::source(&error);
-                while let Some(cause) = source {
-                    reason = format!("{reason}: {cause}");
-                    source = cause.source();
-                }
-                tracing::warn!(reason, image = %self.digest(), "the working set of an image cannot be used");
+                let (image, error) = (self.digest(), &error as &dyn std::error::Error);
+                tracing::warn!(error, %image, "the working set of an image cannot be used");
                 return Vec::new();
             }
         };

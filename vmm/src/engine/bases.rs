@@ -41,7 +41,8 @@ impl Base {
         blobs.all(|blob| self.layout.open_blob(blob).is_ok())
     }
 
-    fn has_room_for_a_layer(&self) -> bool {
+    /// Whether a volume of one layer more is possible.
+    pub(super) fn has_room_for_a_layer(&self) -> bool {
         self.volume.layers.len() < usize::from(LAYERS_MAX) - 1
     }
 }
@@ -56,23 +57,9 @@ impl Bases {
         self.0.insert(name, base);
     }
 
-    /// What the volume was, if that is still there.
-    pub(super) fn get(&self, name: &VolumeName) -> Option<&Base> {
-        self.0.get(name).filter(|base| base.is_there())
-    }
-
-    /// What a diff of the volume is to lie over: nothing, if all of it is to be captured.
-    pub(super) fn for_diff(&self, name: &VolumeName) -> Option<&Base> {
-        match self.get(name) {
-            None => {
-                tracing::info!(volume = %name, "there is no image that the diff could lie over: all of the volume is captured");
-                None
-            }
-            Some(base) if !base.has_room_for_a_layer() => {
-                tracing::info!(volume = %name, "the volume lies over many layers already: all of it is captured");
-                None
-            }
-            some => some,
-        }
+    /// Those whose images have not been removed since. Looks at every blob.
+    pub(super) fn that_are_there(&self) -> BTreeMap<VolumeName, Base> {
+        let there = self.0.iter().filter(|(_, base)| base.is_there());
+        there.map(|(name, base)| (name.clone(), base.clone())).collect()
     }
 }

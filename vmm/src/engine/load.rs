@@ -13,7 +13,7 @@ use runnel_devices::virtio::net::TapError;
 use runnel_snapshot::block_store::BlockStore as _;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
-use runnel_snapshot::image::reference::{BadReference, ImageReference};
+use runnel_snapshot::image::reference::{BadReference, ImageReference, Wanted};
 use runnel_snapshot::image::source::{ImageSource, SourceError, SourceSettings};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::overlay::{Overlay, OverlayError};
@@ -311,16 +311,25 @@ fn open(load: &LoadSnapshot, machine: &str, operation: &Operation) -> Result<Ope
                 },
             )?;
             let state = MachineState::decode(source.state())?;
-            let digest = Some(source.digest());
+            let digest = source.digest();
             Ok(Opened {
                 state,
                 fetcher: Some(fetcher(Arc::new(source), FetcherSettings::far(), load)?),
                 memory: None,
-                digest,
-                at_hand: None,
+                digest: Some(digest),
+                at_hand: at_hand(reference, digest),
             })
         }
     }
+}
+
+/// The directory of an image that an agent reads, if it is one of this host which may be read here too.
+fn at_hand(reference: &str, digest: BlobDigest) -> Option<(Arc<Layout>, Image)> {
+    let Ok(ImageReference::Directory { path, .. }) = reference.parse() else {
+        return None;
+    };
+    let image = Image::open_directory(&path, &Wanted::Pinned(digest)).ok()?;
+    Some((Arc::new(Layout::open(&path).ok()?), image))
 }
 
 fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError> {

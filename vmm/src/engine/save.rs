@@ -94,13 +94,12 @@ pub(super) fn save(
     operation: &Operation,
 ) -> Result<(), GuestError> {
     let mut saving = Saving::new(guest, create);
-    let folder = folder_of(match &create.save_as {
-        SaveAs::Image { directory, .. } => directory,
-        SaveAs::TwoFiles { memory, .. } => memory,
-    });
     if saving.was_running {
         operation.enter("arming");
-        saving.arm(guest, folder);
+        // Two files are made of a machine that stands.
+        if let SaveAs::Image { directory, .. } = &create.save_as {
+            saving.arm(guest, folder_of(directory));
+        }
         operation.enter("pausing");
         // From the first vCPU that stands.
         operation.begin_pause();
@@ -137,8 +136,8 @@ struct Saving {
     live: Option<Live>,
     is_diff: bool,
     since: Since,
-    /// What the new image's memory is to lie over; `None` if all of it is saved, or it is no image.
-    below: Option<Base>,
+    /// What the volumes were; nothing is looked for if no image is made.
+    bases: BTreeMap<VolumeName, Base>,
     /// The data of drives' files, as it was listed ahead.
     data_ahead: BTreeMap<ResourceId, PageSet>,
 }
@@ -165,15 +164,17 @@ impl Saving {
             SaveAs::Image { .. } => Since::Image,
             SaveAs::TwoFiles { .. } => Since::Files,
         };
-        let below = (is_diff && since == Since::Image)
-            .then(|| guest.bases.for_diff(&VolumeName::Memory).cloned())
-            .flatten();
+        // While the machine still runs: it is many files.
+        let bases = match since {
+            Since::Image => guest.bases.that_are_there(),
+            Since::Files => BTreeMap::new(),
+        };
         Self {
             was_running: guest.is_running,
             live: None,
             is_diff,
             since,
-            below,
+            bases,
             data_ahead: BTreeMap::new(),
         }
     }
@@ -187,7 +188,7 @@ impl Saving {
             tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
             None
         });
-        if self.since == Since::Image && !self.is_diff {
+        if !self.is_diff {
             let drives = guest.drives.iter();
             let listed = drives.filter_map(|(id, backing)| Some((id.clone(), data_ahead(backing)?)));
             self.data_ahead = listed.collect();
@@ -204,17 +205,23 @@ impl Saving {
         Ok(Some(self.read_of(&changed.pages)))
     }
 
+    /// What the new volume of that name is to lie over; `None` if all of it is saved.
+    fn below(&self, name: &VolumeName) -> Option<&Base> {
+        let base = self.bases.get(name).filter(|_| self.is_diff)?;
+        base.has_room_for_a_layer().then_some(base)
+    }
+
     /// Whether not all of memory is saved.
     fn saves_changes(&self) -> bool {
         match self.since {
-            Since::Image => self.below.is_some(),
+            Since::Image => self.below(&VolumeName::Memory).is_some(),
             Since::Files => self.is_diff,
         }
     }
 
     /// What is read so that `changed` can be saved: whole chunks, since one of many parts is written anew.
     fn read_of(&self, changed: &PageSet) -> PageSet {
-        match &self.below {
+        match self.below(&VolumeName::Memory) {
             Some(below) => changed.in_groups_of(below.volume.root.chunk_size().pages()),
             None => changed.clone(),
         }
@@ -261,14 +268,13 @@ impl Saving {
         let settings = self.settings();
         let cancelled = operation.cancel_flag();
         let chunk_size = self
-            .below
-            .as_ref()
+            .below(&VolumeName::Memory)
             .map_or(settings.chunk_size, |below| below.volume.root.chunk_size());
         let first_chunks = first_chunks(guest, chunk_size, self.was_running, &*cancelled);
         let memory = self.memory(guest, cancelled.clone())?;
         let mut volumes = vec![(
             VolumeName::Memory,
-            memory_source(memory.content, memory.changed, &self.below),
+            memory_source(memory.content, memory.changed, self.below(&VolumeName::Memory)),
         )];
         let mut taken = vec![TakenVolume {
             name: VolumeName::Memory,
@@ -279,8 +285,8 @@ impl Saving {
         for (id, backing) in guest.drives.iter().filter(|(id, _)| in_image(id)) {
             let name = VolumeName::Drive(id.to_string());
             let capture = DriveCapture {
-                base: guest.bases.get(&name),
-                below: self.is_diff.then(|| guest.bases.for_diff(&name)).flatten(),
+                base: self.bases.get(&name),
+                below: self.below(&name),
                 data_ahead: self.data_ahead.get(id),
                 early: &early,
                 is_cancelled: cancelled.clone(),
@@ -297,7 +303,13 @@ impl Saving {
             });
         }
         let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
-        if let Some(parent) = self.below.as_ref().map(|below| below.image).or(guest.parent) {
+        let below = self.below(&VolumeName::Memory).map(|below| below.image);
+        if self.is_diff && below.is_none() {
+            tracing::info!(
+                "there is no image on this host that the diff could lie over: all of memory is saved"
+            );
+        }
+        if let Some(parent) = below.or(guest.parent) {
             job = job.with_parent(parent);
         }
         let progress = job.progress();
@@ -322,9 +334,6 @@ impl Saving {
         let settings = self.settings();
         let memory = self.memory(guest, operation.cancel_flag())?;
         let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.content.bytes())]));
-        if self.live.is_some() {
-            self.let_run(guest, operation);
-        }
         operation.enter("copying");
         watch(operation, &progress);
         self.while_it_runs(guest, operation, &progress, || {
@@ -426,7 +435,7 @@ fn has_read_memory(progress: &Progress) -> bool {
 fn memory_source(
     content: Arc<dyn Content>,
     changed: Option<ChangedMemory>,
-    below: &Option<Base>,
+    below: Option<&Base>,
 ) -> VolumeSource {
     match (changed, below) {
         (Some(changed), Some(below)) => VolumeSource::Changes {

@@ -3,6 +3,7 @@
 //! A machine that runs is saved first, while it runs on, and its clones are machines of that image. All clones are loaded
 //! through one agent, so that each page is fetched and decompressed once, and shared until it is written to.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -306,8 +307,8 @@ struct Fork<'a> {
     next: AtomicU32,
     /// No more are begun: one has failed, or a signal came.
     is_over: AtomicBool,
-    /// The APIs of those that are being loaded.
-    loading: Mutex<Vec<Api>>,
+    /// The APIs of those that are being loaded, by number.
+    loading: Mutex<BTreeMap<u32, Api>>,
     /// The taps of those that run.
     taps: Mutex<Vec<String>>,
 }
@@ -338,10 +339,9 @@ impl<'a> Fork<'a> {
                 if let Some(came) = signals.next() {
                     signal.get_or_insert(came);
                     self.is_over.store(true, Ordering::Relaxed);
-                    // Refused by one that is loaded by now; it ends with this command.
-                    for api in &*locked(&self.loading) {
-                        let _ = api.delete("/snapshot/load");
-                    }
+                }
+                if self.is_over.load(Ordering::Relaxed) {
+                    self.call_off_loads();
                 }
                 thread::sleep(LOOK);
             }
@@ -371,7 +371,7 @@ impl<'a> Fork<'a> {
         monitor.folder().record(&record)?;
         let load = self.args.load.of_clone(number);
         load.warn_of_rests();
-        self.load(&monitor, &load.body(self.image, Some(self.agent)))?;
+        self.load(number, &monitor, &load.body(self.image, Some(self.agent)))?;
         if let Ok(config) = monitor.api().configuration() {
             record_loaded(&monitor, &config, record)?;
             locked(&self.taps).extend(taps_of(&config).map(str::to_owned));
@@ -379,11 +379,20 @@ impl<'a> Fork<'a> {
         Ok(monitor)
     }
 
-    fn load(&self, monitor: &Monitor<'_>, body: &Value) -> Result<(), MonitorError> {
+    fn load(&self, number: u32, monitor: &Monitor<'_>, body: &Value) -> Result<(), MonitorError> {
         let api = monitor.api();
-        locked(&self.loading).push(api.clone());
-        api.put("/snapshot/load", body)
-            .map_err(|error| monitor.refused(&error))
+        locked(&self.loading).insert(number, api.clone());
+        let loaded = api.put("/snapshot/load", body);
+        locked(&self.loading).remove(&number);
+        loaded.map_err(|error| monitor.refused(&error))
+    }
+
+    /// Calls off all loads that are under way. One that has not begun, or has just ended, refuses; it is looked again.
+    fn call_off_loads(&self) {
+        let loading: Vec<Api> = locked(&self.loading).values().cloned().collect();
+        for api in loading {
+            let _ = api.delete("/snapshot/load");
+        }
     }
 
     fn taps(&self) -> MutexGuard<'_, Vec<String>> {

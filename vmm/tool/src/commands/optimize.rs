@@ -1,7 +1,7 @@
 //! `runnel image optimize`: puts a recorded working set with an image.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 use runnel_snapshot::capture::CaptureSettings;
@@ -9,15 +9,13 @@ use runnel_snapshot::capture::optimize::optimize;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::working_set::read_file;
-use serde_json::json;
 
 use super::Failure;
-use super::rewrite::{LocalImage, layers, rewrite, stored};
+use super::rewrite::{LocalImage, report, rewrite};
 use crate::exit::Exit;
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::OutputArgs;
 use crate::signals::Signals;
-use crate::size;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -70,44 +68,12 @@ pub(super) fn run(store: &ImageStore, args: &OptimizeArgs) -> Result<Exit, Failu
     let title = format!("optimize {}", args.image);
     match rewrite(made, &target, title, &signals)? {
         Some(signal) => Ok(Exit::Signal(signal)),
-        None => report(args, &image, &target, started.elapsed()),
+        None => {
+            let made = Image::open_directory(&target, &Wanted::Only)?;
+            let chunks = made.working_set()?.map_or(0, |set| set.len());
+            report(&image, &target, started.elapsed(), Some(chunks), args.output)
+        }
     }
-}
-
-fn report(
-    args: &OptimizeArgs,
-    image: &LocalImage,
-    target: &Path,
-    elapsed: Duration,
-) -> Result<Exit, Failure> {
-    let made = Image::open_directory(target, &Wanted::Only)?;
-    let below = image.open()?;
-    let chunks = made.working_set()?.map_or(0, |set| set.len());
-    if args.output.json {
-        print_json(&json!({
-            "image": target,
-            "digest": made.digest().to_string(),
-            "parent": below.digest().to_string(),
-            "chunks": chunks,
-            "layers": layers(&made),
-            "layers_before": layers(&below),
-            "stored_bytes": stored(&made),
-            "stored_bytes_before": stored(&below),
-            "elapsed_ms": u64::try_from(elapsed.as_millis())?,
-        }))?;
-        return Ok(Exit::Done);
-    }
-    print(&format!(
-        "{}\n{}: {chunks} chunks first, {} layers in {}, from {} in {}, after {:.1} s\n",
-        made.digest(),
-        target.display(),
-        layers(&made),
-        size::bytes(stored(&made)),
-        layers(&below),
-        size::bytes(stored(&below)),
-        elapsed.as_secs_f64(),
-    ))?;
-    Ok(Exit::Done)
 }
 
 #[cfg(test)]

@@ -9,12 +9,15 @@ use runnel_snapshot::capture::{CaptureError, Job, Progress, progress::Stage};
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::state::MachineState;
+use serde_json::json;
 
 use super::Failure;
+use crate::exit::Exit;
 use crate::images::ImageStore;
-use crate::output::tell;
+use crate::output::{OutputArgs, print, print_json, tell};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
+use crate::size;
 
 /// How often progress is shown and signals are looked for.
 const LOOK: Duration = Duration::from_millis(100);
@@ -55,15 +58,57 @@ impl LocalImage {
 }
 
 /// How many layers the volumes of an image have together.
-pub(super) fn layers(image: &Image) -> usize {
+fn layers(image: &Image) -> usize {
     let volumes = image.manifest.volumes.iter();
     volumes.map(|volume| volume.layers.len()).sum()
 }
 
 /// What the blobs of an image take together.
-pub(super) fn stored(image: &Image) -> u64 {
+fn stored(image: &Image) -> u64 {
     let blobs = image.manifest.blobs();
     blobs.iter().fold(0, |sum, blob| sum.saturating_add(blob.bytes))
+}
+
+/// Says what became of `below`: the image at `target`, in so much time, with so many chunks laid together if that is what
+/// it is for.
+pub(super) fn report(
+    below: &LocalImage,
+    target: &Path,
+    elapsed: Duration,
+    chunks: Option<usize>,
+    output: OutputArgs,
+) -> Result<Exit, Failure> {
+    let made = Image::open_directory(target, &Wanted::Only)?;
+    let below = below.open()?;
+    if output.json {
+        let mut told = json!({
+            "image": target,
+            "digest": made.digest().to_string(),
+            "parent": below.digest().to_string(),
+            "layers": layers(&made),
+            "layers_before": layers(&below),
+            "stored_bytes": stored(&made),
+            "stored_bytes_before": stored(&below),
+            "elapsed_ms": u64::try_from(elapsed.as_millis())?,
+        });
+        if let Some(chunks) = chunks {
+            told["chunks"] = json!(chunks);
+        }
+        print_json(&told)?;
+        return Ok(Exit::Done);
+    }
+    let first = chunks.map_or(String::new(), |chunks| format!("{chunks} chunks first, "));
+    print(&format!(
+        "{}\n{}: {first}{} layers in {}, from {} in {}, after {:.1} s\n",
+        made.digest(),
+        target.display(),
+        layers(&made),
+        size::bytes(stored(&made)),
+        layers(&below),
+        size::bytes(stored(&below)),
+        elapsed.as_secs_f64(),
+    ))?;
+    Ok(Exit::Done)
 }
 
 /// Runs a job and shows how far it is; the signal that called it off, if one did. Then nothing is left of the target.

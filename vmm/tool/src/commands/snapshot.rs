@@ -80,7 +80,7 @@ pub(crate) struct SnapshotArgs {
     /// The image to make
     image: String,
 
-    /// Save what changed since the machine's last image, or the one of this host that it was resumed from without the agent, as layers
+    /// Save what changed since the machine's last image, or the one of this host that it was resumed from, as layers
     /// over it; a volume that has none is saved whole
     #[arg(long)]
     diff: bool,

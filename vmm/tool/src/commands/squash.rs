@@ -1,22 +1,17 @@
 //! `runnel image squash`: writes an image anew, without the layers that it lies over.
 
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
 use runnel_snapshot::capture::CaptureSettings;
 use runnel_snapshot::capture::squash::squash;
-use runnel_snapshot::image::Image;
-use runnel_snapshot::image::reference::Wanted;
-use serde_json::json;
 
 use super::Failure;
-use super::rewrite::{LocalImage, layers, rewrite, stored};
+use super::rewrite::{LocalImage, report, rewrite};
 use crate::exit::Exit;
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json};
+use crate::output::OutputArgs;
 use crate::signals::Signals;
-use crate::size;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -50,35 +45,6 @@ pub(super) fn run(store: &ImageStore, args: &SquashArgs) -> Result<Exit, Failure
     let title = format!("squash {}", args.image);
     match rewrite(made, &target, title, &signals)? {
         Some(signal) => Ok(Exit::Signal(signal)),
-        None => report(args, &image, &target, started.elapsed()),
+        None => report(&image, &target, started.elapsed(), None, args.output),
     }
-}
-
-fn report(args: &SquashArgs, image: &LocalImage, target: &Path, elapsed: Duration) -> Result<Exit, Failure> {
-    let made = Image::open_directory(target, &Wanted::Only)?;
-    let below = image.open()?;
-    if args.output.json {
-        print_json(&json!({
-            "image": target,
-            "digest": made.digest().to_string(),
-            "parent": below.digest().to_string(),
-            "layers": layers(&made),
-            "layers_before": layers(&below),
-            "stored_bytes": stored(&made),
-            "stored_bytes_before": stored(&below),
-            "elapsed_ms": u64::try_from(elapsed.as_millis())?,
-        }))?;
-        return Ok(Exit::Done);
-    }
-    print(&format!(
-        "{}\n{}: {} layers in {}, from {} in {}, after {:.1} s\n",
-        made.digest(),
-        target.display(),
-        layers(&made),
-        size::bytes(stored(&made)),
-        layers(&below),
-        size::bytes(stored(&below)),
-        elapsed.as_secs_f64(),
-    ))?;
-    Ok(Exit::Done)
 }
