@@ -11,6 +11,7 @@
 pub mod blobs;
 pub mod block_store;
 pub mod capture;
+pub mod causes;
 pub mod copy_before_write;
 pub mod decode;
 pub mod digest;

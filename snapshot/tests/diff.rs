@@ -16,6 +16,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use runnel_snapshot::capture::squash::squash;
 use runnel_snapshot::capture::{CaptureError, CaptureSettings, Job, VolumeSource};
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
@@ -426,12 +427,7 @@ fn a_layer_below_that_is_missing_is_named_before_anything_is_read() {
     let job = Job::new(CaptureSettings::default(), vec![(VolumeName::Memory, source)]).unwrap();
     let target = chain.folder().join("next");
     let error = job.run(&target, MachineState::new(0, Vec::new())).unwrap_err();
-    let mut told = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        told = format!("{told}: {error}");
-        cause = error.source();
-    }
+    let told = with_causes(&error);
     assert!(told.contains(&layer), "{told}");
     assert_eq!(*reads.lock().unwrap(), []);
     assert_empty_but(chain.folder(), &["0"]);

@@ -7,6 +7,7 @@ mod fixture;
 use std::fs;
 use std::path::Path;
 
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::decode::ChunkDecoder;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
@@ -160,12 +161,7 @@ fn an_image_that_lacks_a_blob_or_has_a_short_one_is_refused_by_the_blobs_name() 
         let error = Image::open_directory(&target, &Wanted::Only)
             .map(|_| ())
             .unwrap_err();
-        let mut trace = error.to_string();
-        let mut source = std::error::Error::source(&error);
-        while let Some(error) = source {
-            trace = format!("{trace}: {error}");
-            source = error.source();
-        }
+        let trace = with_causes(&error);
         assert!(trace.contains(&layer.digest.hex()), "{trace}");
         trace
     };

@@ -3,7 +3,6 @@
 //! Signals are blocked before any thread exists; the API's thread serves from the moment that the socket is there;
 //! this thread then runs [`control`](runnel_vmm::control) until the machine ends.
 
-use std::error::Error;
 use std::fs;
 use std::io::{self, Write as _};
 use std::panic;
@@ -11,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Parser;
+use runnel_snapshot::causes::with_causes;
 use runnel_vmm::api::{ApiServer, ApiSocket, BindError, ServeError};
 use runnel_vmm::cli::Cli;
 use runnel_vmm::config::{MicrovmConfig, WholeFile, WholeFileError};
@@ -88,7 +88,7 @@ fn main() -> std::process::ExitCode {
     let code = match ended {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
-            last_words(&logger, &format!("Error: {}", trace(&error)));
+            last_words(&logger, &format!("Error: {}", with_causes(&error)));
             ExitCode::from(&error)
         }
         Err(_) => ExitCode::Unexpected,
@@ -116,20 +116,6 @@ fn last_words(logger: &Logger, words: &str) {
         tracing::error!("{words}");
     }
     logger::say_last(words);
-}
-
-/// The error and its causes in one line. Some of Firecracker's texts end with their cause; it is not said again.
-fn trace(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {

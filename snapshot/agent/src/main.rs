@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::{AgentArguments, tidy_up};
+use runnel_snapshot::causes::with_causes;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -37,13 +38,7 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut text = format!("runnel-agent: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                text.push_str(&format!(": {error}"));
-                cause = error.source();
-            }
-            text.push('\n');
+            let text = format!("runnel-agent: {}\n", with_causes(error.as_ref()));
             // Where standard error takes nothing, the exit code is all that is left to tell.
             let _ = std::io::stderr().write_all(text.as_bytes());
             ExitCode::FAILURE

@@ -22,6 +22,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::message::{CHUNKS_MAX, FromAgent, FromMonitor};
 use super::socket::PacketSocket;
+use crate::causes::with_causes;
 use crate::digest::BlobDigest;
 use crate::source::{ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
 #[doc(hidden)]
@@ -421,16 +422,6 @@ fn flush(line: &mut Line, socket: &PacketSocket) -> bool {
         line.backlog.pop_front();
     }
     true
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

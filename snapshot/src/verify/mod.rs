@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sha2::Digest as _;
 
 use crate::blobs::{Blob, BlobError, BlobStore, read_verified};
+use crate::causes::with_causes;
 use crate::decode::{DecodeError, ZerosError};
 use crate::digest::BlobDigest;
 use crate::image::layout::{DirectoryBlobs, Layout};
@@ -125,13 +126,7 @@ impl Finding {
     /// The finding and its causes in one line.
     #[must_use]
     pub fn trace(&self) -> String {
-        let mut trace = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(cause) = source {
-            trace = format!("{trace}: {cause}");
-            source = cause.source();
-        }
-        trace
+        with_causes(self)
     }
 }
 

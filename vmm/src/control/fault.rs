@@ -1,6 +1,6 @@
 //! Why a request was refused or failed: the text behind `fault_message`.
 
-use std::fmt::Write;
+use runnel_snapshot::causes::with_causes;
 
 use super::guest::GuestError;
 use crate::config::ConfigError;
@@ -49,36 +49,24 @@ pub enum Fault {
     Internal(String),
 }
 
-/// The whole trace in one line: HTTP clients see nothing but the text.
-fn trace(error: &GuestError) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        // Writing to a String does not fail.
-        let _ = write!(text, ": {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 impl Fault {
     pub(super) fn start(error: GuestError) -> Self {
-        Self::Start(trace(&error))
+        Self::Start(with_causes(error.as_ref()))
     }
 
     pub(super) fn load(error: GuestError) -> Self {
-        Self::Load(trace(&error))
+        Self::Load(with_causes(error.as_ref()))
     }
 
     pub(super) fn create(error: GuestError) -> Self {
-        Self::Create(trace(&error))
+        Self::Create(with_causes(error.as_ref()))
     }
 
     pub(super) fn logger(error: GuestError) -> Self {
-        Self::Logger(trace(&error))
+        Self::Logger(with_causes(error.as_ref()))
     }
 
     pub(super) fn internal(error: GuestError) -> Self {
-        Self::Internal(trace(&error))
+        Self::Internal(with_causes(error.as_ref()))
     }
 }

@@ -1,8 +1,10 @@
 //! One line of the log.
 
+use std::error::Error;
 use std::fmt::{self, Write};
 use std::thread;
 
+use runnel_snapshot::causes::with_causes;
 use tracing::Event;
 use tracing::field::{Field, Visit};
 
@@ -42,6 +44,10 @@ struct Message {
 }
 
 impl Visit for Message {
+    fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
+        self.record_debug(field, &format_args!("{}", with_causes(value)));
+    }
+
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         let _ = match field.name() {
             "message" => write!(self.text, "{value:?}"),

@@ -38,6 +38,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use images::StoreError;
+use runnel_snapshot::causes::with_causes;
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
@@ -60,7 +61,7 @@ fn main() -> ExitCode {
         // Whoever reads the output has seen enough, as with `runnel ps | head -1`.
         Err(error) if output::is_closed(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::tell(format_args!("runnel: {}", output::trace(error.as_ref())));
+            output::tell(format_args!("runnel: {}", with_causes(error.as_ref())));
             ExitCode::from(if is_usage(error.as_ref()) {
                 exit::USAGE
             } else {

@@ -10,12 +10,13 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use runnel_snapshot::causes::with_causes;
 use rustix::process::Signal;
 use serde_json::json;
 
 use crate::api::{Api, ApiError};
 use crate::exit::Exit;
-use crate::output::{is_verbose, trace};
+use crate::output::is_verbose;
 use crate::process::{Process, ProcessId};
 use crate::program::{self, ProgramError, last_words};
 use crate::signals::Signals;
@@ -181,7 +182,7 @@ impl<'s> Monitor<'s> {
     pub(crate) fn refused(&self, error: &ApiError) -> MonitorError {
         /// What may fail for reasons of the host. All else is what was typed, which the log knows no more of.
         const ATTEMPTS: [&str; 2] = ["PUT /actions", "PUT /snapshot/load"];
-        let reason = trace(error);
+        let reason = with_causes(error);
         let is_attempt = match error {
             ApiError::Refused { request, .. } => ATTEMPTS.contains(&request.as_str()),
             _ => true,

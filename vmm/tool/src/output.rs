@@ -58,20 +58,6 @@ pub(crate) fn is_verbose() -> bool {
     tracing::enabled!(tracing::Level::DEBUG)
 }
 
-/// An error and its causes in one line, none of them said twice.
-pub(crate) fn trace(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
-}
-
 /// Whether standard output was closed by whoever reads it.
 pub(crate) fn is_closed(error: &(dyn Error + 'static)) -> bool {
     let is_closed = |error: &(dyn Error + 'static)| {
@@ -88,12 +74,6 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("reading /x failed")]
     struct Outer(#[source] io::Error);
-
-    #[test]
-    fn a_trace_names_every_cause_once() {
-        let error = Outer(io::Error::other("no such thing"));
-        assert_eq!(trace(&error), "reading /x failed: no such thing");
-    }
 
     #[test]
     fn standard_output_alone_is_what_readers_close() {

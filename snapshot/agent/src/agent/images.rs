@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::protocol::{AgentStatus, Hello, Refused};
@@ -14,7 +15,6 @@ use super::image::{FoundImage, OpenError, OpenImage};
 use super::pages::PageFolders;
 use super::places::{Rank, written_down};
 use super::settings::AgentSettings;
-use crate::remote::with_causes;
 
 /// Places that are looked for at a time: each takes a thread.
 const SOUGHT_MAX: usize = 16;

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::image::reference::ImageReference;
 
-use crate::remote::with_causes;
 use crate::traffic::Traffic;
 
 /// Places that are kept. Beyond, the one that was to be asked last is forgotten.

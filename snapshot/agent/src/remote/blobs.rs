@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::units::ByteRange;
 
 use super::client::{Asked, Client, Found};
-use super::error::{RemoteError, with_causes};
+use super::error::RemoteError;
 use super::url::Url;
 use crate::traffic::Traffic;
 

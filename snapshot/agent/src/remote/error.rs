@@ -162,14 +162,3 @@ impl RemoteError {
         }
     }
 }
-
-/// An error and its causes in one line, for those who get a reason as text.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}

@@ -29,8 +29,6 @@ pub use error::RemoteError;
 pub use kept::KeptConnections;
 pub use url::{BadUrl, Origin};
 
-pub(crate) use error::with_causes;
-
 use std::sync::Arc;
 
 use runnel_snapshot::blobs::BlobStore;

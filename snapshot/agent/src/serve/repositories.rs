@@ -8,13 +8,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use runnel_snapshot::blobs::{Blob, BlobError};
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::{Descriptor, MANIFEST_BYTES_MAX};
 use runnel_snapshot::image::reference::is_name;
 use runnel_snapshot::shell::shell_word;
 use serde::Deserialize;
-
-use crate::remote::with_causes;
 
 /// Why a directory cannot be served.
 #[derive(Debug, thiserror::Error)]

@@ -14,6 +14,7 @@ use super::page_file::{PageFile, Spot};
 use super::queue::{AskQueue, Hand, Run};
 use super::room::Room;
 use crate::blobs::{Blob, BlobError, BlobStore};
+use crate::causes::with_causes;
 use crate::decode::{ChunkDecoder, DecodeError};
 use crate::digest::{BlobDigest, ChunkDigest};
 use crate::give_way::{FILL, give_way};
@@ -56,14 +57,8 @@ impl FetchError {
     }
 
     fn of_chunk(&self, chunk: ChunkIndex, volume: &dyn std::fmt::Display) -> ChunkFailure {
-        let mut reason = format!("{chunk} of {volume}: {self}");
-        let mut source = std::error::Error::source(self);
-        while let Some(cause) = source {
-            reason = format!("{reason}: {cause}");
-            source = cause.source();
-        }
         ChunkFailure {
-            reason,
+            reason: format!("{chunk} of {volume}: {}", with_causes(self)),
             transient: self.is_transient(),
         }
     }

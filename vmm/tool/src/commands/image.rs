@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 use runnel_snapshot::blobs::Blob;
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::folder::{self, ListedImage, Listing};
 use runnel_snapshot::image::manifest::{ImageVolume, LayerKind};
@@ -17,7 +18,7 @@ use super::{Failure, optimize, squash};
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json, tell, trace};
+use crate::output::{OutputArgs, print, print_json, tell};
 use crate::size::{self, parse_duration};
 use crate::state::StateFolder;
 use crate::table::{Table, one_line};
@@ -162,7 +163,7 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
         let images: Vec<Value> = listing.images.iter().map(describe).collect();
         let broken = listing.broken.iter();
         let broken: Vec<Value> = broken
-            .map(|(path, error)| json!({ "path": path, "reason": trace(error) }))
+            .map(|(path, error)| json!({ "path": path, "reason": with_causes(error) }))
             .collect();
         let others = listing.others.iter();
         let others: Vec<Value> = others
@@ -201,7 +202,7 @@ fn list(store: &ImageStore, args: &LsArgs) -> Result<Exit, Failure> {
             Ok(()) => format!(" (`runnel image rm {}` removes it)", shell_word(name_of(path))),
             Err(_) => String::new(),
         };
-        let reason = trace(error);
+        let reason = with_causes(error);
         tell(format_args!(
             "{} is no usable image{removal}: {reason}",
             path.display()
@@ -334,7 +335,7 @@ fn prune(store: &ImageStore, args: &PruneArgs) -> Result<Exit, Failure> {
             }
             // One that is more than an image is no reason to keep the others.
             if let Err(error) = folder::check_removal(&path) {
-                tell(trace(&error));
+                tell(with_causes(&error));
                 continue;
             }
             if !args.dry_run {

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use clap::{ArgGroup, Args};
+use runnel_snapshot::causes::with_causes;
 use rustix::process::Signal;
 use serde_json::json;
 
@@ -11,7 +12,7 @@ use super::Failure;
 use crate::api::{Api, ApiError, InstanceInfo};
 use crate::exit::Exit;
 use crate::monitor::FAREWELL;
-use crate::output::{print, tell, trace};
+use crate::output::{print, tell};
 use crate::signals::Signals;
 use crate::size::{duration, parse_duration};
 use crate::state::{Machine, MachineFolder, MachineName, StateError, StateFolder};
@@ -140,7 +141,7 @@ pub(crate) fn stop(args: &StopArgs) -> Result<Exit, Failure> {
         return Ok(Exit::Done);
     };
     for failure in failures {
-        tell(format_args!("runnel: {}", trace(&failure)));
+        tell(format_args!("runnel: {}", with_causes(&failure)));
     }
     Err(last.into())
 }

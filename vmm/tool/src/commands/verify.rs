@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Args;
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::image::ImageError;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::ImageReference;
@@ -15,7 +16,7 @@ use serde_json::json;
 use super::Failure;
 use crate::exit::Exit;
 use crate::images::ImageStore;
-use crate::output::{OutputArgs, print, print_json, trace};
+use crate::output::{OutputArgs, print, print_json};
 use crate::progress::ProgressView;
 use crate::signals::Signals;
 use crate::size::{self, parse_count};
@@ -108,7 +109,7 @@ fn unreadable(args: &VerifyArgs, error: ImageError) -> Result<Exit, Failure> {
     if !error.is_damage() {
         return Err(error.into());
     }
-    let found = trace(&error);
+    let found = with_causes(&error);
     match args.output.json {
         true => print_json(&json!({
             "digest": null,

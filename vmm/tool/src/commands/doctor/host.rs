@@ -4,6 +4,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
+use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::protocol::is_answering;
 use rustix::fs::{Access, access, statvfs};
 use rustix::process::{Resource, getrlimit};
@@ -84,7 +85,7 @@ pub(super) fn state_folder() -> Finding {
         ),
         Err(error) => Finding::missing(
             "state",
-            crate::output::trace(&error),
+            with_causes(&error),
             "machines are remembered there: see to it that it can be written",
         ),
     }
