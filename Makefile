@@ -30,7 +30,7 @@ demo: packages ## a Debian guest goes on on another host before it has arrived t
 
 test: packages ## every test of both levels
 	$(CARGO) build --locked --workspace
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --no-fail-fast
 
 fuzz: ## feed each reader of untrusted bytes a million strange inputs, on nightly; FUZZ_RUNS=<n> changes how many
 	@tests/fuzz/run
