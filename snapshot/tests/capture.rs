@@ -20,6 +20,7 @@ use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource,
 };
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::pager::PageSet;
@@ -229,7 +230,13 @@ fn a_volume_that_did_not_change_is_taken_over_without_being_written_again() {
     let layer = volume.layers[0];
     let volumes = vec![
         (VolumeName::Memory, content(vec![1; CHUNK])),
-        (drive("other_name"), VolumeSource::Unchanged { layout, volume }),
+        (
+            drive("other_name"),
+            VolumeSource::Unchanged {
+                below: BelowImage::whole(layout),
+                volume,
+            },
+        ),
     ];
     Job::new(CaptureSettings::default(), volumes)
         .unwrap()

@@ -18,6 +18,7 @@ use runnel_snapshot::capture::squash::squash;
 use runnel_snapshot::capture::{CaptureError, CaptureSettings, Job, VolumeSource};
 use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::index::{Entry, LAYERS_MAX, PARTS_MAX};
@@ -26,7 +27,7 @@ use runnel_snapshot::state::MachineState;
 use runnel_snapshot::units::{ChunkIndex, ChunkSize, PAGE_SIZE, PageIndex};
 use runnel_snapshot::volume::VolumeName;
 
-use chain::{Chain, Change, findings, page_of, read};
+use chain::{Chain, Change, assert_empty_but, findings, page_of, read};
 use fixture::open;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -50,14 +51,6 @@ fn squashed(image: &Path) -> Image {
     job.run(&target, state).unwrap();
     assert_eq!(findings(&target), "");
     open(&target).unwrap()
-}
-
-fn assert_empty_but(folder: &Path, names: &[&str]) {
-    let left: BTreeSet<String> = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    assert_eq!(left, names.iter().map(|name| (*name).to_owned()).collect());
 }
 
 fn changes() -> impl Strategy<Value = Vec<Change>> {
@@ -421,7 +414,7 @@ fn a_layer_below_that_is_missing_is_named_before_anything_is_read() {
         content: Arc::new(content),
         changed,
         compares: false,
-        layout,
+        below: BelowImage::whole(layout),
         base,
     };
     let job = Job::new(CaptureSettings::default(), vec![(VolumeName::Memory, source)]).unwrap();

@@ -103,6 +103,7 @@ fn an_existing_target_is_refused_and_stays_as_it_is() {
         volumes: Vec::new(),
         working_set: None,
         parent: None,
+        urls: Default::default(),
     };
     assert!(matches!(
         publication.publish(&draft, None),

@@ -239,6 +239,7 @@ fn verify_finds_a_working_set_that_is_another_images() {
             volumes: image.manifest.volumes.clone(),
             working_set: Some(working_set),
             parent: None,
+            urls: Default::default(),
         };
         publication.publish(&draft, None).unwrap();
         let told = findings(&target);

@@ -132,6 +132,7 @@ impl Forgery {
             volumes: vec![volume],
             working_set: None,
             parent: None,
+            urls: Default::default(),
         };
         publication.publish(&draft, None).unwrap();
         findings(&target)

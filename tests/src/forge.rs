@@ -82,6 +82,7 @@ pub fn manifest(image: &Path, forge: impl FnOnce(&mut ImageManifest)) {
         volumes: manifest.volumes,
         working_set: manifest.working_set,
         parent: manifest.parent,
+        urls: manifest.urls,
     };
     let bytes = draft.to_bytes().expect("it makes a manifest");
     replace_manifest(

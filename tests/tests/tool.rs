@@ -650,6 +650,49 @@ fn a_machine_is_resumed_from_a_server_by_an_agent_that_is_started_for_it() {
 }
 
 #[test]
+fn what_a_machine_from_afar_changed_is_saved_without_the_rest_which_is_fetched_when_it_is_wanted() {
+    let user = saved();
+    let _agent = AgentOf(&user);
+    let server = user.serve(&["web"]);
+    let url = server.url().trim_end_matches("/web");
+    succeeded(user.run(&["resume", &format!("{url}/web"), "--detach", "--name", "far"]));
+    let saved: Value =
+        serde_json::from_str(&user.output(&["snapshot", "far", "thin", "--diff", "--json"])).unwrap();
+    assert!(saved["bytes_elsewhere"].as_u64().unwrap() > 0, "{saved}");
+    assert_eq!(last_count(&user.converse("far", "count:1\npoweroff\n")), 6);
+
+    let told = user.output(&["verify", "thin"]);
+    assert!(
+        told.contains("is sound") && told.contains("1 layers are on other hosts"),
+        "{told}"
+    );
+    let inspected = user.output(&["inspect", "thin"]);
+    assert!(
+        inspected.contains(&format!("{url}/v2/web/blobs/sha256:")),
+        "{inspected}"
+    );
+    let told = refusal(&user.run(&["image", "squash", "thin", "squashed"]));
+    assert!(told.contains("`runnel image complete`"), "{told}");
+    // Through the agent, though it is an image of this host.
+    succeeded(user.run(&["resume", "thin", "--detach", "--name", "again"]));
+    assert_eq!(last_count(&user.converse("again", "count:2\npoweroff\n")), 7);
+
+    let completed: Value =
+        serde_json::from_str(&user.output(&["image", "complete", "thin", "--json"])).unwrap();
+    assert_eq!(completed["layers_fetched"], 1, "{completed}");
+    assert_eq!(completed["digest"], saved["digest"]);
+    assert_eq!(completed["bytes_fetched"], saved["bytes_elsewhere"]);
+    drop(server);
+    let told = user.output(&["image", "complete", "thin"]);
+    assert!(told.contains("nothing was missing"), "{told}");
+    assert!(!user.output(&["verify", "thin"]).contains("other hosts"));
+    user.output(&["agent", "--stop"]);
+    succeeded(user.run(&["resume", "thin", "--detach", "--name", "here"]));
+    assert_eq!(last_count(&user.converse("here", "count:2\npoweroff\n")), 7);
+    user.output(&["image", "squash", "thin", "squashed"]);
+}
+
+#[test]
 fn a_guest_that_takes_part_in_snapshots_is_asked_as_the_flags_say() {
     let user = User::new();
     let more = ["--detach", "--name", "web", "--guest-channel"];

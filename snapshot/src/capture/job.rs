@@ -12,10 +12,11 @@ use super::image_content::ImageContent;
 use super::pool::capture_volume;
 use super::progress::{Progress, Stage};
 use super::volume_writer::{VolumeWriter, WriteError, WrittenVolume};
-use crate::blobs::{Blob, BlobStore};
+use crate::blobs::{Blob, BlobError, BlobStore};
 use crate::digest::BlobDigest;
-use crate::image::layout::{Layout, LayoutError};
-use crate::image::manifest::{ImageVolume, ManifestDraft};
+use crate::image::below::{BelowError, BelowImage};
+use crate::image::layout::Layout;
+use crate::image::manifest::{ImageVolume, ManifestDraft, Urls};
 use crate::image::publication::{Publication, PublishError};
 use crate::image::reference::is_tag;
 use crate::index::{Entry, IndexError, IndexReader, LAYERS_MAX};
@@ -24,6 +25,9 @@ use crate::state::{FirstChunk, MachineState, StateError};
 use crate::units::{ByteRange, ChunkIndex};
 use crate::volume::VolumeName;
 use crate::working_set::WorkingSet;
+
+/// How much of an index is copied at a time.
+const COPY_BYTES: usize = 1 << 20;
 
 /// Why there is no image.
 #[derive(Debug, thiserror::Error)]
@@ -120,26 +124,29 @@ pub enum CaptureError {
 /// Why a volume of another image cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeOverError {
-    /// Its directory.
+    /// Its index cannot be had.
     #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// Its index.
+    Below(#[from] BelowError),
+    /// Its index makes no sense.
     #[error(transparent)]
     Index(#[from] IndexError),
+    /// Its index, as a blob.
+    #[error(transparent)]
+    Blob(#[from] BlobError),
 }
 
 /// Where a volume comes from.
 pub enum VolumeSource {
     /// It is captured.
     Content(Arc<dyn Content>),
-    /// It is byte for byte the volume of an image of this host: a read-only drive that was captured before.
+    /// It is byte for byte the volume of an image: a read-only drive that was captured before.
     Unchanged {
-        /// The image's directory.
-        layout: Arc<Layout>,
+        /// Where the image is.
+        below: BelowImage,
         /// The volume there.
         volume: ImageVolume,
     },
-    /// It lies over the volume of an image of this host, and is as long. What changed becomes a diff layer, and the image's
+    /// It lies over the volume of an image, and is as long. What changed becomes a diff layer, and the image's
     /// layers that are still used are taken over; the new image is cut into chunks as that one is.
     Changes {
         /// The volume as it is now. Only chunks with changed pages are read.
@@ -148,8 +155,8 @@ pub enum VolumeSource {
         changed: PageSet,
         /// Whether most of them are as they are there, and are to be told apart by their digests.
         compares: bool,
-        /// The directory of the image below.
-        layout: Arc<Layout>,
+        /// Where the image below is.
+        below: BelowImage,
         /// The volume there.
         base: ImageVolume,
     },
@@ -206,6 +213,8 @@ pub struct Captured {
     pub manifest: Blob,
     /// Its volumes.
     pub volumes: Vec<ImageVolume>,
+    /// Where the layers can be had that are not with it.
+    pub urls: Urls,
 }
 
 impl Job {
@@ -311,17 +320,17 @@ impl Job {
                     };
                     self.capture(&publication, position, name, content.as_ref(), &settings, wanted)?
                 }
-                VolumeSource::Unchanged { layout, volume } => {
-                    self.take_over(&publication, position, name, layout, volume, &wanted)?
+                VolumeSource::Unchanged { below, volume } => {
+                    self.take_over(&publication, position, name, below, volume, &wanted)?
                 }
                 VolumeSource::Changes {
                     content,
                     changed,
                     compares,
-                    layout,
+                    below,
                     base,
                 } => {
-                    let index = base_index(name, layout, base)?;
+                    let index = self.base_index(name, below, base)?;
                     let changes = Changes {
                         name,
                         content: content.as_ref(),
@@ -330,7 +339,7 @@ impl Job {
                         base,
                         index: &index,
                     };
-                    self.capture_changes(&publication, position, changes, layout, wanted)?
+                    self.capture_changes(&publication, position, changes, below, wanted)?
                 }
                 VolumeSource::HotFirst {
                     store,
@@ -338,7 +347,7 @@ impl Job {
                     base,
                     chunks,
                 } => {
-                    let index = base_index(name, layout, base)?;
+                    let index = self.base_index(name, &BelowImage::whole(layout.clone()), base)?;
                     let hot = Hot {
                         name,
                         store,
@@ -388,12 +397,14 @@ impl Job {
             volumes,
             working_set,
             parent: self.parent,
+            urls: publication.left(),
         };
         let manifest = publication.publish(&draft, self.name.as_deref())?;
         self.progress.set_stage(Stage::Published);
         Ok(Captured {
             manifest,
             volumes: draft.volumes,
+            urls: draft.urls,
         })
     }
 
@@ -418,7 +429,7 @@ impl Job {
         publication: &Publication,
         position: usize,
         changes: Changes<'_>,
-        layout: &Layout,
+        below: &BelowImage,
         wanted: BTreeSet<ChunkIndex>,
     ) -> Result<WrittenVolume, CaptureError> {
         let name = changes.name.clone();
@@ -428,7 +439,7 @@ impl Job {
         }
         // First, so that one that is missing is told before anything is read.
         for layer in merge.kept_layers() {
-            publication.take_over(layout, &layer)?;
+            publication.take_over_layer(below, &layer)?;
         }
         let written = merge.capture(&self.settings, publication, (&self.progress, position), wanted)?;
         self.progress.set_stored(position, written.volume.stored_bytes());
@@ -462,19 +473,24 @@ impl Job {
         publication: &Publication,
         position: usize,
         name: &VolumeName,
-        layout: &Layout,
+        below: &BelowImage,
         volume: &ImageVolume,
         wanted: &BTreeSet<ChunkIndex>,
     ) -> Result<WrittenVolume, CaptureError> {
-        let root = volume.root_blob();
-        for blob in volume.layers.iter().chain([&volume.index, &root]) {
-            publication.take_over(layout, blob)?;
+        for layer in &volume.layers {
+            publication.take_over_layer(below, layer)?;
         }
-        let index = base_index(name, layout, volume)?;
+        let index = self.base_index(name, below, volume)?;
+        match below {
+            BelowImage::Here { layout, .. } => publication.take_over(layout, &volume.index)?,
+            // What every image has with it, wherever its layers are.
+            BelowImage::Away(_) => self.copy_index(publication, name, below, volume)?,
+        }
+        publication.add(&volume.root.to_bytes())?;
         let mut found = BTreeMap::new();
         for chunk in wanted {
             let entry = index.entry(*chunk);
-            match entry.map_err(|error| not_taken_over(name, layout, error.into()))? {
+            match entry.map_err(|error| not_taken_over(name, below, error.into()))? {
                 Entry::Zero => {}
                 entry => _ = found.insert(*chunk, entry),
             }
@@ -489,24 +505,60 @@ impl Job {
             wanted: found,
         })
     }
+
+    /// The index of a volume of the image below. Of one on another host it is waited for, unless this is called off.
+    fn base_index(
+        &self,
+        name: &VolumeName,
+        below: &BelowImage,
+        volume: &ImageVolume,
+    ) -> Result<IndexReader, CaptureError> {
+        let index = below.index(volume, &|| !self.progress.is_cancelled());
+        index.map_err(|error| self.unless_cancelled(not_taken_over(name, below, error.into())))
+    }
+
+    fn copy_index(
+        &self,
+        publication: &Publication,
+        name: &VolumeName,
+        below: &BelowImage,
+        volume: &ImageVolume,
+    ) -> Result<(), CaptureError> {
+        let failed = |error| not_taken_over(name, below, error);
+        let store = below.index_store(volume, &|| !self.progress.is_cancelled());
+        let store = store.map_err(|error| self.unless_cancelled(failed(error.into())))?;
+        let (blob, mut copy) = (volume.index, publication.blob()?);
+        let mut piece = vec![0; COPY_BYTES];
+        while copy.bytes() < blob.bytes {
+            let left = usize::try_from(blob.bytes - copy.bytes()).unwrap_or(COPY_BYTES);
+            let piece = &mut piece[..left.min(COPY_BYTES)];
+            let read = store.read_range(&blob, copy.bytes(), piece);
+            read.map_err(|error| failed(error.into()))?;
+            copy.write(piece)?;
+        }
+        let found = copy.finish()?.digest;
+        match found == blob.digest {
+            true => Ok(()),
+            false => Err(failed(TakeOverError::Blob(BlobError::Corrupt {
+                digest: blob.digest,
+                found,
+            }))),
+        }
+    }
+
+    /// What went wrong, or that it was called off: then nothing did.
+    fn unless_cancelled(&self, error: CaptureError) -> CaptureError {
+        match self.progress.is_cancelled() {
+            true => CaptureError::Cancelled,
+            false => error,
+        }
+    }
 }
 
-/// The index of a volume of an image of this host.
-fn base_index(name: &VolumeName, layout: &Layout, volume: &ImageVolume) -> Result<IndexReader, CaptureError> {
-    let store = layout.open_blobs([volume.index]);
-    let store = store.map_err(|error| not_taken_over(name, layout, error.into()))?;
-    Ok(IndexReader::new(
-        Arc::new(store),
-        volume.index,
-        volume.root.clone(),
-        volume.layer_bytes(),
-    ))
-}
-
-fn not_taken_over(name: &VolumeName, layout: &Layout, source: TakeOverError) -> CaptureError {
+fn not_taken_over(name: &VolumeName, below: &BelowImage, source: TakeOverError) -> CaptureError {
     CaptureError::TakeOver {
         volume: name.clone(),
-        from: layout.path().display().to_string(),
+        from: below.to_string(),
         source: Box::new(source),
     }
 }

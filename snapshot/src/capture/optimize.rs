@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{CaptureError, CaptureSettings, Job, VolumeSource};
+use crate::image::below::BelowImage;
 use crate::image::layout::{Layout, LayoutError};
 use crate::image::manifest::ImageVolume;
 use crate::image::reference::Wanted;
@@ -67,7 +68,7 @@ pub fn optimize(
     }
     let mut source = |(number, volume): (u16, &ImageVolume)| match hot.remove(&VolumeId(number)) {
         None => VolumeSource::Unchanged {
-            layout: Arc::clone(&layout),
+            below: BelowImage::whole(Arc::clone(&layout)),
             volume: volume.clone(),
         },
         Some(chunks) => VolumeSource::HotFirst {

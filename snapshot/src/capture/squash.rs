@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{CaptureError, CaptureSettings, ImageContent, Job, VolumeSource};
+use crate::image::below::BelowImage;
 use crate::image::layout::{Layout, LayoutError};
 use crate::image::manifest::ImageVolume;
 use crate::image::reference::Wanted;
@@ -41,7 +42,7 @@ pub fn squash(
     let state = image.state()?;
     let source = |volume: &ImageVolume| match is_squashed(volume) {
         true => VolumeSource::Unchanged {
-            layout: Arc::clone(&layout),
+            below: BelowImage::whole(Arc::clone(&layout)),
             volume: volume.clone(),
         },
         false => VolumeSource::Squashed(Arc::new(ImageContent::new(&image, volume))),

@@ -33,6 +33,18 @@ impl ListedImage {
             .fold(0, |sum, blob| sum.saturating_add(blob.bytes))
     }
 
+    /// How many layers are on other hosts: of a thin image.
+    #[must_use]
+    pub fn layers_elsewhere(&self) -> usize {
+        let Ok(layout) = Layout::open(&self.path) else {
+            return 0;
+        };
+        let blobs = self.manifest.blobs().into_iter();
+        blobs
+            .filter(|blob| layout.lacks(blob, &self.manifest.urls))
+            .count()
+    }
+
     /// The length of its volumes together.
     #[must_use]
     pub fn volume_bytes(&self) -> u64 {
@@ -162,10 +174,11 @@ impl Listing {
     }
 }
 
-/// Reads a manifest of which every blob is there and has its length.
+/// Reads a manifest of which every blob is there and has its length, but for those that can be had elsewhere.
 fn read_whole(layout: &Layout, blob: &Blob) -> Result<ImageManifest, ImageError> {
     let manifest = ImageManifest::parse(&layout.read(blob, MANIFEST_BYTES_MAX)?)?;
-    layout.open_blobs(manifest.blobs())?;
+    let blobs = manifest.blobs().into_iter();
+    layout.open_blobs(blobs.filter(|blob| !layout.lacks(blob, &manifest.urls)))?;
     Ok(manifest)
 }
 

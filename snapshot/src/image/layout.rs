@@ -11,7 +11,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{Descriptor, IMAGE, MANIFEST};
+use super::manifest::{Descriptor, IMAGE, MANIFEST, Urls};
 use super::reference::Wanted;
 use crate::blobs::{Blob, BlobError, BlobStore, read_verified};
 use crate::digest::BlobDigest;
@@ -305,6 +305,11 @@ impl Layout {
         open_blob(&self.path, blob)
     }
 
+    /// Whether a blob is not there, and can be had elsewhere.
+    pub(crate) fn lacks(&self, blob: &Blob, urls: &Urls) -> bool {
+        urls.contains_key(&blob.digest) && matches!(self.open_blob(blob), Err(BlobError::Missing { .. }))
+    }
+
     /// Where a blob lies.
     #[must_use]
     pub fn blob_path(&self, digest: &BlobDigest) -> PathBuf {
@@ -327,6 +332,12 @@ pub struct DirectoryBlobs {
 }
 
 impl DirectoryBlobs {
+    /// Whether a blob of it was opened.
+    #[must_use]
+    pub fn has(&self, blob: &Blob) -> bool {
+        self.file(blob).is_some()
+    }
+
     fn file(&self, blob: &Blob) -> Option<Arc<File>> {
         let files = self.files.read().unwrap_or_else(PoisonError::into_inner);
         files.get(&blob.digest).cloned()

@@ -59,6 +59,15 @@ impl LayerKind {
     }
 }
 
+/// Where blobs can be had that are not with their image: whole URLs, of http and https.
+pub type Urls = BTreeMap<BlobDigest, Vec<String>>;
+
+/// The most URLs of one layer that are read; more are left out.
+pub const URLS_MAX: usize = 16;
+
+/// The longest of them; a longer one is left out.
+pub const URL_BYTES_MAX: usize = 2048;
+
 /// What registries accept as a manifest, 4 MiB.
 pub const MANIFEST_BYTES_MAX: u64 = 4 << 20;
 
@@ -143,6 +152,9 @@ pub struct Descriptor {
     pub digest: BlobDigest,
     /// The blob's length.
     pub size: u64,
+    /// Where else the blob can be had.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
     /// The blob's content, base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<String>,
@@ -162,6 +174,7 @@ impl Descriptor {
             media_type: media_type.to_owned(),
             digest: blob.digest,
             size: blob.bytes,
+            urls: Vec::new(),
             data: None,
             artifact_type: None,
             annotations: BTreeMap::new(),
@@ -275,6 +288,8 @@ pub struct ImageManifest {
     pub working_set: Option<Blob>,
     /// The image that this one descends from.
     pub parent: Option<BlobDigest>,
+    /// Where layers can be had that need not be with the image. Nobody has looked whether they can.
+    pub urls: Urls,
 }
 
 /// What a manifest is made from.
@@ -290,6 +305,8 @@ pub struct ManifestDraft {
     pub working_set: Option<Blob>,
     /// The image that this one descends from.
     pub parent: Option<BlobDigest>,
+    /// Where the layers can be had that are not with the image.
+    pub urls: Urls,
 }
 
 impl ManifestDraft {
@@ -299,6 +316,9 @@ impl ManifestDraft {
     /// When it would be too large.
     pub fn to_bytes(&self) -> Result<Vec<u8>, ManifestError> {
         let mut layers: Vec<Descriptor> = self.volumes.iter().flat_map(volume_descriptors).collect();
+        for layer in layers.iter_mut().filter(|layer| layer.media_type == LAYER) {
+            layer.urls = self.urls.get(&layer.digest).cloned().unwrap_or_default();
+        }
         layers.extend(self.working_set.map(|blob| Descriptor::new(WORKING_SET, blob)));
         let mut config = Descriptor::new(MACHINE_STATE, self.state);
         let inline = self.state_inline.as_ref();
@@ -370,6 +390,7 @@ impl ImageManifest {
             None => None,
         };
         let (volumes, working_set) = read_layers(&manifest.layers)?;
+        let urls = read_urls(&manifest.layers);
         Ok(Self {
             digest: BlobDigest::of(bytes),
             state: manifest.config.blob(),
@@ -377,6 +398,7 @@ impl ImageManifest {
             volumes,
             working_set,
             parent,
+            urls,
         })
     }
 
@@ -391,6 +413,22 @@ impl ImageManifest {
         let all = std::iter::once(self.state).chain(volumes).chain(self.working_set);
         all.filter(|blob| seen.insert(blob.digest)).collect()
     }
+}
+
+/// Where layers can be had, as far as that is said in a way that is understood: what is not says nothing against them.
+fn read_urls(descriptors: &[Descriptor]) -> Urls {
+    let is_usable = |url: &&String| {
+        let has_scheme = url.starts_with("http://") || url.starts_with("https://");
+        has_scheme && url.len() <= URL_BYTES_MAX && url.bytes().all(|c| c.is_ascii_graphic())
+    };
+    let layers = descriptors
+        .iter()
+        .filter(|descriptor| descriptor.media_type == LAYER);
+    let urls = layers.map(|layer| {
+        let urls = layer.urls.iter().filter(is_usable).take(URLS_MAX);
+        (layer.digest, urls.cloned().collect::<Vec<_>>())
+    });
+    urls.filter(|(_, urls)| !urls.is_empty()).collect()
 }
 
 fn expect_kind(what: &'static str, found: &str, expected: &'static str) -> Result<(), ManifestError> {

@@ -8,7 +8,9 @@
 //! IMAGE/blobs/sha256/<manifest>         → state, layers, indexes, roots (also inline), working set
 //! ```
 
+pub mod below;
 pub mod chunk_reader;
+pub mod complete;
 mod first_chunks;
 pub mod folder;
 pub mod layout;
@@ -18,10 +20,10 @@ pub mod publication;
 pub mod reference;
 pub mod source;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::blobs::{BlobError, BlobStore, read_verified};
+use crate::blobs::{Blob, BlobError, BlobStore, read_verified};
 use crate::digest::BlobDigest;
 use crate::index::{IndexReader, RootError};
 use crate::source::{ChunkId, SourceVolume};
@@ -50,6 +52,19 @@ pub enum ImageError {
     /// The machine state does not fit to the manifest.
     #[error(transparent)]
     FirstChunk(#[from] MisplacedChunk),
+    /// It is thin: a layer is on another host.
+    #[error(
+        "the image in {path} is thin: its layer {layer} is at {url}. An agent reads it from there, as `runnel resume` does by \
+         itself; `runnel image complete` fetches what is missing"
+    )]
+    Thin {
+        /// The directory.
+        path: PathBuf,
+        /// The first layer that is not in it.
+        layer: BlobDigest,
+        /// Where that can be had.
+        url: String,
+    },
     /// The working set makes no sense.
     #[error("working set {digest}")]
     WorkingSet {
@@ -88,7 +103,9 @@ impl ImageError {
                 // Of a file that grows shorter while it is read, too.
                 matches!(source.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof)
             }
-            Self::Layout(LayoutError::NoSuchImage { .. } | LayoutError::Empty(_)) => false,
+            Self::Layout(LayoutError::NoSuchImage { .. } | LayoutError::Empty(_)) | Self::Thin { .. } => {
+                false
+            }
             // It is of another kind, or newer.
             Self::Layout(LayoutError::Newer { .. })
             | Self::Manifest(
@@ -125,15 +142,35 @@ impl Image {
     /// # Errors
     /// When it is no image, incomplete, or of a newer Runnel.
     pub fn open_directory(path: &Path, wanted: &reference::Wanted) -> Result<Self, ImageError> {
+        let (image, away) = Self::open_thin(path, wanted)?;
+        match away.first() {
+            None => Ok(image),
+            Some(layer) => Err(ImageError::Thin {
+                path: path.to_owned(),
+                layer: layer.digest,
+                url: image.manifest.urls[&layer.digest][0].clone(),
+            }),
+        }
+    }
+
+    /// Opens the image in a directory as [`Self::open_directory`] does, also if it is thin: with it come the layers that
+    /// are not there and have a URL, which its store does not have.
+    ///
+    /// # Errors
+    /// When it is no image, incomplete, or of a newer Runnel.
+    pub fn open_thin(path: &Path, wanted: &reference::Wanted) -> Result<(Self, Vec<Blob>), ImageError> {
         let layout = Layout::open(path)?;
         let descriptor = layout.choose(wanted)?;
         let bytes = layout.read(&descriptor, MANIFEST_BYTES_MAX)?;
         let manifest = ImageManifest::parse(&bytes)?;
-        let store = layout.open_blobs(manifest.blobs())?;
-        Ok(Self {
+        let is_away = |blob: &Blob| layout.lacks(blob, &manifest.urls);
+        let (away, here): (Vec<Blob>, Vec<Blob>) = manifest.blobs().into_iter().partition(is_away);
+        let store = layout.open_blobs(here)?;
+        let image = Self {
             manifest: Arc::new(manifest),
             store: Arc::new(store),
-        })
+        };
+        Ok((image, away))
     }
 
     /// The manifest's digest: who pins it is protected against every later byte.

@@ -9,13 +9,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::RenameFlags;
 use sha2::Digest as _;
 
+use super::below::{BelowImage, Taken};
 use super::folder::looks_like_image;
 use super::layout::{BLOBS, INDEX_JSON, IndexJson, Layout, MARKER, REF_NAME};
-use super::manifest::{Descriptor, IMAGE, MANIFEST, ManifestDraft, ManifestError};
+use super::manifest::{Descriptor, IMAGE, MANIFEST, ManifestDraft, ManifestError, Urls};
 use super::partial::{Partial, sweep};
 use super::reference::is_tag;
 use crate::blobs::Blob;
@@ -52,6 +54,12 @@ pub enum PublishError {
         #[source]
         source: io::Error,
     },
+    /// A layer of the image below that is on another host.
+    #[error(
+        "layer {0} of the image below is on another host, and no URL of it is known: save all of the machine, in place of \
+         what changed"
+    )]
+    Nowhere(BlobDigest),
     /// The name is no tag.
     #[error("{0:?} cannot be an image's name: up to 128 letters, digits and . _ - can")]
     BadName(String),
@@ -75,6 +83,8 @@ pub struct Publication {
     parent: PathBuf,
     partial: Partial,
     next_blob: AtomicU64,
+    /// Layers that the image has, and that are not with it.
+    left: Mutex<Urls>,
 }
 
 impl Publication {
@@ -107,6 +117,7 @@ impl Publication {
             parent,
             partial,
             next_blob: AtomicU64::new(0),
+            left: Mutex::default(),
         };
         let blobs = publication.partial.path().join(BLOBS);
         let made = DirBuilder::new().mode(0o700).recursive(true).create(&blobs);
@@ -164,6 +175,28 @@ impl Publication {
             io::copy(&mut source, &mut copy).map_err(io_error("writing", &path))?;
         }
         copy.sync_all().map_err(io_error("synchronising", &path))
+    }
+
+    /// Takes a layer over from the image below; of one that is not on this host, where it is.
+    ///
+    /// # Errors
+    /// When it is not there, cannot be copied, or is nobody knows where.
+    pub fn take_over_layer(&self, below: &BelowImage, layer: &Blob) -> Result<(), PublishError> {
+        match below.layer(layer) {
+            Some(Taken::From(layout)) => self.take_over(layout, layer),
+            Some(Taken::Left(urls)) => {
+                let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+                left.insert(layer.digest, urls);
+                Ok(())
+            }
+            None => Err(PublishError::Nowhere(layer.digest)),
+        }
+    }
+
+    /// The layers that were not taken over, and where they are.
+    #[must_use]
+    pub fn left(&self) -> Urls {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Publishes the image: from here on it is there, whole, and stays.

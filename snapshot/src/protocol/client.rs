@@ -8,6 +8,7 @@
 //! What was asked for and not answered is remembered here, so a new agent is simply asked again. While the agent is
 //! away every chunk asked for is reported as failed, with the reason, so that a waiting machine can say why it waits.
 
+mod away;
 mod opening;
 
 use std::collections::BTreeMap;
@@ -25,6 +26,7 @@ use super::socket::PacketSocket;
 use crate::causes::with_causes;
 use crate::digest::BlobDigest;
 use crate::source::{ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+pub use away::AgentImage;
 #[doc(hidden)]
 pub use opening::read_opening;
 pub use opening::{ConnectError, Opening, is_answering, status};
@@ -308,7 +310,7 @@ impl Shared {
                 self.lock().outstanding.remove(&chunk);
                 sink.failed(chunk, failure);
             }
-            FromAgent::Opened(_) | FromAgent::Refused(_) | FromAgent::Status(_) => {
+            FromAgent::Opened(_) | FromAgent::Refused(_) | FromAgent::Status(_) | FromAgent::Index(_) => {
                 tracing::warn!("the agent answered a question that was not asked");
             }
         }

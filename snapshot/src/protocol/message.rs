@@ -6,11 +6,13 @@
 //! | 2 | `Ask` | urgency `u8` (0 fill, 1 soon, 2 demand), then chunks: volume `u16`, chunk `u64` |
 //! | 3 | `Cancel` | chunks |
 //! | 4 | `Status` | nothing |
+//! | 5 | `WantIndex` | JSON |
 //! | 17 | `Opened` | JSON, with descriptors |
 //! | 18 | `Refused` | JSON |
 //! | 19 | `Arrived` | each: volume `u16`, chunk `u64`, what `u8` (0 zero, 1 data) |
 //! | 20 | `Failed` | volume `u16`, chunk `u64`, transient `u8`, the reason in UTF-8 |
 //! | 21 | `Status` | JSON |
+//! | 22 | `Index` | JSON, with a descriptor |
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +22,7 @@ use crate::units::{ChunkIndex, ChunkSize};
 use crate::volume::VolumeName;
 
 /// The version of this protocol.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The longest message. It leaves room in a socket's default buffer (208 KiB) for several.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
@@ -77,6 +79,25 @@ pub struct Refused {
     /// Whether trying again can help.
     #[serde(default)]
     pub transient: bool,
+}
+
+/// Asks for the index of a volume of an image that is open: what a diff over it needs, and all that it needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WantIndex {
+    /// [`PROTOCOL_VERSION`] of whoever asks.
+    pub protocol: u32,
+    /// The image.
+    pub image: BlobDigest,
+    /// The volume.
+    pub volume: VolumeName,
+}
+
+/// The index of a volume, in the file that comes along.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IndexFound {
+    /// Where the image's blobs can be had by others: each with the hexadecimal digits of a blob's SHA-256 behind it is the
+    /// URL of that blob. None if they are in no place but a directory of this host.
+    pub blobs_at: Vec<String>,
 }
 
 /// What an agent has open, and what it cost.
@@ -161,6 +182,8 @@ pub enum FromMonitor {
     Cancel(Vec<ChunkId>),
     /// Opens nothing, and wants to know what is open.
     Status,
+    /// Opens nothing, and wants an index of what is open.
+    WantIndex(WantIndex),
 }
 
 /// What an agent says.
@@ -176,6 +199,8 @@ pub enum FromAgent {
     Failed(ChunkId, ChunkFailure),
     /// Answers `Status`, and hangs up.
     Status(AgentStatus),
+    /// Answers `WantIndex`, and hangs up; the file comes along.
+    Index(IndexFound),
 }
 
 /// Bytes that are no message.
@@ -218,11 +243,13 @@ const HELLO: u8 = 1;
 const ASK: u8 = 2;
 const CANCEL: u8 = 3;
 const ASK_STATUS: u8 = 4;
+const WANT_INDEX: u8 = 5;
 const OPENED: u8 = 17;
 const REFUSED: u8 = 18;
 const ARRIVED: u8 = 19;
 const FAILED: u8 = 20;
 const STATUS: u8 = 21;
+const INDEX: u8 = 22;
 
 const CHUNK_BYTES: usize = 10;
 
@@ -257,6 +284,7 @@ impl FromMonitor {
                 bytes
             }
             Self::Status => vec![ASK_STATUS],
+            Self::WantIndex(want) => json(WANT_INDEX, want),
         }
     }
 
@@ -283,6 +311,7 @@ impl FromMonitor {
             }
             CANCEL => take_chunks(kind, rest).map(Self::Cancel),
             ASK_STATUS if rest.is_empty() => Ok(Self::Status),
+            WANT_INDEX => parse_json(kind, rest).map(Self::WantIndex),
             kind => Err(BadMessage::Kind(kind)),
         }
     }
@@ -320,6 +349,7 @@ impl FromAgent {
                 }
                 bytes
             }
+            Self::Index(found) => json(INDEX, found),
             Self::Failed(chunk, failure) => {
                 let mut bytes = vec![FAILED];
                 put_chunk(&mut bytes, *chunk);
@@ -361,6 +391,7 @@ impl FromAgent {
             OPENED => parse_json(kind, rest).map(Self::Opened),
             REFUSED => parse_json(kind, rest).map(Self::Refused),
             STATUS => parse_json(kind, rest).map(Self::Status),
+            INDEX => parse_json(kind, rest).map(Self::Index),
             ARRIVED => {
                 let (chunks, []) = rest.as_chunks::<{ CHUNK_BYTES + 1 }>() else {
                     return Err(bad_length());

@@ -14,6 +14,9 @@
 //!      │ Status ──────────────────────────────► │   instead of Hello, by whoever is curious
 //!      │ ◄──── Status {images, bytes moved} ─── │   and hangs up
 //!      │                                        │
+//!      │ WantIndex {image, volume} ───────────► │   instead of Hello, by whoever saves what changed since an open image
+//!      │ ◄──── Index {where blobs are} + file ─ │   or Refused, and hangs up
+//!      │                                        │
 //!      ╳ hangs up: the agent forgets what it was asked
 //!      ╳ the agent dies: the monitor connects again, says Hello with the digest it was told, and asks again
 //! ```
@@ -26,7 +29,8 @@
 //! An agent also tells of chunks that were not asked for: of those of the image's working set, which it fetches by itself.
 //!
 //! A chunk that has arrived may be taken out of its page file again, at any time and without a message: who reads page
-//! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused.
+//! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused; version 2 had no
+//! `WantIndex`.
 //!
 //! **Versions.** `Hello` names the protocol's version; an agent that does not speak it refuses with the versions that it
 //! does. Fields may be added to the JSON of `Hello`, `Opened` and `Refused` within a version; a new message or another
@@ -41,9 +45,9 @@ mod socket;
 
 #[doc(hidden)]
 pub use client::read_opening;
-pub use client::{AgentSource, ConnectError, Opening, is_answering, status};
+pub use client::{AgentImage, AgentSource, ConnectError, Opening, is_answering, status};
 pub use message::{
-    AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus,
-    MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused, VOLUMES_MAX,
+    AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus, IndexFound,
+    MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused, VOLUMES_MAX, WantIndex,
 };
 pub use socket::{PacketListener, PacketSocket};

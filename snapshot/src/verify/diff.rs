@@ -38,7 +38,8 @@ impl Look<'_> {
     /// Looks at the frames of diff layers that the index names, segment by segment, together with the other threads that
     /// do.
     pub(super) fn diff_layers(&self, next_segment: &AtomicU32, hands: &mut Hands) {
-        if self.layers.iter().all(|layer| layer.kind == LayerKind::Full) {
+        let mut layers = self.layers.iter().flatten();
+        if layers.all(|layer| layer.kind == LayerKind::Full) {
             return;
         }
         let root = &self.volume.root;
@@ -56,13 +57,24 @@ impl Look<'_> {
                     return;
                 }
                 let chunk = ChunkIndex(first.0 + u64::from(position));
-                if let Some(entry) = segment.entry(position) {
+                let entry = segment.entry(position);
+                if entry.as_ref().is_some_and(|entry| self.is_elsewhere(entry)) {
+                    continue;
+                }
+                if let Some(entry) = entry {
                     self.entry(chunk, &entry, hands);
                 }
                 let bytes = &self.verification.volume_bytes;
                 bytes.fetch_add(self.range_of(chunk).len, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Whether nothing of a chunk is here.
+    fn is_elsewhere(&self, entry: &Entry) -> bool {
+        let is_here =
+            |stored: &StoredChunk| !matches!(self.layers.get(usize::from(stored.layer.0)), Some(None));
+        *entry != Entry::Zero && !entry.frames().any(is_here)
     }
 
     fn entry(&self, chunk: ChunkIndex, entry: &Entry, hands: &mut Hands) {
@@ -89,7 +101,10 @@ impl Look<'_> {
         plain_bytes: u64,
         hands: &mut Hands,
     ) -> Option<bool> {
-        let layer = self.layers.get(usize::from(stored.layer.0))?;
+        // That of a layer which is not here is not looked at, and not counted.
+        let Some(layer) = self.layers.get(usize::from(stored.layer.0))? else {
+            return Some(false);
+        };
         if layer.kind == LayerKind::Full {
             return None;
         }
@@ -122,7 +137,8 @@ impl Look<'_> {
 
     /// Looks at what the index has no more of diff layers, when it is known which frames those are.
     pub(super) fn unused(&self, hands: &mut Hands) {
-        let layers = self.layers.iter().filter(|layer| layer.kind == LayerKind::Diff);
+        let layers = self.layers.iter().flatten();
+        let layers = layers.filter(|layer| layer.kind == LayerKind::Diff);
         layers.for_each(|layer| self.unused_of(layer, hands));
     }
 

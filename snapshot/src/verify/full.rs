@@ -16,9 +16,12 @@ const FULL: LayerNumber = LayerNumber(0);
 impl Look<'_> {
     /// Looks at the full layer, if there is one, together with the other threads that do.
     pub(super) fn full_layer(&self, hands: &mut Hands) {
-        let Some(layer) = self.layers.first().filter(|layer| layer.kind == LayerKind::Full) else {
+        let Some(Some(layer)) = self.layers.first() else {
             return;
         };
+        if layer.kind != LayerKind::Full {
+            return;
+        }
         while let Some(numbers) = self.take_frames(layer) {
             if numbers.start == 0 {
                 self.length_of_full(layer);

@@ -17,7 +17,7 @@ use crate::causes::with_causes;
 use crate::decode::{DecodeError, ZerosError};
 use crate::digest::BlobDigest;
 use crate::image::layout::{DirectoryBlobs, Layout};
-use crate::image::manifest::{ImageManifest, ImageVolume, MANIFEST_BYTES_MAX};
+use crate::image::manifest::{ImageManifest, ImageVolume, MANIFEST_BYTES_MAX, Urls};
 use crate::image::reference::Wanted;
 use crate::image::{Image, ImageError};
 use crate::index::IndexError;
@@ -175,6 +175,8 @@ pub struct Report {
     pub chunks: u64,
     /// Bytes of volumes that were checked, zeros included.
     pub volume_bytes: u64,
+    /// Layers that are on other hosts, and were not looked at: of a thin image.
+    pub layers_elsewhere: usize,
     /// Whether it was called off before everything was looked at.
     pub cancelled: bool,
 }
@@ -209,11 +211,13 @@ pub fn verify(
     let descriptor = layout.choose(wanted)?;
     let manifest = ImageManifest::parse(&layout.read(&descriptor, MANIFEST_BYTES_MAX)?)?;
     refuse_newer_state(layout, &manifest.state)?;
-    let blobs = manifest.blobs();
+    let is_here = |blob: &&Blob| !layout.lacks(blob, &manifest.urls);
+    let all = manifest.blobs();
+    let blobs: Vec<Blob> = all.iter().filter(is_here).copied().collect();
     let layers = manifest.volumes.iter().flat_map(|volume| &volume.layers);
     let total = blobs
         .iter()
-        .chain(layers)
+        .chain(layers.filter(is_here))
         .fold(0_u64, |sum, blob| sum.saturating_add(blob.bytes));
     progress.total.store(total, Ordering::Relaxed);
 
@@ -224,6 +228,7 @@ pub fn verify(
         chunks: AtomicU64::new(0),
         volume_bytes: AtomicU64::new(0),
     };
+    let layers_elsewhere = all.len() - blobs.len();
     let sound: Vec<Blob> = blobs
         .into_iter()
         .filter(|blob| verification.blob(layout, blob))
@@ -231,7 +236,7 @@ pub fn verify(
     let store = layout.open_blobs(sound.iter().copied())?;
     for volume in &manifest.volumes {
         // A blob whose digest is wrong was found already; its frames are looked at nevertheless, to name chunks.
-        verification.volume(layout, volume);
+        verification.volume(layout, volume, &manifest.urls);
     }
     let is_sound = |blob: &Blob| sound.iter().any(|other| other.digest == blob.digest);
     if is_sound(&manifest.state) {
@@ -256,6 +261,7 @@ pub fn verify(
         findings_left_out,
         chunks: verification.chunks.into_inner(),
         volume_bytes: verification.volume_bytes.into_inner(),
+        layers_elsewhere,
         cancelled: progress.is_cancelled(),
     })
 }
@@ -315,8 +321,9 @@ impl Verification<'_> {
         Ok(BlobDigest::from_hash(hash))
     }
 
-    fn volume(&self, layout: &Layout, volume: &ImageVolume) {
+    fn volume(&self, layout: &Layout, volume: &ImageVolume, urls: &Urls) {
         let needed = volume.layers.iter().copied().chain([volume.index]);
+        let needed = needed.filter(|blob| !layout.lacks(blob, urls));
         // What cannot be opened was found when it should have been hashed.
         let Ok(store) = layout.open_blobs(needed) else {
             return;

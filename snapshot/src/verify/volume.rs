@@ -30,7 +30,8 @@ pub(super) struct Look<'a> {
     pub(super) volume: &'a ImageVolume,
     pub(super) store: Arc<DirectoryBlobs>,
     pub(super) index: IndexReader,
-    pub(super) layers: Vec<LookedAt>,
+    /// By their numbers; `None` for one that is on another host.
+    pub(super) layers: Vec<Option<LookedAt>>,
 }
 
 /// A layer that is looked at.
@@ -44,24 +45,29 @@ pub(super) struct LookedAt {
     pub(super) used: super::diff::Used,
 }
 
-/// Verifies a volume.
+/// Verifies a volume, as far as its layers are in the store.
 pub(super) fn verify_volume(verification: &Verification<'_>, store: DirectoryBlobs, volume: &ImageVolume) {
     let store = Arc::new(store);
     let index = index_of(&store, volume);
     verify_index(verification, store.as_ref(), volume, &index);
     let read = |(blob, kind): (Blob, LayerKind)| {
+        if !store.has(&blob) {
+            return Ok(None);
+        }
         let table = LayerSeekTable::read(store.as_ref(), &blob).map_err(|error| {
             verification.find(Finding::SeekTable {
                 volume: volume.name.clone(),
                 source: Box::new(error),
             });
         });
-        table.map(|table| LookedAt {
-            blob,
-            kind,
-            next: AtomicU32::new(0),
-            used: super::diff::Used::new(&table, kind),
-            table,
+        table.map(|table| {
+            Some(LookedAt {
+                blob,
+                kind,
+                next: AtomicU32::new(0),
+                used: super::diff::Used::new(&table, kind),
+                table,
+            })
         })
     };
     // All that are wrong are found. Without one of them the numbers of the others would be wrong.

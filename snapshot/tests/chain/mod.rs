@@ -5,7 +5,8 @@
     reason = "each test file is a program of its own and uses what it needs"
 )]
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use runnel_snapshot::capture::content::{Content, Found};
 use runnel_snapshot::capture::{CaptureError, CaptureSettings, Captured, Job, VolumeSource};
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::image::source::{ImageSource, SourceSettings};
@@ -160,7 +162,7 @@ impl Chain {
             content,
             changed,
             compares: self.compares,
-            layout,
+            below: BelowImage::whole(layout),
             base,
         };
         self.job_of(source).with_parent(self.image().digest())
@@ -169,7 +171,7 @@ impl Chain {
     /// The volume of the last image as it is.
     pub(crate) fn unchanged(&self) -> VolumeSource {
         VolumeSource::Unchanged {
-            layout: Arc::new(Layout::open(&self.path()).unwrap()),
+            below: BelowImage::whole(Arc::new(Layout::open(&self.path()).unwrap())),
             volume: self.image().manifest.volumes[0].clone(),
         }
     }
@@ -221,6 +223,14 @@ pub(crate) fn findings(image: &Path) -> String {
         assert!(done <= total, "{done} of {total}");
     }
     told
+}
+
+pub(crate) fn assert_empty_but(folder: &Path, names: &[&str]) {
+    let left: BTreeSet<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(left, names.iter().map(|name| (*name).to_owned()).collect());
 }
 
 /// A sink that hands answers on.

@@ -83,6 +83,7 @@ fn read_manifest(bytes: &[u8]) -> bool {
         volumes: manifest.volumes.clone(),
         working_set: manifest.working_set,
         parent: manifest.parent,
+        urls: manifest.urls.clone(),
     };
     let written = draft.to_bytes().expect("what was read can be written");
     let again = ImageManifest::parse(&written).expect("what was written can be read");

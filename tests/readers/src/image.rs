@@ -222,6 +222,7 @@ fn publish(target: &Path) {
         volumes: vec![written.volume],
         working_set: None,
         parent: None,
+        urls: Default::default(),
     };
     publication
         .publish(&draft, Some("latest"))

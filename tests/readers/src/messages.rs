@@ -38,7 +38,10 @@ pub fn from_agent(bytes: &[u8]) -> bool {
         FromAgent::Failed(chunk, _) => assert!(matches!(&again, FromAgent::Failed(same, _) if same == chunk)),
         _ => {}
     }
-    if matches!(message, FromAgent::Arrived(_) | FromAgent::Opened(_)) {
+    if matches!(
+        message,
+        FromAgent::Arrived(_) | FromAgent::Opened(_) | FromAgent::Index(_)
+    ) {
         assert_eq!(again, message);
     }
     // An image that is opened is named by few volumes, and a status is cut; a sender does not cut the others.

@@ -12,7 +12,7 @@ use runnel_snapshot::index::{Entry, IndexBuilder, LayerNumber, StoredChunk};
 use runnel_snapshot::layer::frame::{append_zero_frame, zero_frame_bytes};
 use runnel_snapshot::layer::seek_table::SeekTableWriter;
 use runnel_snapshot::protocol::{
-    FromAgent, FromMonitor, Hello, Opened, OpenedVolume, PROTOCOL_VERSION, Refused,
+    FromAgent, FromMonitor, Hello, IndexFound, Opened, OpenedVolume, PROTOCOL_VERSION, Refused, WantIndex,
 };
 use runnel_snapshot::section::SavedSection;
 use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, SourceVolume, Urgency, VolumeId};
@@ -207,6 +207,11 @@ fn from_monitor() -> Vec<FromMonitor> {
         FromMonitor::Ask(Urgency::Demand, vec![id(0, 1), id(1, 2)]),
         FromMonitor::Cancel(vec![id(0, 1)]),
         FromMonitor::Status,
+        FromMonitor::WantIndex(WantIndex {
+            protocol: PROTOCOL_VERSION,
+            image: BlobDigest::of(b"m"),
+            volume: VolumeName::Memory,
+        }),
     ]
 }
 
@@ -233,6 +238,9 @@ fn from_agent() -> Vec<FromAgent> {
         FromAgent::Arrived(vec![(id(0, 1), Arrived::Data), (id(1, 2), Arrived::Zero)]),
         FromAgent::Failed(id(0, 1), ChunkFailure { reason, transient }),
         FromAgent::parse(b"\x15{\"process\":1,\"images\":[]}").expect("it is a status"),
+        FromAgent::Index(IndexFound {
+            blobs_at: vec!["http://host/v2/web/blobs/sha256:".to_owned()],
+        }),
     ]
 }
 

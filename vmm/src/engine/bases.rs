@@ -1,23 +1,22 @@
-//! Volumes of images on this host that the machine's own volumes were at one moment: what a diff lies over, and what need
-//! not be captured again.
+//! Volumes of images that the machine's own volumes were at one moment: what a diff lies over, and what need not be captured
+//! again.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use runnel_snapshot::capture::VolumeSource;
 use runnel_snapshot::digest::BlobDigest;
-use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::manifest::ImageVolume;
 use runnel_snapshot::index::LAYERS_MAX;
 use runnel_snapshot::volume::VolumeName;
 
 use super::drives::FileIdentity;
 
-/// What a volume was: the volume of an image, in a directory of this host.
+/// What a volume was: the volume of an image.
 #[derive(Clone)]
 pub(super) struct Base {
-    /// The image's directory.
-    pub(super) layout: Arc<Layout>,
+    /// Where the image is.
+    pub(super) place: BelowImage,
     /// The volume there.
     pub(super) volume: ImageVolume,
     /// The image.
@@ -30,15 +29,9 @@ impl Base {
     /// As the source of a volume that is still the same.
     pub(super) fn unchanged(&self) -> VolumeSource {
         VolumeSource::Unchanged {
-            layout: self.layout.clone(),
+            below: self.place.clone(),
             volume: self.volume.clone(),
         }
-    }
-
-    /// Whether the image has not been removed since.
-    fn is_there(&self) -> bool {
-        let mut blobs = self.volume.layers.iter().chain([&self.volume.index]);
-        blobs.all(|blob| self.layout.open_blob(blob).is_ok())
     }
 
     /// Whether a volume of one layer more is possible.
@@ -57,9 +50,18 @@ impl Bases {
         self.0.insert(name, base);
     }
 
-    /// Those whose images have not been removed since. Looks at every blob.
-    pub(super) fn that_are_there(&self) -> BTreeMap<VolumeName, Base> {
-        let there = self.0.iter().filter(|(_, base)| base.is_there());
-        there.map(|(name, base)| (name.clone(), base.clone())).collect()
+    /// Those that a diff can lie over: of images that are here, which have not been removed since. Looks at every blob.
+    pub(super) fn for_diff(&self) -> BTreeMap<VolumeName, Base> {
+        self.those(|base| base.place.has(&base.volume))
+    }
+
+    /// Those that an image can have which lies over none: all of them is here. Looks at every blob.
+    pub(super) fn for_full(&self) -> BTreeMap<VolumeName, Base> {
+        self.those(|base| base.place.has_here(&base.volume))
+    }
+
+    fn those(&self, are: impl Fn(&Base) -> bool) -> BTreeMap<VolumeName, Base> {
+        let those = self.0.iter().filter(|(_, base)| are(base));
+        those.map(|(name, base)| (name.clone(), base.clone())).collect()
     }
 }

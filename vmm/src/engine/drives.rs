@@ -229,7 +229,7 @@ fn source_of<C: Content + 'static>(
         content: Arc::new(freeze(Some(&read))?),
         changed: changed.clone(),
         compares: false,
-        layout: below.layout.clone(),
+        below: below.place.clone(),
         base: below.volume.clone(),
     })
 }

@@ -12,13 +12,15 @@ use std::time::Duration;
 use runnel_devices::virtio::net::TapError;
 use runnel_snapshot::block_store::BlockStore as _;
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
+use runnel_snapshot::image::manifest::ImageManifest;
 use runnel_snapshot::image::reference::{BadReference, ImageReference, Wanted};
 use runnel_snapshot::image::source::{ImageSource, SourceError, SourceSettings};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::overlay::{Overlay, OverlayError};
 use runnel_snapshot::pager::{Fetcher, FetcherSettings};
-use runnel_snapshot::protocol::{AgentSource, ConnectError, Opening};
+use runnel_snapshot::protocol::{AgentImage, AgentSource, ConnectError, Opening};
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
 use runnel_snapshot::source::{ChunkId, PageSource, Urgency};
 use runnel_snapshot::state::{MachineState, STATE_BYTES_MAX, StateError};
@@ -205,18 +207,19 @@ struct Opened {
     /// The raw memory file, if they are not.
     memory: Option<Arc<File>>,
     digest: Option<BlobDigest>,
-    /// The image's directory, if it is at hand.
-    at_hand: Option<(Arc<Layout>, Image)>,
+    /// The image as what a diff can lie over.
+    below: Option<(BelowImage, Arc<ImageManifest>)>,
 }
 
 impl Opened {
-    /// The volume as what a diff can lie over, if the image is at hand.
+    /// The volume as what a diff can lie over.
     fn base_of(&self, name: &VolumeName) -> Option<Base> {
-        let (layout, image) = self.at_hand.as_ref()?;
+        let (place, manifest) = self.below.as_ref()?;
+        let mut volumes = manifest.volumes.iter();
         Some(Base {
-            layout: layout.clone(),
-            volume: image.volume(name)?.clone(),
-            image: image.digest(),
+            place: place.clone(),
+            volume: volumes.find(|volume| volume.name == *name)?.clone(),
+            image: manifest.digest,
             file: None,
         })
     }
@@ -312,24 +315,34 @@ fn open(load: &LoadSnapshot, machine: &str, operation: &Operation) -> Result<Ope
             )?;
             let state = MachineState::decode(source.state())?;
             let digest = source.digest();
+            let below = at_hand(reference, digest).or_else(|| away(socket, &source));
             Ok(Opened {
                 state,
                 fetcher: Some(fetcher(Arc::new(source), FetcherSettings::far(), load)?),
                 memory: None,
                 digest: Some(digest),
-                at_hand: at_hand(reference, digest),
+                below,
             })
         }
     }
 }
 
 /// The directory of an image that an agent reads, if it is one of this host which may be read here too.
-fn at_hand(reference: &str, digest: BlobDigest) -> Option<(Arc<Layout>, Image)> {
+fn at_hand(reference: &str, digest: BlobDigest) -> Option<(BelowImage, Arc<ImageManifest>)> {
     let Ok(ImageReference::Directory { path, .. }) = reference.parse() else {
         return None;
     };
-    let image = Image::open_directory(&path, &Wanted::Pinned(digest)).ok()?;
-    Some((Arc::new(Layout::open(&path).ok()?), image))
+    let (image, _) = Image::open_thin(&path, &Wanted::Pinned(digest)).ok()?;
+    let layout = Arc::new(Layout::open(&path).ok()?);
+    Some((BelowImage::of(layout, &image.manifest), image.manifest))
+}
+
+/// The image that an agent reads, as one of another host.
+fn away(agent: &Path, source: &AgentSource) -> Option<(BelowImage, Arc<ImageManifest>)> {
+    let manifest = ImageManifest::parse(source.manifest()).ok()?;
+    let is_it = manifest.digest == source.digest();
+    let image = Arc::new(AgentImage::new(agent, manifest.digest));
+    is_it.then(|| (BelowImage::Away(image), Arc::new(manifest)))
 }
 
 fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError> {
@@ -358,7 +371,7 @@ fn open_directory(path: &Path, load: &LoadSnapshot) -> Result<Opened, LoadError>
         fetcher: Some(fetcher),
         memory: None,
         digest,
-        at_hand: Some((layout, image)),
+        below: Some((BelowImage::whole(layout), image.manifest.clone())),
     })
 }
 
@@ -385,7 +398,7 @@ fn open_two_files(state: &Path, memory: &Path) -> Result<Opened, LoadError> {
         fetcher: None,
         memory: Some(memory),
         digest: None,
-        at_hand: None,
+        below: None,
     })
 }
 

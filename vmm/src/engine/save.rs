@@ -20,6 +20,7 @@ use runnel_snapshot::capture::{
 };
 use runnel_snapshot::copy_before_write::{EarlyPages, EarlyPagesLimits};
 use runnel_snapshot::dirty_pages::DirtyPages;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::overlay::IsCancelled;
 use runnel_snapshot::pager::PageSet;
@@ -166,7 +167,8 @@ impl Saving {
         };
         // While the machine still runs: it is many files.
         let bases = match since {
-            Since::Image => guest.bases.that_are_there(),
+            Since::Image if is_diff => guest.bases.for_diff(),
+            Since::Image => guest.bases.for_full(),
             Since::Files => BTreeMap::new(),
         };
         Self {
@@ -305,9 +307,7 @@ impl Saving {
         let mut job = Job::new(settings, volumes)?.with_first_chunks(first_chunks);
         let below = self.below(&VolumeName::Memory).map(|below| below.image);
         if self.is_diff && below.is_none() {
-            tracing::info!(
-                "there is no image on this host that the diff could lie over: all of memory is saved"
-            );
+            tracing::info!("there is no image that the diff could lie over: all of memory is saved");
         }
         if let Some(parent) = below.or(guest.parent) {
             job = job.with_parent(parent);
@@ -442,7 +442,7 @@ fn memory_source(
             content,
             changed: changed.pages,
             compares: changed.is_guess,
-            layout: below.layout.clone(),
+            below: below.place.clone(),
             base: below.volume.clone(),
         },
         _ => VolumeSource::Content(content),
@@ -453,12 +453,16 @@ fn memory_source(
 /// captured again.
 fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured, taken: Vec<TakenVolume>) {
     let layout = match Layout::open(directory) {
-        Ok(layout) => Arc::new(layout),
+        Ok(layout) => layout,
         // The image is there, whoever has moved it since: what was written to it counts from the one before.
         Err(error) => {
             tracing::warn!(%error, "the image cannot be opened again: the next diff lies over the one before");
             return;
         }
+    };
+    let place = BelowImage::Here {
+        layout: Arc::new(layout),
+        urls: Arc::new(captured.urls.clone()),
     };
     for TakenVolume { name, dirty, file } in taken {
         let Some(volume) = captured.volumes.iter().find(|volume| volume.name == name) else {
@@ -466,7 +470,7 @@ fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured, taken: 
         };
         dirty.saved();
         let base = Base {
-            layout: layout.clone(),
+            place: place.clone(),
             volume: volume.clone(),
             image: captured.manifest.digest,
             file,

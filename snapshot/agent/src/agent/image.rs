@@ -9,15 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
-use runnel_snapshot::blobs::BlobError;
+use runnel_snapshot::blobs::{BlobError, BlobStore as _};
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
-use runnel_snapshot::image::manifest::MANIFEST_BYTES_MAX;
+use runnel_snapshot::image::manifest::{ImageManifest, MANIFEST_BYTES_MAX, URL_BYTES_MAX, URLS_MAX};
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::image::source::{HostCache, ImageSource, SourceError};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::index::IndexError;
-use runnel_snapshot::protocol::{ImageStatus, Opened, OpenedVolume, VOLUMES_MAX};
+use runnel_snapshot::protocol::{ImageStatus, IndexFound, Opened, OpenedVolume, VOLUMES_MAX};
 use runnel_snapshot::source::{ChunkId, PageSource, Urgency, VolumeId};
 use runnel_snapshot::state::{MachineState, StateError};
 use runnel_snapshot::volume::VolumeName;
@@ -29,7 +29,7 @@ use super::line::Line;
 use super::pages::PageFolders;
 use super::places::{Place, Places, Rank};
 use super::settings::AgentSettings;
-use crate::remote::{RemoteError, RemoteImage};
+use crate::remote::{RemoteError, RemoteImage, ThinBlobs};
 
 /// Who asks for an image's first chunks before any machine does.
 const NOBODY: MachineNumber = MachineNumber(0);
@@ -55,6 +55,32 @@ pub(super) enum OpenError {
     Document(#[source] std::io::Error),
 }
 
+/// The longest index that is fetched for a diff: that of a volume of some hundred GiB.
+const INDEX_BYTES_MAX: u64 = 256 << 20;
+
+/// Why an index cannot be handed on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum IndexNotHad {
+    #[error("the image has no such volume")]
+    NoVolume,
+    #[error("it has {0} bytes, and at most {INDEX_BYTES_MAX} are fetched")]
+    TooLarge(u64),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    #[error("it cannot be handed on")]
+    Document(#[source] std::io::Error),
+}
+
+impl IndexNotHad {
+    pub(super) fn is_transient(&self) -> bool {
+        match self {
+            Self::Blob(error) => error.is_transient(),
+            Self::Document(_) => true,
+            Self::NoVolume | Self::TooLarge(_) => false,
+        }
+    }
+}
+
 impl OpenError {
     pub(super) fn is_transient(&self) -> bool {
         match self {
@@ -76,26 +102,36 @@ pub(super) struct FoundImage {
 impl FoundImage {
     /// Reads the manifest that `reference` leads to.
     pub(super) fn find(reference: &ImageReference, settings: &AgentSettings) -> Result<Self, OpenError> {
-        let (image, manifest, traffic) = match reference {
+        match reference {
             ImageReference::Remote { base, name, wanted } => {
                 let found = RemoteImage::open(base, name, wanted, settings.remote.clone())?;
-                let traffic = Arc::clone(found.blobs.traffic());
-                (found.image, found.manifest, Some(traffic))
+                let traffic = Some(Arc::clone(found.blobs.traffic()));
+                let place = Place::new(reference.clone(), found.image.store.clone(), traffic);
+                Ok(Self {
+                    place: place.with_blobs_at(found.blobs.before_digits()),
+                    image: found.image,
+                    manifest: found.manifest,
+                })
             }
             ImageReference::Directory { path, wanted } => {
                 let layout = Layout::open(path)?;
                 let blob = layout.choose(wanted)?;
                 let manifest = layout.read(&blob, MANIFEST_BYTES_MAX)?;
                 // By its digest: another may have been published under the name by now.
-                let image = Image::open_directory(path, &Wanted::Pinned(blob.digest))?;
-                (image, manifest, None)
+                let (mut image, away) = Image::open_thin(path, &Wanted::Pinned(blob.digest))?;
+                let mut traffic = None;
+                if !away.is_empty() {
+                    let thin = ThinBlobs::open(&image, &away, &settings.remote)?;
+                    traffic = Some(Arc::clone(thin.traffic()));
+                    image.store = Arc::new(thin);
+                }
+                Ok(Self {
+                    place: Place::new(reference.clone(), Arc::clone(&image.store), traffic),
+                    image,
+                    manifest,
+                })
             }
-        };
-        Ok(Self {
-            place: Place::new(reference.clone(), Arc::clone(&image.store), traffic),
-            image,
-            manifest,
-        })
+        }
     }
 
     pub(super) fn digest(&self) -> BlobDigest {
@@ -124,6 +160,7 @@ pub(super) struct OpenImage {
     kept_in: HashMap<VolumeName, PathBuf>,
     state: File,
     manifest: File,
+    about: Arc<ImageManifest>,
 }
 
 impl OpenImage {
@@ -144,7 +181,7 @@ impl OpenImage {
             return Err(OpenError::TooManyVolumes(volumes));
         }
         let digest = image.digest();
-        let how = settings.source(&place.reference);
+        let how = settings.source(place.traffic.is_some());
         let state = image.state_bytes().map_err(OpenError::State)?;
         let first_chunks = MachineState::decode(&state)?.first_chunks;
         let places = Arc::new(Places::new(place, folders.places_of(&digest)));
@@ -185,6 +222,7 @@ impl OpenImage {
                 .collect(),
             state: document("state", &state).map_err(OpenError::Document)?,
             manifest: document("manifest", &manifest).map_err(OpenError::Document)?,
+            about: Arc::clone(&image.manifest),
             source,
         });
         open.go_ahead(first);
@@ -278,6 +316,30 @@ impl OpenImage {
         let mut files = vec![self.state.as_fd(), self.manifest.as_fd()];
         files.extend(pages.iter().map(|file| file.as_fd()));
         send(&files)
+    }
+
+    /// The index of a volume, whole, for a diff that lies over it; and where others can read the image's blobs.
+    pub(super) fn index(&self, volume: &VolumeName) -> Result<(IndexFound, File), IndexNotHad> {
+        let mut volumes = self.about.volumes.iter();
+        let volume = volumes
+            .find(|found| found.name == *volume)
+            .ok_or(IndexNotHad::NoVolume)?;
+        let blob = volume.index;
+        if blob.bytes > INDEX_BYTES_MAX {
+            return Err(IndexNotHad::TooLarge(blob.bytes));
+        }
+        let mut bytes = vec![0; blob.bytes as usize]; // at most INDEX_BYTES_MAX
+        let mut are_right = |bytes: &[u8]| BlobDigest::of(bytes) == blob.digest;
+        if !self.places.read_right(&blob, 0, &mut bytes, &mut are_right)? {
+            let found = BlobDigest::of(&bytes);
+            let digest = blob.digest;
+            return Err(BlobError::Corrupt { digest, found }.into());
+        }
+        let file = document("index", &bytes).map_err(IndexNotHad::Document)?;
+        let mut blobs_at = self.places.blobs_at();
+        blobs_at.retain(|url| url.len() <= URL_BYTES_MAX);
+        blobs_at.truncate(URLS_MAX);
+        Ok((IndexFound { blobs_at }, file))
     }
 
     /// A machine comes. It is told of what was recorded as that arrives, or of what has, so that a touch of it finds all

@@ -1,6 +1,7 @@
 //! The images that are open: each once, however many machines and names lead to it; dropped when none has for a while.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
-use runnel_snapshot::protocol::{AgentStatus, Hello, Refused};
+use runnel_snapshot::protocol::{AgentStatus, Hello, IndexFound, Refused, WantIndex};
 
 use super::cache::Cache;
 use super::image::{FoundImage, OpenError, OpenImage};
@@ -106,6 +107,16 @@ impl Images {
             None => self.lease(&reference),
         };
         lease.map_err(|error| refuse(with_causes(&error), error.is_transient()))
+    }
+
+    /// The index of a volume of an image that a machine runs from.
+    pub(super) fn index(self: &Arc<Self>, want: &WantIndex) -> Result<(IndexFound, File), Refused> {
+        let refuse = |reason: String, transient| Refused { reason, transient };
+        let lease = self.lease_open(&want.image);
+        // The agent has just been started, and the machines come back to it one by one.
+        let lease = lease.ok_or_else(|| refuse(format!("the image {} is not open", want.image), true))?;
+        let index = lease.image.index(&want.volume);
+        index.map_err(|error| refuse(with_causes(&error), error.is_transient()))
     }
 
     /// For a machine that begins with what `reference` leads to.

@@ -27,8 +27,9 @@ mod view;
 pub use pages::PagesError;
 pub use settings::{AgentSettings, QUOTA_BYTES_MIN, UNUSED_AFTER};
 
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -36,7 +37,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use runnel_snapshot::protocol::{
-    AgentStatus, FromAgent, FromMonitor, Hello, PROTOCOL_VERSION, PacketListener, PacketSocket, Refused,
+    AgentStatus, FromAgent, FromMonitor, Hello, IndexFound, PROTOCOL_VERSION, PacketListener, PacketSocket,
+    Refused, WantIndex,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
@@ -241,6 +243,15 @@ impl Host {
                     .send(&FromAgent::Status(self.images.status()).to_bytes(), &[])?;
                 return Ok(());
             }
+            FromMonitor::WantIndex(want) => {
+                match self.index(&want) {
+                    Ok((found, file)) => line
+                        .socket()
+                        .send(&FromAgent::Index(found).to_bytes(), &[file.as_fd()])?,
+                    Err(refused) => line.socket().send(&FromAgent::Refused(refused).to_bytes(), &[])?,
+                }
+                return Ok(());
+            }
             FromMonitor::Ask(..) | FromMonitor::Cancel(_) => return Ok(()),
         };
         let lease = match self.open(&hello) {
@@ -270,7 +281,7 @@ impl Host {
             match line.receive(&mut message) {
                 Ok(FromMonitor::Ask(urgency, chunks)) => image.ask(machine, &chunks, urgency),
                 Ok(FromMonitor::Cancel(chunks)) => image.cancel(machine, &chunks),
-                Ok(FromMonitor::Hello(_) | FromMonitor::Status) => {}
+                Ok(FromMonitor::Hello(_) | FromMonitor::Status | FromMonitor::WantIndex(_)) => {}
                 Err(ended) => break ended,
             }
         };
@@ -284,16 +295,24 @@ impl Host {
     }
 
     fn open(&self, hello: &Hello) -> Result<Lease, Refused> {
-        if hello.protocol != PROTOCOL_VERSION {
-            let reason = format!(
-                "this agent speaks version {PROTOCOL_VERSION} of the protocol, and the monitor version {}: restart the older of the two",
-                hello.protocol
-            );
-            return Err(Refused {
-                reason,
-                transient: false,
-            });
-        }
+        refuse_other_version(hello.protocol)?;
         self.images.open(hello)
     }
+
+    fn index(&self, want: &WantIndex) -> Result<(IndexFound, File), Refused> {
+        refuse_other_version(want.protocol)?;
+        self.images.index(want)
+    }
+}
+
+fn refuse_other_version(version: u32) -> Result<(), Refused> {
+    if version == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    Err(Refused {
+        reason: format!(
+            "this agent speaks version {PROTOCOL_VERSION} of the protocol, and the monitor version {version}: restart the older of the two"
+        ),
+        transient: false,
+    })
 }

@@ -24,6 +24,8 @@ const PLACES_MAX: usize = 16;
 pub(super) struct Place {
     pub(super) reference: ImageReference,
     pub(super) store: Arc<dyn BlobStore>,
+    /// What comes before a blob's hexadecimal digits in its URL, if others can read it there.
+    blobs_at: Option<String>,
     /// What went over the network for it, if it is on one.
     pub(super) traffic: Option<Arc<Traffic>>,
     health: Health,
@@ -68,8 +70,17 @@ impl Place {
         Self {
             reference,
             store,
+            blobs_at: None,
             traffic,
             health: Health::default(),
+        }
+    }
+
+    /// Others can read it too: a blob's URL is this, with the hexadecimal digits of its digest behind it.
+    pub(super) fn with_blobs_at(self, url: String) -> Self {
+        Self {
+            blobs_at: Some(url),
+            ..self
         }
     }
 
@@ -138,6 +149,12 @@ impl Places {
     /// Where the image is read.
     pub(super) fn reference(&self) -> ImageReference {
         lock(&self.known).list[0].reference.clone()
+    }
+
+    /// Where others can read it, as [`Place::with_blobs_at`] has it.
+    pub(super) fn blobs_at(&self) -> Vec<String> {
+        let places = self.list();
+        places.iter().filter_map(|place| place.blobs_at.clone()).collect()
     }
 
     /// Why the last read failed in each place where it did.

@@ -4,7 +4,6 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::image::source::SourceSettings;
 
 use crate::remote::RemoteSettings;
@@ -55,10 +54,11 @@ impl AgentSettings {
         }
     }
 
-    pub(super) fn source(&self, reference: &ImageReference) -> SourceSettings {
-        let settings = match reference {
-            ImageReference::Remote { .. } => SourceSettings::remote(),
-            ImageReference::Directory { .. } => {
+    /// How the chunks of an image are fetched: from afar, or from a directory of this host.
+    pub(super) fn source(&self, is_far: bool) -> SourceSettings {
+        let settings = match is_far {
+            true => SourceSettings::remote(),
+            false => {
                 SourceSettings::local(std::thread::available_parallelism().map_or(2, usize::from).max(2))
             }
         };

@@ -7,6 +7,7 @@ use std::thread;
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
 use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::reference::is_name;
 use runnel_snapshot::units::ByteRange;
 
 use super::client::{Asked, Client, Found};
@@ -38,10 +39,25 @@ pub(super) enum Layout {
 
 impl Layout {
     pub(super) fn blob_target(self, name: &str, digest: &BlobDigest) -> String {
+        self.before_digits(name) + &digest.hex()
+    }
+
+    /// What comes before a blob's hexadecimal digits in its target.
+    fn before_digits(self, name: &str) -> String {
         match self {
-            Self::Registry => format!("/v2/{name}/blobs/{digest}"),
-            Self::Plain => format!("/{name}/blobs/sha256/{}", digest.hex()),
+            Self::Registry => format!("/v2/{name}/blobs/sha256:"),
+            Self::Plain => format!("/{name}/blobs/sha256/"),
         }
+    }
+
+    /// The name in a blob's target, if it is one of that blob.
+    pub(super) fn name_in<'t>(self, target: &'t str, digest: &BlobDigest) -> Option<&'t str> {
+        let (front, blobs) = match self {
+            Self::Registry => ("/v2/", format!("/blobs/{digest}")),
+            Self::Plain => ("/", format!("/blobs/sha256/{}", digest.hex())),
+        };
+        let name = target.strip_prefix(front)?.strip_suffix(&*blobs)?;
+        is_name(name).then_some(name)
     }
 }
 
@@ -63,6 +79,12 @@ impl RemoteBlobs {
             name: name.to_owned(),
             elsewhere: Mutex::default(),
         }
+    }
+
+    /// What comes before a blob's hexadecimal digits in its URL.
+    #[must_use]
+    pub fn before_digits(&self) -> String {
+        format!("{}{}", self.client.base(), self.layout.before_digits(&self.name))
     }
 
     /// What went over the wire for this image.

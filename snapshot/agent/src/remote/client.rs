@@ -104,13 +104,18 @@ pub(super) struct Found {
 
 impl Client {
     pub(super) fn new(base: Origin, settings: RemoteSettings) -> Self {
+        Self::counting(base, settings, Arc::default())
+    }
+
+    /// One whose bytes are counted together with others'.
+    pub(super) fn counting(base: Origin, settings: RemoteSettings, traffic: Arc<Traffic>) -> Self {
         let authorization = settings.credentials.bearer(&base);
         Self {
             base,
             settings,
             authorization: Mutex::new(authorization),
             busy: Mutex::default(),
-            traffic: Arc::default(),
+            traffic,
         }
     }
 

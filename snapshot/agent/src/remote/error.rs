@@ -2,6 +2,7 @@
 
 use std::io;
 
+use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::manifest::ManifestError;
 
 use super::credentials::CredentialsError;
@@ -11,6 +12,12 @@ use crate::tls::TlsError;
 /// Why a remote store could not deliver.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
+    /// A layer of a thin image is nowhere that a request can go to.
+    #[error(
+        "layer {0} is not with its image, and the manifest names no URL of a registry's or a directory's blob for it: copy \
+         the layer there"
+    )]
+    NoPlace(BlobDigest),
     /// The host's name has no address.
     #[error("the address of {origin} cannot be found: check the name, and this host's DNS")]
     Resolve {

@@ -20,6 +20,7 @@ mod error;
 pub mod fuzz;
 mod kept;
 mod pool;
+mod thin;
 mod url;
 
 pub use blobs::RemoteBlobs;
@@ -27,6 +28,7 @@ pub use client::RemoteSettings;
 pub use credentials::{Credentials, CredentialsError, usual_credentials};
 pub use error::RemoteError;
 pub use kept::KeptConnections;
+pub use thin::ThinBlobs;
 pub use url::{BadUrl, Origin};
 
 use std::sync::Arc;

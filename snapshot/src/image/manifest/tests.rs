@@ -47,6 +47,10 @@ fn draft() -> ManifestDraft {
         volumes,
         working_set: Some(blob("trace")),
         parent,
+        urls: Urls::from([(
+            blob("memory").digest,
+            vec!["http://far/v2/web/blobs/sha256:00".to_owned()],
+        )]),
     }
 }
 
@@ -67,6 +71,7 @@ fn a_manifest_survives_its_bytes() {
         volumes,
         working_set,
         parent,
+        urls,
     } = draft();
     assert_eq!(
         read,
@@ -76,7 +81,8 @@ fn a_manifest_survives_its_bytes() {
             state_inline,
             volumes,
             working_set,
-            parent
+            parent,
+            urls
         }
     );
     // The two volumes share an index and a root; each blob is listed once.
@@ -116,9 +122,31 @@ fn fields_and_annotations_of_others_are_ignored() {
     let read = changed(|json| {
         json["subject"] = json!({ "any": "thing" });
         json["annotations"]["org.opencontainers.image.created"] = json!("today");
-        json["layers"][0]["urls"] = json!([]);
+        json["layers"][2]["urls"] = json!(["http://far/an-index"]);
     });
-    assert_eq!(read.unwrap().volumes.len(), 2);
+    let read = read.unwrap();
+    assert_eq!(read.volumes.len(), 2);
+    assert_eq!(read.urls, draft().urls);
+}
+
+#[test]
+fn of_the_urls_of_a_layer_those_are_read_that_a_request_can_go_to() {
+    let with = |urls: Value| changed(|json| json["layers"][0]["urls"] = urls).unwrap().urls;
+    let digest = blob("memory").digest;
+    let usable = "https://far:5000/v2/web/blobs/sha256:00";
+    let long = format!("http://far/{}", "a".repeat(URL_BYTES_MAX));
+    let strange = json!([
+        "ftp://far/x",
+        "/etc/shadow",
+        "http://far/x\r\nHost: near",
+        long,
+        "",
+        usable
+    ]);
+    assert_eq!(with(strange), Urls::from([(digest, vec![usable.to_owned()])]));
+    assert_eq!(with(json!([])), Urls::new());
+    let many: Vec<String> = (0..100).map(|number| format!("http://far/{number}")).collect();
+    assert_eq!(with(json!(many))[&digest], many[..URLS_MAX]);
 }
 
 #[test]

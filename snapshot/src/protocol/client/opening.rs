@@ -39,6 +39,12 @@ pub enum ConnectError {
     /// The agent says why not.
     #[error("the agent cannot open the image: {0}")]
     Refused(String),
+    /// The agent says why it has no index of an image just now.
+    #[error("the agent has no index of the image just now: {0}")]
+    Busy(String),
+    /// The agent says why it has no index of an image.
+    #[error("the agent has no index of the image: {0}")]
+    NoIndex(String),
     /// What it sent is no answer.
     #[error("the agent's answer makes no sense")]
     Message(#[from] BadMessage),
@@ -109,7 +115,7 @@ impl Connection {
         match FromAgent::parse(&message)? {
             FromAgent::Opened(opened) => Self::from_answer(socket, opened, files),
             FromAgent::Refused(refused) => Err(ConnectError::Refused(refused.reason)),
-            FromAgent::Arrived(_) | FromAgent::Failed(..) | FromAgent::Status(_) => {
+            FromAgent::Arrived(_) | FromAgent::Failed(..) | FromAgent::Status(_) | FromAgent::Index(_) => {
                 Err(ConnectError::Answer("chunks before the image is open"))
             }
         }
@@ -152,7 +158,7 @@ pub(super) struct Patience<'a> {
 /// How often it is asked whether to give up; less than a second.
 const LOOK: Duration = Duration::from_millis(50);
 
-fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), ConnectError> {
+pub(super) fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), ConnectError> {
     let begun = Instant::now();
     loop {
         let left = patience.deadline.map_or(LOOK, |deadline| {

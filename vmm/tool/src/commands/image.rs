@@ -14,7 +14,7 @@ use runnel_snapshot::image::reference::ImageReference;
 use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
-use super::{Failure, optimize, squash};
+use super::{Failure, complete, optimize, squash};
 use crate::exit::Exit;
 use crate::held::{holders, is_held};
 use crate::images::ImageStore;
@@ -79,7 +79,8 @@ Examples:
     runnel image rm web-v1
     runnel image prune --older-than 30d --dry-run
     runnel image squash web-v50 web-base
-    runnel image optimize web-v1 web-v1-fast")]
+    runnel image optimize web-v1 web-v1-fast
+    runnel image complete web-v2")]
 pub(crate) struct ImageArgs {
     #[command(subcommand)]
     command: ImageCommand,
@@ -95,6 +96,8 @@ enum ImageCommand {
     Prune(PruneArgs),
     /// Write an image anew, each volume in one full layer: the same machine, without the layers that it lies over
     Squash(squash::SquashArgs),
+    /// Fetch the layers of a thin image that are on other hosts
+    Complete(complete::CompleteArgs),
     /// Put with an image what was recorded of it (`runnel resume --record`): the same machine, which resumes sooner
     Optimize(optimize::OptimizeArgs),
 }
@@ -142,6 +145,7 @@ pub(crate) fn run(args: &ImageArgs) -> Result<Exit, Failure> {
         ImageCommand::Rm(args) => remove(&store, args),
         ImageCommand::Prune(args) => prune(&store, args),
         ImageCommand::Squash(args) => squash::run(&store, args),
+        ImageCommand::Complete(args) => complete::run(&store, args),
         ImageCommand::Optimize(args) => optimize::run(&store, args),
     }
 }
@@ -239,6 +243,7 @@ fn describe(image: &ListedImage) -> Value {
             "kind": kind.name(),
             "digest": blob.digest.to_string(),
             "bytes": blob.bytes,
+            "urls": image.manifest.urls.get(&blob.digest),
         })
     };
     json!({
@@ -249,6 +254,7 @@ fn describe(image: &ListedImage) -> Value {
         "digest": image.manifest.digest.to_string(),
         "volume_bytes": image.volume_bytes(),
         "stored_bytes": image.stored_bytes(),
+        "layers_elsewhere": image.layers_elsewhere(),
         "volumes": volumes.map(|volume| volume.name.to_string()).collect::<Vec<_>>(),
         "layers": layers_of(image).map(layer).collect::<Vec<_>>(),
         "parent": image.manifest.parent.map(|parent| parent.to_string()),

@@ -96,6 +96,8 @@ struct Layer {
     digest: String,
     kind: &'static str,
     bytes: u64,
+    /// Where else it can be had, as the manifest says.
+    urls: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -124,7 +126,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<Exit, Failure> {
 
 fn open(reference: &ImageReference, remote: &RemoteFlags) -> Result<Image, Failure> {
     Ok(match reference {
-        ImageReference::Directory { path, wanted } => Image::open_directory(path, wanted)?,
+        ImageReference::Directory { path, wanted } => Image::open_thin(path, wanted)?.0,
         ImageReference::Remote { base, name, wanted } => {
             RemoteImage::open(base, name, wanted, remote.settings()?)?.image
         }
@@ -206,6 +208,7 @@ fn inspect_volume(image: &Image, volume: &ImageVolume) -> Result<VolumeInspectio
         digest: blob.digest.to_string(),
         kind: kind.name(),
         bytes: blob.bytes,
+        urls: image.manifest.urls.get(&blob.digest).cloned().unwrap_or_default(),
     };
     Ok(VolumeInspection {
         name: volume.name.to_string(),
@@ -287,8 +290,12 @@ impl Inspection {
         ));
         for volume in &self.volumes {
             for layer in &volume.layers {
+                let place = layer
+                    .urls
+                    .first()
+                    .map_or(String::new(), |url| format!("  {}", one_line(url, 200)));
                 text.push_str(&format!(
-                    "layer    {}  {}  {}  {}\n",
+                    "layer    {}  {}  {}  {}{place}\n",
                     layer.digest,
                     layer.kind,
                     size::bytes(layer.bytes),

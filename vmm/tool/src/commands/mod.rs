@@ -1,6 +1,7 @@
 //! The commands, a file each.
 
 pub(crate) mod agent;
+mod complete;
 pub(crate) mod console;
 pub(crate) mod doctor;
 pub(crate) mod fork;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
 use runnel_snapshot::protocol::status;
 use serde_json::{Value, json};
@@ -117,7 +118,7 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     let image = ImageStore::of_this_user()?.resolve(&args.image)?;
     let record_to = args.record_to(&image)?;
     let state = StateFolder::open()?;
-    let wants_agent = args.through_agent || matches!(image, ImageReference::Remote { .. });
+    let wants_agent = args.through_agent || is_elsewhere(&image);
     let agent = if wants_agent {
         Some(ensure_running(&state, &args.agent)?)
     } else {
@@ -135,6 +136,16 @@ pub(crate) fn run(args: &ResumeArgs) -> Result<Exit, Failure> {
     args.load.warn_of_rests();
     let start = |monitor: &Monitor<'_>| load(monitor, body, record, &signals);
     start_and_attend(monitor, Afterwards::new(args.detach, args.json), &signals, start)
+}
+
+/// Whether not all of an image is on this host. What is wrong with one that is, is told by whoever loads it.
+fn is_elsewhere(image: &ImageReference) -> bool {
+    match image {
+        ImageReference::Remote { .. } => true,
+        ImageReference::Directory { path, wanted } => {
+            Image::open_thin(path, wanted).is_ok_and(|(_, missing)| !missing.is_empty())
+        }
+    }
 }
 
 fn load(

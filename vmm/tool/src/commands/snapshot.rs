@@ -80,8 +80,8 @@ pub(crate) struct SnapshotArgs {
     /// The image to make
     image: String,
 
-    /// Save what changed since the machine's last image, or the one of this host that it was resumed from, as layers
-    /// over it; a volume that has none is saved whole
+    /// Save what changed since the machine's last image, or the one that it was resumed from, as layers over it; a volume
+    /// that has none is saved whole. Over an image of another host this makes a thin one, whose other layers stay there
     #[arg(long)]
     diff: bool,
 
@@ -192,19 +192,22 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
     let operation = api.progress().ok().and_then(|progress| progress.operation);
     let own = operation.filter(|operation| !operation.is_under_way());
     let pause_ms = own.and_then(|operation| operation.pause_ms);
-    let manifest = Image::open_directory(&target, &Wanted::Only)?.manifest;
+    let (image, elsewhere) = Image::open_thin(&target, &Wanted::Only)?;
+    let manifest = image.manifest;
     let volume_bytes: u64 = manifest
         .volumes
         .iter()
         .map(|volume| volume.root.volume_bytes())
         .sum();
     let stored_bytes: u64 = manifest.blobs().iter().map(|blob| blob.bytes).sum();
+    let bytes_elsewhere: u64 = elsewhere.iter().map(|blob| blob.bytes).sum();
     if args.output.json {
         print_json(&json!({
             "image": target,
             "digest": manifest.digest.to_string(),
             "volume_bytes": volume_bytes,
             "stored_bytes": stored_bytes,
+            "bytes_elsewhere": bytes_elsewhere,
             "elapsed_ms": u64::try_from(elapsed.as_millis())?,
             "pause_ms": pause_ms,
         }))?;
@@ -217,8 +220,15 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         };
         format!(", of which {} stood {stood}", args.machine)
     });
+    let thin = match elsewhere.len() {
+        0 => String::new(),
+        layers => format!(
+            " ({layers} layers, {}, stay on another host: `runnel image complete` fetches them)",
+            size::bytes(bytes_elsewhere)
+        ),
+    };
     print(&format!(
-        "{}\n{}: {} of memory and disks in {}, after {:.1} s{stood}\n",
+        "{}\n{}: {} of memory and disks in {}{thin}, after {:.1} s{stood}\n",
         manifest.digest,
         target.display(),
         size::bytes(volume_bytes),

@@ -35,7 +35,7 @@ struct Remote(String);
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Reads everything: digests of all blobs, the machine state, each index against seek table and frames, each chunk against
-its digest. Ends with 3 if something is wrong, and names blob and chunk. Where the damage is in what lists the rest
+its digest. Of a thin image, what is with it. Ends with 3 if something is wrong, and names blob and chunk. Where the damage is in what lists the rest
 (oci-layout, index.json, the manifest), that alone is found, and \"digest\" in JSON is null. An image of a newer Runnel is
 not judged: that is an error (1).
 
@@ -117,6 +117,7 @@ fn unreadable(args: &VerifyArgs, error: ImageError) -> Result<Exit, Failure> {
             "cancelled": false,
             "chunks": 0,
             "volume_bytes": 0,
+            "layers_elsewhere": 0,
             "findings": [found],
             "findings_left_out": 0,
         }))?,
@@ -135,6 +136,7 @@ fn summary(report: &Report) -> serde_json::Value {
         "cancelled": report.cancelled,
         "chunks": report.chunks,
         "volume_bytes": report.volume_bytes,
+        "layers_elsewhere": report.layers_elsewhere,
         "findings": report.findings.iter().map(Finding::trace).collect::<Vec<_>>(),
         "findings_left_out": report.findings_left_out,
     })
@@ -146,11 +148,17 @@ fn describe(report: &Report) -> String {
     if report.findings_left_out > 0 {
         text.push_str(&format!("and {} more\n", report.findings_left_out));
     }
-    let looked = format!(
+    let mut looked = format!(
         "{} chunks, {} of volumes",
         report.chunks,
         size::bytes(report.volume_bytes)
     );
+    if report.layers_elsewhere > 0 {
+        looked.push_str(&format!(
+            "; {} layers are on other hosts and were not looked at (`runnel image complete`)",
+            report.layers_elsewhere
+        ));
+    }
     let verdict = match (report.is_sound(), report.cancelled) {
         (true, _) => format!("{} is sound: {looked}\n", report.manifest),
         (false, true) => format!("called off after {looked}\n"),

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use runnel_snapshot::capture::{CaptureSettings, Captured, Job, VolumeSource};
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::pager::PageSet;
@@ -83,11 +84,11 @@ impl User {
             content: Arc::new(vec![7_u8; 4 * CHUNK]),
             changed,
             compares: false,
-            layout: Arc::clone(&layout),
+            below: BelowImage::whole(Arc::clone(&layout)),
             base: memory.clone(),
         };
         let unchanged = VolumeSource::Unchanged {
-            layout,
+            below: BelowImage::whole(layout),
             volume: root.clone(),
         };
         let volumes = vec![(memory.name.clone(), changes), (root.name.clone(), unchanged)];
