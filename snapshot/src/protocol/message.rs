@@ -6,11 +6,13 @@
 //! | 2 | `Ask` | urgency `u8` (0 fill, 1 soon, 2 demand), then chunks: volume `u16`, chunk `u64` |
 //! | 3 | `Cancel` | chunks |
 //! | 4 | `Status` | nothing |
+//! | 5 | `Adopt` | JSON, with a descriptor |
 //! | 17 | `Opened` | JSON, with descriptors |
 //! | 18 | `Refused` | JSON |
 //! | 19 | `Arrived` | each: volume `u16`, chunk `u64`, what `u8` (0 zero, 1 data) |
 //! | 20 | `Failed` | volume `u16`, chunk `u64`, transient `u8`, the reason in UTF-8 |
 //! | 21 | `Status` | JSON |
+//! | 22 | `Adopted` | nothing |
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +22,7 @@ use crate::units::{ChunkIndex, ChunkSize};
 use crate::volume::VolumeName;
 
 /// The version of this protocol.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The longest message. It leaves room in a socket's default buffer (208 KiB) for several.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
@@ -45,6 +47,22 @@ pub struct Hello {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<BlobDigest>,
     /// Whose machine this is, for the agent's log.
+    #[serde(default)]
+    pub machine: String,
+}
+
+/// A file that is a volume of an image, for the agent to deliver it from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopt {
+    /// [`PROTOCOL_VERSION`] of the monitor.
+    pub protocol: u32,
+    /// Which image, as in [`Hello`].
+    pub image: String,
+    /// Its digest.
+    pub digest: BlobDigest,
+    /// Which of its volumes.
+    pub volume: VolumeName,
+    /// Whose machine has the file, for the agent's log.
     #[serde(default)]
     pub machine: String,
 }
@@ -161,6 +179,8 @@ pub enum FromMonitor {
     Cancel(Vec<ChunkId>),
     /// Opens nothing, and wants to know what is open.
     Status,
+    /// Asks for nothing, and has a file; its descriptor comes along.
+    Adopt(Adopt),
 }
 
 /// What an agent says.
@@ -168,7 +188,7 @@ pub enum FromMonitor {
 pub enum FromAgent {
     /// Answers `Hello`; descriptors come along.
     Opened(Opened),
-    /// Answers `Hello`, and hangs up.
+    /// Answers `Hello` or `Adopt`, and hangs up.
     Refused(Refused),
     /// Chunks are there.
     Arrived(Vec<(ChunkId, Arrived)>),
@@ -176,6 +196,8 @@ pub enum FromAgent {
     Failed(ChunkId, ChunkFailure),
     /// Answers `Status`, and hangs up.
     Status(AgentStatus),
+    /// Answers `Adopt`, and hangs up.
+    Adopted,
 }
 
 /// Bytes that are no message.
@@ -218,11 +240,13 @@ const HELLO: u8 = 1;
 const ASK: u8 = 2;
 const CANCEL: u8 = 3;
 const ASK_STATUS: u8 = 4;
+const ADOPT: u8 = 5;
 const OPENED: u8 = 17;
 const REFUSED: u8 = 18;
 const ARRIVED: u8 = 19;
 const FAILED: u8 = 20;
 const STATUS: u8 = 21;
+const ADOPTED: u8 = 22;
 
 const CHUNK_BYTES: usize = 10;
 
@@ -257,6 +281,7 @@ impl FromMonitor {
                 bytes
             }
             Self::Status => vec![ASK_STATUS],
+            Self::Adopt(adopt) => json(ADOPT, adopt),
         }
     }
 
@@ -283,6 +308,7 @@ impl FromMonitor {
             }
             CANCEL => take_chunks(kind, rest).map(Self::Cancel),
             ASK_STATUS if rest.is_empty() => Ok(Self::Status),
+            ADOPT => parse_json(kind, rest).map(Self::Adopt),
             kind => Err(BadMessage::Kind(kind)),
         }
     }
@@ -307,6 +333,7 @@ impl FromAgent {
                     },
                 )
             }
+            Self::Adopted => vec![ADOPTED],
             Self::Arrived(chunks) => {
                 assert!(
                     chunks.len() <= CHUNKS_MAX,
@@ -361,6 +388,7 @@ impl FromAgent {
             OPENED => parse_json(kind, rest).map(Self::Opened),
             REFUSED => parse_json(kind, rest).map(Self::Refused),
             STATUS => parse_json(kind, rest).map(Self::Status),
+            ADOPTED if rest.is_empty() => Ok(Self::Adopted),
             ARRIVED => {
                 let (chunks, []) = rest.as_chunks::<{ CHUNK_BYTES + 1 }>() else {
                     return Err(bad_length());
@@ -476,9 +504,20 @@ mod tests {
             urgency in prop::sample::select(vec![Urgency::Fill, Urgency::Soon, Urgency::Demand]),
             image in ".{0,40}",
         ) {
-            let hello = Hello { protocol: PROTOCOL_VERSION, image, digest: None, machine: "m".into() };
-            let messages =
-                [FromMonitor::Hello(hello), FromMonitor::Ask(urgency, chunks.clone()), FromMonitor::Cancel(chunks)];
+            let hello = Hello { protocol: PROTOCOL_VERSION, image: image.clone(), digest: None, machine: "m".into() };
+            let adopt = Adopt {
+                protocol: PROTOCOL_VERSION,
+                image,
+                digest: BlobDigest::of(b"image"),
+                volume: VolumeName::Memory,
+                machine: "m".into(),
+            };
+            let messages = [
+                FromMonitor::Hello(hello),
+                FromMonitor::Ask(urgency, chunks.clone()),
+                FromMonitor::Cancel(chunks),
+                FromMonitor::Adopt(adopt),
+            ];
             for message in messages {
                 prop_assert_eq!(FromMonitor::parse(&message.to_bytes()).unwrap(), message);
             }
@@ -497,6 +536,7 @@ mod tests {
                 FromAgent::Arrived(arrived),
                 FromAgent::Failed(id, ChunkFailure { reason: reason.clone(), transient }),
                 FromAgent::Refused(Refused { reason, transient }),
+                FromAgent::Adopted,
             ];
             for message in messages {
                 prop_assert_eq!(FromAgent::parse(&message.to_bytes()).unwrap(), message);

@@ -12,7 +12,7 @@ use runnel_snapshot::index::{Entry, IndexBuilder, LayerNumber, StoredChunk};
 use runnel_snapshot::layer::frame::{append_zero_frame, zero_frame_bytes};
 use runnel_snapshot::layer::seek_table::SeekTableWriter;
 use runnel_snapshot::protocol::{
-    FromAgent, FromMonitor, Hello, Opened, OpenedVolume, PROTOCOL_VERSION, Refused,
+    Adopt, FromAgent, FromMonitor, Hello, Opened, OpenedVolume, PROTOCOL_VERSION, Refused,
 };
 use runnel_snapshot::section::SavedSection;
 use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, SourceVolume, Urgency, VolumeId};
@@ -207,6 +207,13 @@ fn from_monitor() -> Vec<FromMonitor> {
         FromMonitor::Ask(Urgency::Demand, vec![id(0, 1), id(1, 2)]),
         FromMonitor::Cancel(vec![id(0, 1)]),
         FromMonitor::Status,
+        FromMonitor::Adopt(Adopt {
+            protocol: PROTOCOL_VERSION,
+            image: "/images/web".to_owned(),
+            digest: BlobDigest::of(b"m"),
+            volume: VolumeName::Memory,
+            machine: "web".to_owned(),
+        }),
     ]
 }
 
