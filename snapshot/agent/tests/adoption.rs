@@ -176,7 +176,10 @@ fn a_file_comes_too_late_for_an_image_that_has_a_page_file_and_in_vain_for_none(
     agent.stop();
     let _agent = home.start();
     let _ = refusal(offer(&home, &image, &file));
-    assert!(memory_of(&clone) == right());
+    for chunk in [0, 3, 4] {
+        clone.gets(chunk);
+    }
+    assert!(clone.has(0, 1) && clone.has(3, 2));
     assert_eq!(
         before.metadata().unwrap().ino(),
         clone.page_file().metadata().unwrap().ino()
@@ -223,8 +226,6 @@ fn clones_go_on_when_the_machine_and_the_agent_are_gone_and_the_next_agent_serve
     assert!(memory_of(&other) == right());
     let inode = |machine: &Machine| machine.page_file().metadata().unwrap().ino();
     assert_eq!(inode(&other), inode(&clone));
-    clone.ask(&[1, 4]);
-    assert_eq!(clone.answers(2), [(1, Ok(Zero)), (4, Ok(Data))]);
 }
 
 #[test]

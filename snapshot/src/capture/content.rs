@@ -282,6 +282,8 @@ impl Content for Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -374,6 +376,42 @@ mod tests {
             content.read(6 * PAGE_SIZE, &mut vec![0; 8 * PAGE]).unwrap(),
             Found::Zero
         );
+    }
+
+    proptest! {
+        #[test]
+        fn a_volume_over_a_file_is_the_same_wherever_it_is_read(
+            of_file in prop::collection::btree_set(0_u64..24, 0..12),
+            own in prop::collection::btree_set(0_u64..24, 0..12),
+            reads in prop::collection::vec((0_u64..24 * PAGE_SIZE, 1_usize..9000), 1..20),
+        ) {
+            let bytes = 24 * PAGE_SIZE;
+            let page_of = |value: u64| vec![value as u8 + 1; PAGE_SIZE as usize];
+            let (below, above) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+            let (mut model, mut set) = (vec![0; bytes as usize], PageSet::new(24));
+            below.set_len(bytes).unwrap();
+            let mut put = |file: &File, page: u64, value: u64| {
+                file.write_all_at(&page_of(value), page * PAGE_SIZE).unwrap();
+                let start = (page * PAGE_SIZE) as usize;
+                model[start..start + PAGE_SIZE as usize].copy_from_slice(&page_of(value));
+            };
+            of_file.iter().for_each(|page| put(&below, *page, *page));
+            for page in &own {
+                put(&above, *page, 100 + page);
+                set.insert_run(PageIndex(*page), 1);
+            }
+            let content = OverFile::new(FileContent::new(below, bytes).unwrap(), set, Box::new(above));
+            for (offset, len) in reads {
+                let len = len.min((bytes - offset) as usize);
+                let mut read = vec![0; len];
+                content.read(offset, &mut read).unwrap();
+                let start = offset as usize;
+                prop_assert!(read == model[start..start + len]);
+                // Up to where data is said to begin there is none.
+                let next = content.next_data(offset).unwrap().map_or(bytes, |run| run.start);
+                prop_assert!(model[start..next as usize].iter().all(|byte| *byte == 0));
+            }
+        }
     }
 
     #[test]
