@@ -42,7 +42,7 @@ use super::watch::watch;
 use super::written::Since;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs, SnapshotType};
 use crate::control::{Guest as _, GuestError, Operation};
-use crate::memory::FreezeError;
+use crate::memory::{FreezeError, seal, unmap_ahead};
 use crate::microvm::SaveError as MachineSaveError;
 
 /// How often it is looked whether the machine may run on.
@@ -210,6 +210,11 @@ impl Saving {
 
     /// Prepares the machine to run on while it is saved. If that cannot be, it stands meanwhile.
     fn prepare(&mut self, guest: &mut KvmGuest, folder: &Path) {
+        if let How::Frozen = self.how
+            && let Err(error) = unmap_ahead(guest.machine.ram())
+        {
+            tracing::debug!(%error, "the machine stands longer");
+        }
         if let How::Standing = self.how {
             let armed = self
                 .read_so_far(guest)
@@ -350,6 +355,9 @@ impl Saving {
         let progress = job.progress();
         if !matches!(self.how, How::Standing) {
             self.let_run(guest, operation);
+        }
+        if let How::Frozen = self.how {
+            seal(guest.machine.ram())?;
         }
         operation.enter("copying");
         watch(operation, &progress);
