@@ -8,9 +8,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{configure, end_rounds, load, resumed, save, start, tell};
 use runnel_tests::forge::verified;
-use runnel_tests::monitor::Monitor;
+use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
 
 /// So much is written to all the time.
@@ -157,6 +158,66 @@ fn what_was_frozen_and_could_not_be_saved_is_in_the_next_diff() {
         tell(&mut again, "checkfill:31m:64k:4", "checkfill=right");
         drop(again);
         (0..3).for_each(|number| fs::remove_dir_all(path(number)).unwrap());
+    }
+}
+
+fn frozen_for(agents: &AgentFolders, image: &Path) -> Value {
+    let mut create = frozen_to(image);
+    create["agent_path"] = json!(agents.socket());
+    create
+}
+
+fn clone_through(agents: &AgentFolders, image: &Path) -> Monitor {
+    load(&json!({"image": image, "agent_path": agents.socket(), "resume_vm": true}))
+}
+
+#[test]
+fn a_snapshot_whose_memory_no_agent_takes_is_a_snapshot_like_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = paths(folder.path());
+    let agents = AgentFolders::new();
+    let mut machine = booted(false, "fill:8m:1m:7");
+    machine.demand("PUT", "/snapshot/create", &frozen_for(&agents, &path(0)));
+    machine.wait_for_log("is not shared with this machine");
+    tell(&mut machine, "checkfill:8m:1m:7", "checkfill=right");
+    let _agent = agents.start(&[]);
+    let mut clone = clone_through(&agents, &path(0));
+    tell(&mut clone, "checkfill:8m:1m:7", "checkfill=right");
+    // It has page files of its own by now.
+    drop(machine);
+    drop(clone);
+}
+
+#[test]
+fn a_monitor_that_is_killed_while_it_hands_its_memory_over_leaves_a_whole_image_and_clones_of_it() {
+    let agents = AgentFolders::new();
+    let _agent = agents.start(&[]);
+    for hold in ["sharing memory", ""] {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        let mut machine = Monitor::spawn_at(&folder.path().join("api.sock"), |mut command| {
+            command.env("RUNNEL_HOLD_PHASE", hold).spawn()
+        });
+        machine.wait_for_log("Listening on API socket");
+        configure(&machine, 1, "fill:8m:8m:7 count:3");
+        start(&mut machine);
+        let saving = Question::put(
+            machine.socket(),
+            "PUT",
+            "/snapshot/create",
+            &frozen_for(&agents, &image),
+        );
+        machine.wait_for_log("Create of a snapshot: sharing memory");
+        machine.signal("KILL");
+        machine.wait();
+        drop(saving);
+        verified(&image);
+        let mut clones = [clone_through(&agents, &image), clone_through(&agents, &image)];
+        for clone in &mut clones {
+            tell(clone, "checkfill:8m:8m:7", "checkfill=right");
+            tell(clone, "fill:8m:1m:9", "fill=done");
+            tell(clone, "count:1", "count=4");
+        }
     }
 }
 
