@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use runnel_snapshot::block_store::GuestRam;
 use runnel_snapshot::units::PAGE_SIZE;
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -70,6 +71,9 @@ pub enum MemoryError {
 
 /// What is taken out of the page tables with one call: others who change them wait no longer than for this.
 const UNMAPPED_BYTES: usize = 2 << 20;
+
+/// How often it is tried to seal a file some of whose pages are in use: each time the kernel waits for some 150 ms.
+const SEAL_TRIES: u32 = 8;
 
 /// Why RAM is not frozen, or its file not sealed.
 #[derive(Debug, thiserror::Error)]
@@ -187,7 +191,15 @@ pub fn freeze(ram: &GuestRam) -> Result<File, FreezeError> {
 /// When somebody else could write: by a mapping that is shared and writable, or I/O into its pages.
 pub fn seal(ram: &GuestRam) -> Result<(), FreezeError> {
     use rustix::fs::{SealFlags, fcntl_add_seals};
-    fcntl_add_seals(file_of(ram)?, SealFlags::WRITE).map_err(|error| FreezeError::Seal(error.into()))
+    let file = file_of(ram)?;
+    let mut tries = 1;
+    loop {
+        match fcntl_add_seals(file, SealFlags::WRITE) {
+            // The kernel takes a page for pinned while a vCPU just faults on it, and has waited for that to pass.
+            Err(Errno::BUSY) if tries < SEAL_TRIES => tries += 1,
+            sealed => return sealed.map_err(|error| FreezeError::Seal(error.into())),
+        }
+    }
 }
 
 fn file_of(ram: &GuestRam) -> Result<&File, FreezeError> {
