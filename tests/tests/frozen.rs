@@ -199,7 +199,7 @@ fn a_monitor_that_is_killed_while_it_hands_its_memory_over_leaves_a_whole_image_
             command.env("RUNNEL_HOLD_PHASE", hold).spawn()
         });
         machine.wait_for_log("Listening on API socket");
-        configure(&machine, 1, "fill:8m:8m:7 count:3");
+        configure(&machine, 1, "fill:8m:1m:7 count:3");
         start(&mut machine);
         let saving = Question::put(
             machine.socket(),
@@ -214,8 +214,8 @@ fn a_monitor_that_is_killed_while_it_hands_its_memory_over_leaves_a_whole_image_
         verified(&image);
         let mut clones = [clone_through(&agents, &image), clone_through(&agents, &image)];
         for clone in &mut clones {
-            tell(clone, "checkfill:8m:8m:7", "checkfill=right");
-            tell(clone, "fill:8m:1m:9", "fill=done");
+            tell(clone, "checkfill:8m:1m:7", "checkfill=right");
+            tell(clone, "fill:8m:64k:9", "fill=done");
             tell(clone, "count:1", "count=4");
         }
     }
