@@ -168,6 +168,109 @@ fn a_machine_that_runs_is_forked_as_it_is_and_goes_on() {
     }
 }
 
+/// The file behind a machine's memory, by its inode.
+fn memory_file(pid: &Value) -> String {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let line = maps.lines().find(|line| line.contains("/memfd:guest-ram"));
+    let line = line.unwrap_or_else(|| panic!("its memory is no machine's own: {maps}"));
+    line.split_whitespace().nth(4).unwrap().to_owned()
+}
+
+#[test]
+fn clones_of_a_machine_that_was_booted_share_its_memory_with_it() {
+    const FILLED_KIB: u64 = 24 << 10;
+    let user = with_machine("fill:8m:24m:7 count:1");
+    let clones = forked(&user, &["web", "-n", "2", "--name", "c", "--paused"]);
+    let all: Vec<&str> = clones.iter().map(String::as_str).chain(["web"]).collect();
+    user.output(&["pause", "web"]);
+    // Each reads all of it, one after the other.
+    for name in &all {
+        user.output(&["unpause", name]);
+        hear(&user, name, "touch:8m:24m\n", "touch=");
+        user.output(&["pause", name]);
+    }
+    let machines = user.machines();
+    let files: BTreeSet<String> = machines
+        .iter()
+        .map(|machine| memory_file(&machine["pid"]))
+        .collect();
+    assert_eq!((machines.len(), files.len()), (3, 1));
+    let own: Vec<u64> = machines
+        .iter()
+        .map(|machine| private_kib(&machine["pid"]))
+        .collect();
+    assert!(
+        own.iter().all(|own| *own < FILLED_KIB / 2),
+        "KiB that are their own: {own:?}"
+    );
+    let agent: Value = serde_json::from_str(&user.output(&["agent", "--status", "--json"])).unwrap();
+    let kept = agent["cache"]["memory"]["bytes"].as_u64().unwrap();
+    assert!(kept < FILLED_KIB << 9, "{kept} bytes are the agent's");
+
+    // What one writes no other sees.
+    for (seed, name) in (20..).zip(&all) {
+        user.output(&["unpause", name]);
+        hear(&user, name, "checkfill:8m:1m:7\n", "checkfill=right");
+        hear(&user, name, &format!("fill:8m:1m:{seed}\n"), "fill=done");
+        user.output(&["pause", name]);
+    }
+    for (seed, name) in (20..).zip(&all) {
+        user.output(&["unpause", name]);
+        let heard = last_words(&user, name, &format!("checkfill:8m:1m:{seed}\ncheckfill:9m:1m:7"));
+        assert_eq!(heard.matches("checkfill=right").count(), 2, "{name}: {heard}");
+    }
+}
+
+#[test]
+fn a_machine_that_writes_all_the_time_is_forked_as_it_was_and_so_it_is_again() {
+    let user = User::new();
+    let words = "fill:20m:8m:5 count:1 churn:8m:4m";
+    succeeded(user.boot(words, &["--detach", "--name", "web"]).output().unwrap());
+    hear(&user, "web", "", "count=1");
+    let mut clones = forked(&user, &["web", "-n", "2", "--name", "a", "--paused"]);
+    clones.extend(forked(&user, &["web", "-n", "1", "--name", "b", "--paused"]));
+    user.output(&["snapshot", "web", "web-full"]);
+    user.output(&["verify", "web-full"]);
+    for image in ["web-fork", "web-fork-2"] {
+        user.output(&["verify", image]);
+    }
+    clones.push("web".to_owned());
+    for name in clones {
+        if name != "web" {
+            user.output(&["unpause", &name]);
+        }
+        let heard = last_words(&user, &name, "\ncheckfill:27m:512k:5");
+        assert!(
+            heard.contains("churn=right") && heard.contains("checkfill=right"),
+            "{name}: {heard}"
+        );
+    }
+}
+
+#[test]
+fn clones_go_on_without_the_machine_that_they_are_of_and_with_another_agent() {
+    let user = with_machine("fill:8m:8m:7 count:3");
+    let clones = forked(&user, &["web", "-n", "2", "--name", "c", "--paused"]);
+    user.output(&["kill", "web"]);
+    user.output(&["unpause", &clones[0]]);
+    hear(&user, &clones[0], "checkfill:8m:1m:7\n", "checkfill=right");
+    user.output(&["agent", "--stop"]);
+    // Which starts the next one.
+    let others = forked(&user, &["web-fork", "-n", "1", "--name", "d", "--paused"]);
+    user.output(&["pause", &clones[0]]);
+    for name in clones.iter().chain(&others) {
+        user.output(&["unpause", name]);
+        let heard = last_words(
+            &user,
+            name,
+            "count:1\ncheckfill:8m:8m:7\nfill:40m:1m:3\ncheckfill:40m:1m:3",
+        );
+        assert!(heard.contains("count=4"), "{name}: {heard}");
+        assert_eq!(heard.matches("checkfill=wrong").count(), 0, "{name}: {heard}");
+        assert!(heard.matches("checkfill=right").count() >= 2, "{name}: {heard}");
+    }
+}
+
 #[test]
 fn there_are_all_clones_or_none() {
     let user = with_machine("count:1");

@@ -121,6 +121,19 @@ impl OwnContent {
     pub fn new(own: PageSet, bytes: u64, pages: Box<dyn OwnPages>) -> Self {
         Self { own, bytes, pages }
     }
+
+    /// Puts the own pages into `into`, which begins at `offset`.
+    fn read_over(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let end = offset + into.len() as u64;
+        let mut at = offset;
+        while let Some(run) = self.next_data(at)?.filter(|run| run.start < end) {
+            let run_end = (run.start + run.len).min(end);
+            let part = (run.start - offset) as usize..(run_end - offset) as usize;
+            self.pages.read(run.start, &mut into[part])?;
+            at = run_end;
+        }
+        Ok(())
+    }
 }
 
 impl Content for OwnContent {
@@ -142,19 +155,56 @@ impl Content for OwnContent {
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Found> {
         let end = offset + into.len() as u64;
-        let mut found = Found::Zero;
-        let mut at = offset;
-        while let Some(run) = self.next_data(at)?.filter(|run| run.start < end) {
-            let run_end = (run.start + run.len).min(end);
-            if found == Found::Zero {
-                into.fill(0);
-                found = Found::Data;
-            }
-            let part = (run.start - offset) as usize..(run_end - offset) as usize;
-            self.pages.read(run.start, &mut into[part])?;
-            at = run_end;
+        if self.next_data(offset)?.is_none_or(|run| run.start >= end) {
+            return Ok(Found::Zero);
         }
-        Ok(found)
+        into.fill(0);
+        self.read_over(offset, into)?;
+        Ok(Found::Data)
+    }
+}
+
+/// A volume that is that of a file but for its own pages.
+pub struct OverFile {
+    file: FileContent,
+    own: OwnContent,
+}
+
+impl OverFile {
+    /// The volume of `file`, whose pages `own` are read from `pages` instead.
+    #[must_use]
+    pub fn new(file: FileContent, own: PageSet, pages: Box<dyn OwnPages>) -> Self {
+        let bytes = file.bytes;
+        Self {
+            file,
+            own: OwnContent::new(own, bytes, pages),
+        }
+    }
+}
+
+impl Content for OverFile {
+    fn bytes(&self) -> u64 {
+        self.file.bytes
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<ByteRange>> {
+        let runs = [self.file.next_data(from)?, self.own.next_data(from)?];
+        Ok(runs.into_iter().flatten().min_by_key(|run| run.start))
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<Found> {
+        let end = offset + into.len() as u64;
+        // Not where the data ends: that takes as long as there is data.
+        let starts = [
+            self.file.data_start(offset)?,
+            self.own.next_data(offset)?.map(|run| run.start),
+        ];
+        if starts.into_iter().flatten().all(|start| start >= end) {
+            return Ok(Found::Zero);
+        }
+        self.file.read(offset, into)?;
+        self.own.read_over(offset, into)?;
+        Ok(Found::Data)
     }
 }
 
@@ -232,6 +282,8 @@ impl Content for Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -285,6 +337,81 @@ mod tests {
             [(PageIndex(3), 8), (PageIndex(30), 1)],
             "short holes are not told apart"
         );
+    }
+
+    #[test]
+    fn own_pages_lie_over_the_file_and_what_is_in_neither_is_zero() {
+        const PAGE: usize = PAGE_SIZE as usize;
+        let file = |value: u8, pages: &[u64]| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(40 * PAGE_SIZE).unwrap();
+            for page in pages {
+                file.write_all_at(&[value; PAGE], page * PAGE_SIZE).unwrap();
+            }
+            file
+        };
+        let mut own = PageSet::new(40);
+        own.insert_run(PageIndex(4), 2);
+        own.insert_run(PageIndex(20), 1);
+        let below = FileContent::new(file(1, &[3, 4, 30]), 40 * PAGE_SIZE).unwrap();
+        // What is there of pages that are not own is nobody's.
+        let content = OverFile::new(below, own, Box::new(file(2, &[3, 4, 5, 20, 30])));
+        let mut all = vec![0; 40 * PAGE];
+        let mut at = 0;
+        while let Some(run) = content.next_data(at).unwrap() {
+            let part = run.start as usize..(run.start + run.len) as usize;
+            assert_eq!(content.read(run.start, &mut all[part]).unwrap(), Found::Data);
+            at = run.start + run.len;
+        }
+        let mut whole = vec![0xFF; 40 * PAGE];
+        assert_eq!(content.read(0, &mut whole).unwrap(), Found::Data);
+        assert!(all == whole);
+        let firsts = |value| {
+            (0..40)
+                .filter(|page| whole[page * PAGE] == value)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!((firsts(1), firsts(2)), (vec![3, 30], vec![4, 5, 20]));
+        assert_eq!(
+            content.read(6 * PAGE_SIZE, &mut vec![0; 8 * PAGE]).unwrap(),
+            Found::Zero
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_volume_over_a_file_is_the_same_wherever_it_is_read(
+            of_file in prop::collection::btree_set(0_u64..24, 0..12),
+            own in prop::collection::btree_set(0_u64..24, 0..12),
+            reads in prop::collection::vec((0_u64..24 * PAGE_SIZE, 1_usize..9000), 1..20),
+        ) {
+            let bytes = 24 * PAGE_SIZE;
+            let page_of = |value: u64| vec![value as u8 + 1; PAGE_SIZE as usize];
+            let (below, above) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+            let (mut model, mut set) = (vec![0; bytes as usize], PageSet::new(24));
+            below.set_len(bytes).unwrap();
+            let mut put = |file: &File, page: u64, value: u64| {
+                file.write_all_at(&page_of(value), page * PAGE_SIZE).unwrap();
+                let start = (page * PAGE_SIZE) as usize;
+                model[start..start + PAGE_SIZE as usize].copy_from_slice(&page_of(value));
+            };
+            of_file.iter().for_each(|page| put(&below, *page, *page));
+            for page in &own {
+                put(&above, *page, 100 + page);
+                set.insert_run(PageIndex(*page), 1);
+            }
+            let content = OverFile::new(FileContent::new(below, bytes).unwrap(), set, Box::new(above));
+            for (offset, len) in reads {
+                let len = len.min((bytes - offset) as usize);
+                let mut read = vec![0; len];
+                content.read(offset, &mut read).unwrap();
+                let start = offset as usize;
+                prop_assert!(read == model[start..start + len]);
+                // Up to where data is said to begin there is none.
+                let next = content.next_data(offset).unwrap().map_or(bytes, |run| run.start);
+                prop_assert!(model[start..next as usize].iter().all(|byte| *byte == 0));
+            }
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! IMAGE/blobs/sha256/<manifest>         → state, layers, indexes, roots (also inline), working set
 //! ```
 
+pub mod adoption;
 pub mod below;
 pub mod chunk_reader;
 pub mod complete;

@@ -21,15 +21,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::message::{CHUNKS_MAX, FromAgent, FromMonitor};
+use super::message::{Adopt, CHUNKS_MAX, FromAgent, FromMonitor, PROTOCOL_VERSION};
 use super::socket::PacketSocket;
 use crate::causes::with_causes;
 use crate::digest::BlobDigest;
+use crate::image::source::is_sealed;
 use crate::source::{ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
+use crate::volume::VolumeName;
 pub use away::AgentImage;
 #[doc(hidden)]
 pub use opening::read_opening;
-pub use opening::{ConnectError, Opening, is_answering, status};
+pub use opening::{ConnectError, Opening, hand_over, is_answering, status};
 use opening::{Connection, Patience};
 
 /// How long to wait before connecting again: first this, then twice as long each time.
@@ -50,8 +52,10 @@ pub struct AgentSource {
 struct Shared {
     opening: Opening,
     digest: BlobDigest,
-    /// Device and inode of each page file: a new agent must offer the same ones.
-    inodes: Vec<(u64, u64)>,
+    /// The page files: a new agent must offer the same ones, but for those that need no agent any more.
+    page_files: Vec<KnownFile>,
+    /// Their volumes.
+    names: Vec<VolumeName>,
     sink: OnceLock<Arc<dyn ChunkSink>>,
     line: Mutex<Line>,
     /// Wakes the thread: there is something to send, or the end has come.
@@ -96,12 +100,15 @@ impl AgentSource {
             bytes: volume.bytes,
             chunk_size: volume.chunk_size,
         });
-        let volumes = volumes.collect();
+        let volumes: Vec<_> = volumes.collect();
         let digest = connection.opened.digest;
+        let page_files: Vec<_> = connection.page_files.into_iter().map(Arc::new).collect();
+        let known = page_files.iter().map(KnownFile::new).collect::<Result<_, _>>();
         let shared = Arc::new(Shared {
             opening,
             digest,
-            inodes: inodes(&connection.page_files).map_err(ConnectError::Local)?,
+            page_files: known.map_err(ConnectError::Local)?,
+            names: volumes.iter().map(|volume| volume.name.clone()).collect(),
             sink: OnceLock::new(),
             line: Mutex::new(Line {
                 socket: Some(Arc::new(connection.socket)),
@@ -112,7 +119,7 @@ impl AgentSource {
         });
         Ok(Self {
             volumes,
-            page_files: connection.page_files.into_iter().map(Arc::new).collect(),
+            page_files,
             digest,
             state: connection.state,
             manifest: connection.manifest,
@@ -198,11 +205,32 @@ impl Drop for AgentSource {
     }
 }
 
-fn inodes(files: &[File]) -> io::Result<Vec<(u64, u64)>> {
-    files
-        .iter()
-        .map(|file| file.metadata().map(|about| (about.dev(), about.ino())))
-        .collect()
+/// A page file, as it is known again.
+struct KnownFile {
+    inode: (u64, u64),
+    /// The file itself, if nobody can change it. An agent has found all of the volume in it: whatever a later one has,
+    /// that is the same.
+    sealed: Option<Arc<File>>,
+}
+
+impl KnownFile {
+    fn new(file: &Arc<File>) -> io::Result<Self> {
+        Ok(Self {
+            inode: inode_of(file)?,
+            sealed: is_sealed(file).then(|| Arc::clone(file)),
+        })
+    }
+
+    /// Whether a machine that maps this one can go on with an agent that has another.
+    fn goes_on_with(&self, inode: &(u64, u64)) -> bool {
+        self.sealed.is_some() || self.inode == *inode
+    }
+}
+
+/// Device and inode.
+fn inode_of(file: &File) -> io::Result<(u64, u64)> {
+    let about = file.metadata()?;
+    Ok((about.dev(), about.ino()))
 }
 
 /// Why a connection ended.
@@ -310,7 +338,11 @@ impl Shared {
                 self.lock().outstanding.remove(&chunk);
                 sink.failed(chunk, failure);
             }
-            FromAgent::Opened(_) | FromAgent::Refused(_) | FromAgent::Status(_) | FromAgent::Index(_) => {
+            FromAgent::Opened(_)
+            | FromAgent::Refused(_)
+            | FromAgent::Status(_)
+            | FromAgent::Index(_)
+            | FromAgent::Adopted => {
                 tracing::warn!("the agent answered a question that was not asked");
             }
         }
@@ -349,16 +381,17 @@ impl Shared {
             give_up: &|| self.lock().closed,
         };
         loop {
+            self.hand_sealed_over();
             let reason = match Connection::open(&self.opening, Some(self.digest), &patience) {
                 Ok(connection) if connection.opened.digest != self.digest => {
                     "the agent opened another image".to_owned()
                 }
-                Ok(connection) => match inodes(&connection.page_files) {
-                    Ok(found) if found == self.inodes => {
+                Ok(connection) => match self.goes_on_with(&connection.page_files) {
+                    Ok(true) => {
                         self.resume(connection.socket);
                         return true;
                     }
-                    Ok(_) => "the new agent has other page files: start it with the same --memory-pages and --drive-pages"
+                    Ok(false) => "the new agent has other page files: start it with the same --memory-pages and --drive-pages"
                         .to_owned(),
                     Err(error) => error.to_string(),
                 },
@@ -372,6 +405,32 @@ impl Shared {
                 return false;
             }
             pause = (pause * 2).min(RECONNECT_MAX);
+        }
+    }
+
+    fn goes_on_with(&self, files: &[File]) -> io::Result<bool> {
+        let inodes: Vec<_> = files.iter().map(inode_of).collect::<Result<_, _>>()?;
+        let mut both = self.page_files.iter().zip(&inodes);
+        Ok(inodes.len() == self.page_files.len() && both.all(|(known, inode)| known.goes_on_with(inode)))
+    }
+
+    /// Gives a new agent the page files that nobody can change, before it makes others: machines that begin with it share
+    /// them then too. It has them already if another machine was faster.
+    fn hand_sealed_over(&self) {
+        for (known, volume) in self.page_files.iter().zip(&self.names) {
+            let Some(file) = &known.sealed else { continue };
+            let adopt = Adopt {
+                protocol: PROTOCOL_VERSION,
+                image: self.opening.image.clone(),
+                digest: self.digest,
+                volume: volume.clone(),
+                machine: self.opening.machine.clone(),
+            };
+            let give_up = || self.lock().closed;
+            if let Err(error) = hand_over(&self.opening.agent, adopt, file, &give_up) {
+                let error = &error as &dyn std::error::Error;
+                tracing::debug!(error, %volume, "the agent does not take a page file");
+            }
         }
     }
 

@@ -7,12 +7,14 @@
 //! | 3 | `Cancel` | chunks |
 //! | 4 | `Status` | nothing |
 //! | 5 | `WantIndex` | JSON |
+//! | 6 | `Adopt` | JSON, with a descriptor |
 //! | 17 | `Opened` | JSON, with descriptors |
 //! | 18 | `Refused` | JSON |
 //! | 19 | `Arrived` | each: volume `u16`, chunk `u64`, what `u8` (0 zero, 1 data) |
 //! | 20 | `Failed` | volume `u16`, chunk `u64`, transient `u8`, the reason in UTF-8 |
 //! | 21 | `Status` | JSON |
 //! | 22 | `Index` | JSON, with a descriptor |
+//! | 23 | `Adopted` | nothing |
 
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +49,22 @@ pub struct Hello {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<BlobDigest>,
     /// Whose machine this is, for the agent's log.
+    #[serde(default)]
+    pub machine: String,
+}
+
+/// A file that is a volume of an image, for the agent to deliver it from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopt {
+    /// [`PROTOCOL_VERSION`] of the monitor.
+    pub protocol: u32,
+    /// Which image, as in [`Hello`].
+    pub image: String,
+    /// Its digest.
+    pub digest: BlobDigest,
+    /// Which of its volumes.
+    pub volume: VolumeName,
+    /// Whose machine has the file, for the agent's log.
     #[serde(default)]
     pub machine: String,
 }
@@ -184,6 +202,8 @@ pub enum FromMonitor {
     Status,
     /// Opens nothing, and wants an index of what is open.
     WantIndex(WantIndex),
+    /// Asks for nothing, and has a file; its descriptor comes along.
+    Adopt(Adopt),
 }
 
 /// What an agent says.
@@ -191,7 +211,7 @@ pub enum FromMonitor {
 pub enum FromAgent {
     /// Answers `Hello`; descriptors come along.
     Opened(Opened),
-    /// Answers `Hello`, and hangs up.
+    /// Answers `Hello` or `Adopt`, and hangs up.
     Refused(Refused),
     /// Chunks are there.
     Arrived(Vec<(ChunkId, Arrived)>),
@@ -201,6 +221,8 @@ pub enum FromAgent {
     Status(AgentStatus),
     /// Answers `WantIndex`, and hangs up; the file comes along.
     Index(IndexFound),
+    /// Answers `Adopt`, and hangs up.
+    Adopted,
 }
 
 /// Bytes that are no message.
@@ -244,12 +266,14 @@ const ASK: u8 = 2;
 const CANCEL: u8 = 3;
 const ASK_STATUS: u8 = 4;
 const WANT_INDEX: u8 = 5;
+const ADOPT: u8 = 6;
 const OPENED: u8 = 17;
 const REFUSED: u8 = 18;
 const ARRIVED: u8 = 19;
 const FAILED: u8 = 20;
 const STATUS: u8 = 21;
 const INDEX: u8 = 22;
+const ADOPTED: u8 = 23;
 
 const CHUNK_BYTES: usize = 10;
 
@@ -285,6 +309,7 @@ impl FromMonitor {
             }
             Self::Status => vec![ASK_STATUS],
             Self::WantIndex(want) => json(WANT_INDEX, want),
+            Self::Adopt(adopt) => json(ADOPT, adopt),
         }
     }
 
@@ -312,6 +337,7 @@ impl FromMonitor {
             CANCEL => take_chunks(kind, rest).map(Self::Cancel),
             ASK_STATUS if rest.is_empty() => Ok(Self::Status),
             WANT_INDEX => parse_json(kind, rest).map(Self::WantIndex),
+            ADOPT => parse_json(kind, rest).map(Self::Adopt),
             kind => Err(BadMessage::Kind(kind)),
         }
     }
@@ -336,6 +362,7 @@ impl FromAgent {
                     },
                 )
             }
+            Self::Adopted => vec![ADOPTED],
             Self::Arrived(chunks) => {
                 assert!(
                     chunks.len() <= CHUNKS_MAX,
@@ -392,6 +419,7 @@ impl FromAgent {
             REFUSED => parse_json(kind, rest).map(Self::Refused),
             STATUS => parse_json(kind, rest).map(Self::Status),
             INDEX => parse_json(kind, rest).map(Self::Index),
+            ADOPTED if rest.is_empty() => Ok(Self::Adopted),
             ARRIVED => {
                 let (chunks, []) = rest.as_chunks::<{ CHUNK_BYTES + 1 }>() else {
                     return Err(bad_length());
@@ -507,9 +535,20 @@ mod tests {
             urgency in prop::sample::select(vec![Urgency::Fill, Urgency::Soon, Urgency::Demand]),
             image in ".{0,40}",
         ) {
-            let hello = Hello { protocol: PROTOCOL_VERSION, image, digest: None, machine: "m".into() };
-            let messages =
-                [FromMonitor::Hello(hello), FromMonitor::Ask(urgency, chunks.clone()), FromMonitor::Cancel(chunks)];
+            let hello = Hello { protocol: PROTOCOL_VERSION, image: image.clone(), digest: None, machine: "m".into() };
+            let adopt = Adopt {
+                protocol: PROTOCOL_VERSION,
+                image,
+                digest: BlobDigest::of(b"image"),
+                volume: VolumeName::Memory,
+                machine: "m".into(),
+            };
+            let messages = [
+                FromMonitor::Hello(hello),
+                FromMonitor::Ask(urgency, chunks.clone()),
+                FromMonitor::Cancel(chunks),
+                FromMonitor::Adopt(adopt),
+            ];
             for message in messages {
                 prop_assert_eq!(FromMonitor::parse(&message.to_bytes()).unwrap(), message);
             }
@@ -528,6 +567,7 @@ mod tests {
                 FromAgent::Arrived(arrived),
                 FromAgent::Failed(id, ChunkFailure { reason: reason.clone(), transient }),
                 FromAgent::Refused(Refused { reason, transient }),
+                FromAgent::Adopted,
             ];
             for message in messages {
                 prop_assert_eq!(FromAgent::parse(&message.to_bytes()).unwrap(), message);

@@ -17,6 +17,9 @@
 //!      │ WantIndex {image, volume} ───────────► │   instead of Hello, by whoever saves what changed since an open image
 //!      │ ◄──── Index {where blobs are} + file ─ │   or Refused, and hangs up
 //!      │                                        │
+//!      │ Adopt {image, volume} + file ────────► │   instead of Hello: the volume is in this file, which is sealed
+//!      │ ◄────────── Adopted, or Refused ────── │   and hangs up
+//!      │                                        │
 //!      ╳ hangs up: the agent forgets what it was asked
 //!      ╳ the agent dies: the monitor connects again, says Hello with the digest it was told, and asks again
 //! ```
@@ -32,6 +35,11 @@
 //! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused; version 2 had no
 //! `WantIndex`.
 //!
+//! **Adopted files.** A machine that an image was made of may have the image's memory in a file that nobody can change any
+//! more, and hand it to the agent, which holds all of it against the image first. It is the page file of that volume then:
+//! whole from the start, without marks, and never another. A monitor that has such a page file needs no other, whichever
+//! a later agent has; it hands it to that one first.
+//!
 //! **Versions.** `Hello` names the protocol's version; an agent that does not speak it refuses with the versions that it
 //! does. Fields may be added to the JSON of `Hello`, `Opened` and `Refused` within a version; a new message or another
 //! layout of an old one is a new version.
@@ -45,9 +53,10 @@ mod socket;
 
 #[doc(hidden)]
 pub use client::read_opening;
-pub use client::{AgentImage, AgentSource, ConnectError, Opening, is_answering, status};
+pub use client::{AgentImage, AgentSource, ConnectError, Opening, hand_over, is_answering, status};
 pub use message::{
-    AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus, IndexFound,
-    MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused, VOLUMES_MAX, WantIndex,
+    Adopt, AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus,
+    IndexFound, MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused, VOLUMES_MAX,
+    WantIndex,
 };
 pub use socket::{PacketListener, PacketSocket};

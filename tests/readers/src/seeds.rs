@@ -12,7 +12,8 @@ use runnel_snapshot::index::{Entry, IndexBuilder, LayerNumber, StoredChunk};
 use runnel_snapshot::layer::frame::{append_zero_frame, zero_frame_bytes};
 use runnel_snapshot::layer::seek_table::SeekTableWriter;
 use runnel_snapshot::protocol::{
-    FromAgent, FromMonitor, Hello, IndexFound, Opened, OpenedVolume, PROTOCOL_VERSION, Refused, WantIndex,
+    Adopt, FromAgent, FromMonitor, Hello, IndexFound, Opened, OpenedVolume, PROTOCOL_VERSION, Refused,
+    WantIndex,
 };
 use runnel_snapshot::section::SavedSection;
 use runnel_snapshot::source::{Arrived, ChunkFailure, ChunkId, SourceVolume, Urgency, VolumeId};
@@ -211,6 +212,13 @@ fn from_monitor() -> Vec<FromMonitor> {
             protocol: PROTOCOL_VERSION,
             image: BlobDigest::of(b"m"),
             volume: VolumeName::Memory,
+        }),
+        FromMonitor::Adopt(Adopt {
+            protocol: PROTOCOL_VERSION,
+            image: "/images/web".to_owned(),
+            digest: BlobDigest::of(b"m"),
+            volume: VolumeName::Memory,
+            machine: "web".to_owned(),
         }),
     ]
 }

@@ -39,6 +39,13 @@ pub struct CreateSnapshotBody {
     /// Runnel's own: how the guest's agent is asked to prepare. If left out, it is asked if there is one, and not insisted
     /// upon.
     pub guest_hook: Option<GuestHookBody>,
+    /// Runnel's own: whether the memory of a machine that was booted is frozen as it is at the pause, to be shared with
+    /// machines that are loaded from the image; what the machine writes from then on is its own. Of any other machine it
+    /// changes nothing.
+    #[serde(default)]
+    pub freeze_memory: bool,
+    /// Runnel's own: the socket of the agent that is given the frozen memory, and delivers it to those machines.
+    pub agent_path: Option<PathBuf>,
 }
 
 /// Who answers page faults of a loaded machine.
@@ -248,6 +255,10 @@ pub struct CreateSnapshot {
     pub save_as: SaveAs,
     /// How the guest is asked to prepare; [`GuestHook::UNASKED_FOR`] if `None` and there is somebody to ask.
     pub guest_hook: Option<GuestHook>,
+    /// Whether memory of the machine's own is frozen.
+    pub freezes_memory: bool,
+    /// The socket of the agent that gets frozen memory.
+    pub agent: Option<PathBuf>,
 }
 
 /// Which image.
@@ -315,6 +326,9 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
     type Error = SnapshotError;
 
     fn try_from(body: CreateSnapshotBody) -> Result<Self, SnapshotError> {
+        if body.agent_path.is_some() && !body.freeze_memory {
+            return Err(SnapshotError::Needs("agent_path", "freeze_memory"));
+        }
         let excluded = distinct(
             "excluded_drives",
             body.excluded_drives.into_iter().map(|id| (id, ())),
@@ -333,6 +347,9 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             (None, Some(_), Some(_)) if body.guest_hook.is_some() => {
                 return Err(SnapshotError::Needs("guest_hook", "image_path"));
             }
+            (None, _, _) if body.freeze_memory => {
+                return Err(SnapshotError::Needs("freeze_memory", "image_path"));
+            }
             (None, Some(state), Some(memory)) if state == memory => {
                 return Err(SnapshotError::OneFile(state));
             }
@@ -344,6 +361,8 @@ impl TryFrom<CreateSnapshotBody> for CreateSnapshot {
             kind: body.snapshot_type,
             save_as,
             guest_hook: body.guest_hook.map(GuestHook::try_from).transpose()?,
+            freezes_memory: body.freeze_memory,
+            agent: body.agent_path,
         })
     }
 }

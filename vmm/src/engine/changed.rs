@@ -7,7 +7,7 @@ use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::units::{PAGE_SIZE, PageIndex};
 
 use super::KvmGuest;
-use super::memory::{mappings, memory_file};
+use super::memory::{RamBacking, mappings, memory_file};
 use super::written::Since;
 use crate::pager::own_pages;
 
@@ -37,10 +37,12 @@ pub(super) fn changed_memory(guest: &KvmGuest, since: Since, dirty: PageSet) -> 
 /// Pages that may have been written to since the machine was made.
 fn candidates(guest: &KvmGuest, since: Since, pages: u64) -> io::Result<PageSet> {
     let layout = guest.machine.layout();
-    if guest.memory_is_private {
-        return own_pages(&mappings(guest.machine.ram(), layout)?, pages);
-    }
-    let mut candidates = PageSet::new(pages);
+    let own = || own_pages(&mappings(guest.machine.ram(), layout)?, pages);
+    let mut candidates = match (&guest.backing, since) {
+        (RamBacking::Foreign, _) | (RamBacking::Frozen { is_saved: true, .. }, Since::Image) => return own(),
+        (RamBacking::Frozen { .. }, Since::Files) => own()?,
+        (RamBacking::Own, _) | (RamBacking::Frozen { .. }, Since::Image) => PageSet::new(pages),
+    };
     match since {
         // Also what was data then, and is a hole now.
         Since::Image => candidates.insert_run(PageIndex(0), pages),

@@ -5,14 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use runnel_snapshot::capture::Content;
-use runnel_snapshot::capture::content::{OwnContent, add_data_pages};
+use runnel_snapshot::capture::content::{FileContent, OverFile, OwnContent, add_data_pages};
 use runnel_snapshot::copy_before_write::{EarlyPages, EarlyPagesLimits};
 use runnel_snapshot::overlay::{IsCancelled, OverImage};
 use runnel_snapshot::pager::{PageSet, ProtectionCounters, WriteProtection};
 use runnel_snapshot::units::PAGE_SIZE;
 
 use super::KvmGuest;
-use super::memory::{MappedPages, mappings, memory_file};
+use super::memory::{MappedPages, RamBacking, mappings, memory_file};
 use crate::pager::{WriteWatch, own_pages};
 
 /// Holes of a booted machine's memory that are shorter are armed like data: looking at each would take longer.
@@ -52,12 +52,17 @@ impl Live {
                 own.retain_all(within);
             }
             pager.write_protection().clone()
-        } else if guest.memory_is_private {
-            return Ok(None);
         } else {
-            match within {
-                Some(within) => own.insert_all(within),
-                None => add_data_pages(
+            match (&guest.backing, within) {
+                (RamBacking::Foreign, _) => return Ok(None),
+                (RamBacking::Frozen { .. }, _) => {
+                    own = own_pages(&mappings(guest.machine.ram(), layout)?, pages)?;
+                    if let Some(within) = within {
+                        own.retain_all(within);
+                    }
+                }
+                (RamBacking::Own, Some(within)) => own.insert_all(within),
+                (RamBacking::Own, None) => add_data_pages(
                     &memory_file(guest.machine.ram())?,
                     layout.bytes(),
                     HOLE_PAGES_MIN,
@@ -93,7 +98,7 @@ impl Live {
     ) -> io::Result<Arc<dyn Content>> {
         let layout = guest.machine.layout();
         let pages = layout.bytes() / PAGE_SIZE;
-        let Some(pager) = &guest.pager else {
+        if guest.pager.is_none() && matches!(guest.backing, RamBacking::Own) {
             let file = memory_file(guest.machine.ram())?;
             let own = match within {
                 Some(within) => within.clone(),
@@ -105,14 +110,18 @@ impl Live {
             let early = self.early.clone();
             let moment = self.protection.freeze(own.clone(), Box::new(file), early)?;
             return Ok(Arc::new(OwnContent::new(own, layout.bytes(), Box::new(moment))));
-        };
-        let logic = pager.logic();
+        }
         let mut own = own_pages(&mappings(guest.machine.ram(), layout)?, pages)?;
         if let Some(within) = within {
             own.retain_all(within);
         }
         let mapped = Box::new(MappedPages::new(guest.machine.ram().clone(), layout));
         let moment = self.protection.freeze(own.clone(), mapped, self.early.clone())?;
+        let Some(pager) = &guest.pager else {
+            let file = FileContent::new(memory_file(guest.machine.ram())?, layout.bytes())?;
+            return Ok(Arc::new(OverFile::new(file, own, Box::new(moment))));
+        };
+        let logic = pager.logic();
         Ok(Arc::new(OverImage::new(
             logic.fetcher(),
             logic.volume(),

@@ -31,7 +31,7 @@ use runnel_snapshot::working_set::FileError;
 use super::bases::{Base, Bases};
 use super::description::{Description, DescriptionError, DriveRecord};
 use super::drives::{self, Backing, DriveFileError};
-use super::memory::mappings;
+use super::memory::{RamBacking, mappings};
 use super::recording::Recording;
 use super::written::WrittenMemory;
 use super::{EngineError, KvmGuest};
@@ -232,6 +232,7 @@ pub(super) fn load(
     operation: &Operation,
 ) -> Result<KvmGuest, GuestError> {
     operation.enter("opening");
+    let name = machine.to_owned();
     let mut opened = open(load, machine, operation)?;
     go_on(operation)?;
     let description = take_description(&mut opened.state.sections)?;
@@ -271,6 +272,7 @@ pub(super) fn load(
     let machine = Microvm::restore(saved, &end).map_err(LoadError::from)?;
     go_on(operation)?;
     Ok(KvmGuest {
+        name,
         machine,
         config: described,
         end,
@@ -278,7 +280,7 @@ pub(super) fn load(
         drives,
         bases,
         written: WrittenMemory::new(layout, load.track_dirty_pages),
-        memory_is_private: true,
+        backing: RamBacking::Foreign,
         parent: opened.digest,
         is_held: false,
         fill_is_due: opened.fetcher.is_some(),

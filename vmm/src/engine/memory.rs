@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use runnel_snapshot::block_store::GuestRam;
 use runnel_snapshot::capture::Content;
-use runnel_snapshot::capture::content::FileContent;
+use runnel_snapshot::capture::content::{FileContent, OverFile};
 use runnel_snapshot::copy_before_write::OwnPages;
 use runnel_snapshot::overlay::{IsCancelled, OverImage};
 use runnel_snapshot::units::PAGE_SIZE;
@@ -14,7 +14,42 @@ use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::KvmGuest;
 use crate::layout::RamLayout;
+use crate::memory::FreezeError;
 use crate::pager::{HostAddress, HostMapping, own_pages};
+
+/// What is behind guest memory.
+///
+/// Nothing gives pages of it back to the host where there is no pager: to the machine that does first, a page of
+/// [`Frozen`](Self::Frozen) or [`Foreign`](Self::Foreign) memory would show what the file holds, where it is to show zeros.
+/// The pager keeps such pages apart.
+pub(super) enum RamBacking {
+    /// A file of the machine's own, mapped shared: it was booted.
+    Own,
+    /// That file, which nobody can write any more, mapped privately.
+    Frozen {
+        /// Opened for reading alone.
+        file: Arc<File>,
+        /// Whether there is an image of what it holds, or of something later: what differs from that is the machine's own
+        /// then.
+        is_saved: bool,
+    },
+    /// A file that others have too, mapped privately: an image's page file, whose pager answers for it, or a raw one.
+    Foreign,
+}
+
+/// Freezes the memory of a machine that was booted, and stands; what it holds now, whatever the machine writes.
+pub(super) fn freeze(guest: &mut KvmGuest) -> Result<Arc<dyn Content>, FreezeError> {
+    // It watches the mapping that goes.
+    guest.writes = None;
+    let file = Arc::new(crate::memory::freeze(guest.machine.ram())?);
+    guest.backing = RamBacking::Frozen {
+        file: Arc::clone(&file),
+        is_saved: false,
+    };
+    let bytes = guest.machine.layout().bytes();
+    let content = file.try_clone().and_then(|file| FileContent::new(file, bytes));
+    Ok(Arc::new(content.map_err(FreezeError::Reopen)?))
+}
 
 /// The memory of a machine that stands still.
 pub(super) fn memory_content(guest: &KvmGuest, is_cancelled: IsCancelled) -> io::Result<Arc<dyn Content>> {
@@ -34,11 +69,17 @@ pub(super) fn memory_content(guest: &KvmGuest, is_cancelled: IsCancelled) -> io:
             is_cancelled,
         )));
     }
-    if guest.memory_is_private {
-        // A private mapping of a raw file: what the guest wrote is in the mapping alone.
-        return Ok(Arc::new(MappedContent(MappedPages::new(ram.clone(), layout))));
-    }
-    Ok(Arc::new(FileContent::new(memory_file(ram)?, layout.bytes())?))
+    let pages = MappedPages::new(ram.clone(), layout);
+    Ok(match &guest.backing {
+        RamBacking::Own => Arc::new(FileContent::new(memory_file(ram)?, layout.bytes())?),
+        RamBacking::Frozen { .. } => {
+            let own = own_pages(&mappings(ram, layout)?, layout.bytes() / PAGE_SIZE)?;
+            let file = FileContent::new(memory_file(ram)?, layout.bytes())?;
+            Arc::new(OverFile::new(file, own, Box::new(pages)))
+        }
+        // What the guest wrote is in the mapping alone.
+        RamBacking::Foreign => Arc::new(MappedContent(pages)),
+    })
 }
 
 /// How guest RAM is mapped in this process.
@@ -55,7 +96,7 @@ pub(super) fn mappings(ram: &GuestRam, layout: RamLayout) -> io::Result<Vec<Host
     layout.spans().map(mapping).collect()
 }
 
-/// The memory file of a machine that was booted, which holds the volume in its own order.
+/// The memory file of a machine that was booted, which holds the volume in its own order; as it was, if it is frozen.
 pub(super) fn memory_file(ram: &GuestRam) -> io::Result<File> {
     let file = ram
         .iter()

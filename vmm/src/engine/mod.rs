@@ -38,6 +38,7 @@ use crate::microvm::Microvm;
 use crate::pager::{Pager, WriteWatch};
 use bases::Bases;
 use drives::{Backing, open_file};
+use memory::RamBacking;
 use paging::stall_of;
 use recording::Recording;
 use written::WrittenMemory;
@@ -94,6 +95,7 @@ impl Engine for KvmEngine {
         })?;
         let written = WrittenMemory::new(machine.layout(), config.machine.track_dirty_pages);
         Ok(Box::new(KvmGuest {
+            name: self.machine.clone(),
             machine,
             config: config.clone(),
             end,
@@ -101,7 +103,7 @@ impl Engine for KvmEngine {
             drives,
             bases: Bases::default(),
             written,
-            memory_is_private: false,
+            backing: RamBacking::Own,
             parent: None,
             fill_is_due: false,
             is_held: false,
@@ -127,6 +129,8 @@ struct KvmGuest {
     // nothing touches guest memory any more.
     /// What the machine touches first, as long as that is recorded.
     recording: Option<Recording>,
+    /// The machine's identifier, for the agent's log.
+    name: String,
     machine: Microvm,
     config: MicrovmConfig,
     end: EndSignal,
@@ -136,8 +140,8 @@ struct KvmGuest {
     /// What its volumes were when they were last saved, or loaded.
     bases: Bases,
     written: WrittenMemory,
-    /// Whether memory is a private mapping of a file that holds something else.
-    memory_is_private: bool,
+    /// What is behind its memory.
+    backing: RamBacking,
     /// The image that the machine was resumed from.
     parent: Option<BlobDigest>,
     /// Whether the vCPUs stand because the machine is stalled, though it counts as running.

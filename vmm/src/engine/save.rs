@@ -5,12 +5,13 @@
 //!                                                             └─► capture: memory, then drives ─► publish
 //! ```
 //!
-//! What the machine writes to meanwhile is copied first, so that every page is saved as it was at the pause.
+//! What the machine writes to meanwhile is copied first, so that every page is saved as it was at the pause. Of a machine
+//! that is to share its memory nothing is armed: its memory is frozen at the pause, and what it writes is its own.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -24,6 +25,7 @@ use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::overlay::IsCancelled;
 use runnel_snapshot::pager::PageSet;
+use runnel_snapshot::protocol::{Adopt, PROTOCOL_VERSION, hand_over};
 use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
 use runnel_snapshot::source::ChunkId;
 use runnel_snapshot::state::{MachineState, StateError};
@@ -36,11 +38,12 @@ use super::changed::{ChangedMemory, changed_memory};
 use super::description::{Description, DescriptionError, DriveRecord};
 use super::drives::{Backing, DriveCapture, FileIdentity, data_ahead};
 use super::live::Live;
-use super::memory::memory_content;
+use super::memory::{RamBacking, freeze, memory_content};
 use super::watch::watch;
 use super::written::Since;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs, SnapshotType};
 use crate::control::{Guest as _, GuestError, Operation};
+use crate::memory::{FreezeError, seal, unmap_ahead};
 use crate::microvm::SaveError as MachineSaveError;
 
 /// How often it is looked whether the machine may run on.
@@ -61,6 +64,9 @@ pub enum SaveError {
     /// Its memory.
     #[error("guest memory cannot be read")]
     Memory(#[source] io::Error),
+    /// Its memory.
+    #[error("guest memory cannot be frozen")]
+    Freeze(#[from] FreezeError),
     /// A drive.
     #[error("drive {id} cannot be read")]
     Drive {
@@ -99,7 +105,7 @@ pub(super) fn save(
         operation.enter("arming");
         // Two files are made of a machine that stands.
         if let SaveAs::Image { directory, .. } = &create.save_as {
-            saving.arm(guest, folder_of(directory));
+            saving.prepare(guest, folder_of(directory));
         }
         operation.enter("pausing");
         // From the first vCPU that stands.
@@ -133,14 +139,25 @@ fn folder_of(image: &Path) -> &Path {
 /// One machine being saved.
 struct Saving {
     was_running: bool,
-    /// `None` if the machine stands until its memory has been read.
-    live: Option<Live>,
+    how: How,
+    /// Who gets memory that was frozen.
+    agent: Option<PathBuf>,
     is_diff: bool,
     since: Since,
     /// What the volumes were; nothing is looked for if no image is made.
     bases: BTreeMap<VolumeName, Base>,
     /// The data of drives' files, as it was listed ahead.
     data_ahead: BTreeMap<ResourceId, PageSet>,
+}
+
+/// How memory is kept as it was at the pause.
+enum How {
+    /// The machine stands until it has been read.
+    Standing,
+    /// What it writes to is copied first.
+    Live(Live),
+    /// Nobody can write it any more: what the machine writes is elsewhere.
+    Frozen,
 }
 
 /// Memory as it was at the pause.
@@ -171,9 +188,21 @@ impl Saving {
             Since::Image => guest.bases.for_full(),
             Since::Files => BTreeMap::new(),
         };
+        let can_freeze = matches!(guest.backing, RamBacking::Own);
+        let how = match create.freezes_memory {
+            true if can_freeze => How::Frozen,
+            true => {
+                tracing::info!(
+                    "The machine's memory is not its own file alone: it is not frozen, and is saved as ever."
+                );
+                How::Standing
+            }
+            false => How::Standing,
+        };
         Self {
             was_running: guest.is_running,
-            live: None,
+            how,
+            agent: create.agent.clone(),
             is_diff,
             since,
             bases,
@@ -182,14 +211,24 @@ impl Saving {
     }
 
     /// Prepares the machine to run on while it is saved. If that cannot be, it stands meanwhile.
-    fn arm(&mut self, guest: &mut KvmGuest, folder: &Path) {
-        let armed = self
-            .read_so_far(guest)
-            .and_then(|within| Live::arm(guest, within.as_ref(), folder));
-        self.live = armed.unwrap_or_else(|error| {
-            tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
-            None
-        });
+    fn prepare(&mut self, guest: &mut KvmGuest, folder: &Path) {
+        if let How::Frozen = self.how
+            && let Err(error) = unmap_ahead(guest.machine.ram())
+        {
+            tracing::debug!(%error, "the machine stands longer");
+        }
+        if let How::Standing = self.how {
+            let armed = self
+                .read_so_far(guest)
+                .and_then(|within| Live::arm(guest, within.as_ref(), folder));
+            match armed {
+                Ok(Some(live)) => self.how = How::Live(live),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "guest memory cannot be write-protected: the machine stands until it is saved");
+                }
+            }
+        }
         if !self.is_diff {
             let drives = guest.drives.iter();
             let listed = drives.filter_map(|(id, backing)| Some((id.clone(), data_ahead(backing)?)));
@@ -229,7 +268,7 @@ impl Saving {
         }
     }
 
-    fn memory(&mut self, guest: &KvmGuest, is_cancelled: IsCancelled) -> Result<Memory, SaveError> {
+    fn memory(&mut self, guest: &mut KvmGuest, is_cancelled: IsCancelled) -> Result<Memory, SaveError> {
         guest.written.gather(&guest.machine);
         let dirty = guest.written.take(self.since);
         let changed = match self.saves_changes() {
@@ -240,9 +279,10 @@ impl Saving {
         // A guess has nearly every page that there is: of these, data alone is armed.
         let known = changed.as_ref().filter(|changed| !changed.is_guess);
         let read = known.map(|changed| self.read_of(&changed.pages));
-        let content = match &mut self.live {
-            Some(live) => live.freeze(guest, read.as_ref(), is_cancelled),
-            None => memory_content(guest, is_cancelled),
+        let content = match &mut self.how {
+            How::Live(live) => live.freeze(guest, read.as_ref(), is_cancelled),
+            How::Standing => memory_content(guest, is_cancelled),
+            How::Frozen => Ok(freeze(guest)?),
         };
         Ok(Memory {
             content: content.map_err(SaveError::Memory)?,
@@ -313,13 +353,58 @@ impl Saving {
             job = job.with_parent(parent);
         }
         let progress = job.progress();
-        if self.live.is_some() {
+        if !matches!(self.how, How::Standing) {
             self.let_run(guest, operation);
+        }
+        if let How::Frozen = self.how {
+            seal(guest.machine.ram())?;
         }
         operation.enter("copying");
         watch(operation, &progress);
         let captured = self.while_it_runs(guest, operation, &progress, || job.run(directory, state))??;
         remember(guest, directory, &captured, taken);
+        self.hand_over(guest, directory, &captured, operation)
+    }
+
+    /// Gives frozen memory to the agent that is to deliver it to machines of the image. Without, they read the image as any
+    /// other.
+    fn hand_over(
+        &self,
+        guest: &mut KvmGuest,
+        image: &Path,
+        captured: &Captured,
+        operation: &Operation,
+    ) -> Result<(), SaveError> {
+        let (How::Frozen, Some(agent), RamBacking::Frozen { file, .. }) =
+            (&self.how, &self.agent, &guest.backing)
+        else {
+            return Ok(());
+        };
+        operation.enter("sharing memory");
+        let file = Arc::clone(file);
+        let adopt = Adopt {
+            protocol: PROTOCOL_VERSION,
+            image: std::path::absolute(image)
+                .unwrap_or_else(|_| image.to_owned())
+                .to_string_lossy()
+                .into_owned(),
+            digest: captured.manifest.digest,
+            volume: VolumeName::Memory,
+            machine: guest.name.clone(),
+        };
+        let is_cancelled = operation.cancel_flag();
+        // All of memory is read already, and the machine runs.
+        let read = Progress::new([]);
+        let taken = self.while_it_runs(guest, operation, &read, || {
+            hand_over(agent, adopt, &file, &|| is_cancelled())
+        })?;
+        match taken {
+            Ok(()) => tracing::info!("The agent delivers the image's memory from this machine's."),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "the image's memory is not shared with this machine");
+            }
+        }
         Ok(())
     }
 
@@ -354,16 +439,16 @@ impl Saving {
 
     fn settings(&self) -> CaptureSettings {
         CaptureSettings {
-            gives_way: self.live.is_some(),
+            gives_way: !matches!(self.how, How::Standing),
             ..CaptureSettings::default()
         }
     }
 
     /// Where drives keep what is overwritten before it was saved.
     fn early(&self, image: &Path) -> Arc<EarlyPages> {
-        match &self.live {
-            Some(live) => live.early().clone(),
-            None => Arc::new(EarlyPages::new(EarlyPagesLimits::default(), folder_of(image))),
+        match &self.how {
+            How::Live(live) => live.early().clone(),
+            _ => Arc::new(EarlyPages::new(EarlyPagesLimits::default(), folder_of(image))),
         }
     }
 
@@ -406,7 +491,7 @@ impl Saving {
     }
 
     fn holds_writers(&self) -> bool {
-        self.live.as_ref().is_some_and(Live::holds_writers)
+        matches!(&self.how, How::Live(live) if live.holds_writers())
     }
 
     /// Lets a machine run on that stands for the snapshot alone.
@@ -469,6 +554,9 @@ fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured, taken: 
             continue;
         };
         dirty.saved();
+        if let (VolumeName::Memory, RamBacking::Frozen { is_saved, .. }) = (&name, &mut guest.backing) {
+            *is_saved = true;
+        }
         let base = Base {
             place: place.clone(),
             volume: volume.clone(),

@@ -11,10 +11,11 @@ use std::thread;
 
 use runnel_snapshot::blobs::{BlobError, BlobStore as _};
 use runnel_snapshot::digest::BlobDigest;
+use runnel_snapshot::image::adoption::{AdoptionError, adopt};
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::{ImageManifest, MANIFEST_BYTES_MAX, URL_BYTES_MAX, URLS_MAX};
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
-use runnel_snapshot::image::source::{HostCache, ImageSource, SourceError};
+use runnel_snapshot::image::source::{HostCache, ImageSource, PageFile, SourceError};
 use runnel_snapshot::image::{Image, ImageError};
 use runnel_snapshot::index::IndexError;
 use runnel_snapshot::protocol::{ImageStatus, IndexFound, Opened, OpenedVolume, VOLUMES_MAX};
@@ -53,6 +54,10 @@ pub(super) enum OpenError {
     TooManyVolumes(usize),
     #[error("the image's documents cannot be handed on")]
     Document(#[source] std::io::Error),
+    #[error("the file cannot be taken for {0} of the image")]
+    Adoption(VolumeName, #[source] Box<AdoptionError>),
+    #[error("there is a page file for {0} of the image already")]
+    HasPages(VolumeName),
 }
 
 /// The longest index that is fetched for a diff: that of a volume of some hundred GiB.
@@ -136,6 +141,16 @@ impl FoundImage {
 
     pub(super) fn digest(&self) -> BlobDigest {
         self.image.digest()
+    }
+
+    /// Takes a file for the page file of a volume, once all of it was held against the image.
+    pub(super) fn adopt(
+        &self,
+        volume: &VolumeName,
+        file: File,
+        goes_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<PageFile, AdoptionError> {
+        adopt(&self.image, volume, file, goes_on)
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::reference::{ImageReference, Wanted};
-use runnel_snapshot::protocol::{AgentStatus, Hello, IndexFound, Refused, WantIndex};
+use runnel_snapshot::protocol::{Adopt, AgentStatus, Hello, IndexFound, Refused, WantIndex};
+use runnel_snapshot::volume::VolumeName;
 
 use super::cache::Cache;
 use super::image::{FoundImage, OpenError, OpenImage};
@@ -184,6 +185,72 @@ impl Images {
                 Err(error)
             }
         }
+    }
+
+    /// Takes a monitor's file for the page file of an image that no machine runs from yet, and opens the image: if none
+    /// comes, it is dropped like any other.
+    pub(super) fn adopt(
+        self: &Arc<Self>,
+        adopt: &Adopt,
+        file: File,
+        goes_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), Refused> {
+        let refuse = |reason: String, transient| Refused { reason, transient };
+        let reference = adopt.image.parse::<ImageReference>();
+        let reference = reference.map_err(|error| refuse(error.to_string(), false))?;
+        let found = FoundImage::find(&pinned(&reference, adopt.digest), &self.settings);
+        let adopted = found.and_then(|found| self.adopt_for(found, &adopt.volume, file, goes_on));
+        let lease = adopted.map_err(|error| refuse(with_causes(&error), error.is_transient()))?;
+        let (machine, image) = (&adopt.machine, lease.digest);
+        tracing::info!(machine, %image, volume = %adopt.volume, "a machine's file is the page file of an image");
+        Ok(())
+    }
+
+    fn adopt_for(
+        self: &Arc<Self>,
+        found: FoundImage,
+        volume: &VolumeName,
+        file: File,
+        goes_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Lease, OpenError> {
+        let digest = found.digest();
+        let slot = self.use_slot(digest);
+        let lease = {
+            // Those who want the image wait here, and find it open with this page file, or open it without.
+            let _door = slot.door();
+            self.open_with(&slot, found, volume, file, goes_on)
+        };
+        match lease {
+            Ok(open) => Ok(self.lease_of(open, digest)),
+            Err(error) => {
+                self.leave_slot(&digest);
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens the image of a slot, whose door is held, with a file that is the page file of a volume.
+    fn open_with(
+        &self,
+        slot: &OpenedOnce,
+        found: FoundImage,
+        volume: &VolumeName,
+        file: File,
+        goes_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Arc<OpenImage>, OpenError> {
+        let digest = found.digest();
+        if slot.image.get().is_some() || self.cache.has(&digest, volume) {
+            return Err(OpenError::HasPages(volume.clone()));
+        }
+        let file = found.adopt(volume, file, goes_on);
+        let file = file.map_err(|source| OpenError::Adoption(volume.clone(), Box::new(source)))?;
+        self.folders.make_for(&digest);
+        self.cache.adopt(&digest, volume, file);
+        let opened = OpenImage::open(found, &self.folders, &self.cache, &self.settings);
+        if opened.is_err() {
+            self.cache.leave_out(&digest, volume);
+        }
+        opened.map(|open| Arc::clone(slot.image.get_or_init(|| open)))
     }
 
     fn lease_open(self: &Arc<Self>, digest: &BlobDigest) -> Option<Lease> {

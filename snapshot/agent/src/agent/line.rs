@@ -73,17 +73,31 @@ impl Line {
         self.wake();
     }
 
+    /// Whether it is to end.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(std::sync::atomic::Ordering::Acquire)
+    }
+
     /// Waits for the monitor's next message, and sends what was kept meanwhile. `message` is room to read into.
     pub(super) fn receive(&self, message: &mut Vec<u8>) -> Result<FromMonitor, Ended> {
+        // No descriptor comes later than with the first message.
+        self.receive_with_files(message).map(|(message, _)| message)
+    }
+
+    /// As [`receive`](Self::receive), with the descriptors that come along.
+    pub(super) fn receive_with_files(
+        &self,
+        message: &mut Vec<u8>,
+    ) -> Result<(FromMonitor, Vec<OwnedFd>), Ended> {
         loop {
             match self.socket.try_receive(message) {
                 Ok(_) if message.is_empty() => return Err(Ended::HungUp),
-                Ok(_) => return Ok(FromMonitor::parse(message)?),
+                Ok(files) => return Ok((FromMonitor::parse(message)?, files)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Ended::HungUp),
                 Err(error) => return Err(error.into()),
             }
-            if self.ended.load(std::sync::atomic::Ordering::Acquire) {
+            if self.has_ended() {
                 return Err(Ended::HungUp);
             }
             let mut events = PollFlags::IN;

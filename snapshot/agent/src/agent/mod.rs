@@ -37,8 +37,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use runnel_snapshot::protocol::{
-    AgentStatus, FromAgent, FromMonitor, Hello, IndexFound, PROTOCOL_VERSION, PacketListener, PacketSocket,
-    Refused, WantIndex,
+    Adopt, AgentStatus, FromAgent, FromMonitor, Hello, IndexFound, PROTOCOL_VERSION, PacketListener,
+    PacketSocket, Refused, WantIndex,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
@@ -236,8 +236,21 @@ impl Host {
     /// A conversation with one monitor.
     fn converse(&self, line: &Arc<Line>) -> Result<(), Ended> {
         let mut message = Vec::new();
-        let hello = match line.receive(&mut message)? {
+        let (first, files) = line.receive_with_files(&mut message)?;
+        let hello = match first {
             FromMonitor::Hello(hello) => hello,
+            FromMonitor::Adopt(adopt) => {
+                let answer = match self.adopt(&adopt, files, line) {
+                    Ok(()) => FromAgent::Adopted,
+                    Err(refused) => {
+                        let (machine, image, reason) = (&adopt.machine, &adopt.image, &refused.reason);
+                        tracing::warn!(machine, image, reason, "a file is not taken");
+                        FromAgent::Refused(refused)
+                    }
+                };
+                line.socket().send(&answer.to_bytes(), &[])?;
+                return Ok(());
+            }
             FromMonitor::Status => {
                 line.socket()
                     .send(&FromAgent::Status(self.images.status()).to_bytes(), &[])?;
@@ -281,7 +294,12 @@ impl Host {
             match line.receive(&mut message) {
                 Ok(FromMonitor::Ask(urgency, chunks)) => image.ask(machine, &chunks, urgency),
                 Ok(FromMonitor::Cancel(chunks)) => image.cancel(machine, &chunks),
-                Ok(FromMonitor::Hello(_) | FromMonitor::Status | FromMonitor::WantIndex(_)) => {}
+                Ok(
+                    FromMonitor::Hello(_)
+                    | FromMonitor::Status
+                    | FromMonitor::WantIndex(_)
+                    | FromMonitor::Adopt(_),
+                ) => {}
                 Err(ended) => break ended,
             }
         };
@@ -295,24 +313,37 @@ impl Host {
     }
 
     fn open(&self, hello: &Hello) -> Result<Lease, Refused> {
-        refuse_other_version(hello.protocol)?;
+        check_version(hello.protocol)?;
         self.images.open(hello)
     }
 
     fn index(&self, want: &WantIndex) -> Result<(IndexFound, File), Refused> {
-        refuse_other_version(want.protocol)?;
+        check_version(want.protocol)?;
         self.images.index(want)
+    }
+
+    /// Takes a file for the page file of a volume.
+    fn adopt(&self, adopt: &Adopt, files: Vec<OwnedFd>, line: &Line) -> Result<(), Refused> {
+        check_version(adopt.protocol)?;
+        let refuse = |reason: &str| Refused {
+            reason: reason.to_owned(),
+            transient: false,
+        };
+        let [file] =
+            <[OwnedFd; 1]>::try_from(files).map_err(|_| refuse("one file is taken, with its name"))?;
+        self.images.adopt(adopt, file.into(), &|| !line.has_ended())
     }
 }
 
-fn refuse_other_version(version: u32) -> Result<(), Refused> {
+fn check_version(version: u32) -> Result<(), Refused> {
     if version == PROTOCOL_VERSION {
         return Ok(());
     }
+    let reason = format!(
+        "this agent speaks version {PROTOCOL_VERSION} of the protocol, and the monitor version {version}: restart the older of the two"
+    );
     Err(Refused {
-        reason: format!(
-            "this agent speaks version {PROTOCOL_VERSION} of the protocol, and the monitor version {version}: restart the older of the two"
-        ),
+        reason,
         transient: false,
     })
 }

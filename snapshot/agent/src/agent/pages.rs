@@ -164,6 +164,14 @@ impl PageFolders {
         left
     }
 
+    /// Makes the folder of an image whose memory lies elsewhere, so that its places can be written down.
+    pub(super) fn make_for(&self, image: &BlobDigest) {
+        let folder = self.memory.path.join(image.hex());
+        if let Err(error) = make_private(&folder) {
+            tracing::debug!(path = %folder.display(), %error, "an image has no folder");
+        }
+    }
+
     /// Where an image's places are written down, beside its memory.
     pub(super) fn places_of(&self, image: &BlobDigest) -> PathBuf {
         self.memory.path.join(image.hex()).join("places")

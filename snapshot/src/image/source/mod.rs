@@ -12,7 +12,7 @@ mod queue;
 mod room;
 
 pub use cache::{HostCache, Uncached};
-pub use page_file::{PageFile, TakeOut};
+pub use page_file::{PageFile, TakeOut, is_sealed};
 
 use std::fs::File;
 use std::io;

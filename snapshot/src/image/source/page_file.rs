@@ -1,6 +1,8 @@
 //! A page file: sparse, written by the source and handed out for reading alone. Without a name, or with one, so that
-//! a later process goes on with what is in it, and chunks can be taken out of it to make room.
+//! a later process goes on with what is in it, and chunks can be taken out of it to make room. Or somebody else's, whole
+//! and sealed, so that nobody writes it and nothing is taken out of it.
 
+mod sealed;
 mod take_out;
 
 use std::fs::{File, Permissions};
@@ -18,6 +20,8 @@ use crate::digest::ChunkDigest;
 use crate::source::marks::PageFileLayout;
 use crate::units::{ByteRange, ChunkIndex, PAGE_SIZE};
 use crate::unnamed;
+use sealed::Sealed;
+pub use sealed::is_sealed;
 use take_out::Kept;
 pub use take_out::TakeOut;
 
@@ -35,6 +39,8 @@ pub struct PageFile {
     folder: Option<PathBuf>,
     /// What it takes to take chunks out again: of one with a name.
     kept: Option<Kept>,
+    /// Of one that is somebody else's.
+    sealed: Option<Sealed>,
 }
 
 /// A chunk, and where it lies in its volume.
@@ -107,6 +113,7 @@ impl PageFile {
             inherited: AtomicBool::new(inherited),
             folder: folder.map(Path::to_owned),
             kept,
+            sealed: None,
         })
     }
 
@@ -127,9 +134,10 @@ impl PageFile {
 
     /// Writes a chunk that was verified; `is_fill` says that nobody waits for it.
     pub(super) fn put(&self, plain: &[u8], spot: Spot, is_fill: bool) -> io::Result<()> {
-        match &self.kept {
-            Some(kept) => kept.put(&self.writable, plain, spot, is_fill),
-            None => self.writable.write_all_at(plain, spot.range.start),
+        match (&self.kept, &self.sealed) {
+            (Some(kept), _) => kept.put(&self.writable, plain, spot, is_fill),
+            (None, Some(sealed)) => sealed.put(&self.writable, plain, spot),
+            (None, None) => self.writable.write_all_at(plain, spot.range.start),
         }
     }
 
@@ -151,23 +159,30 @@ impl PageFile {
         self.inherited.store(true, Ordering::Relaxed);
     }
 
-    /// Where everything is in it, if chunks are ever taken out.
+    /// Where everything is in it, if it is one that others may find: with a name, or somebody else's.
     #[must_use]
     pub fn layout(&self) -> Option<PageFileLayout> {
-        self.kept.as_ref().map(Kept::layout)
+        let sealed = || self.sealed.as_ref().map(Sealed::layout);
+        self.kept.as_ref().map(Kept::layout).or_else(sealed)
     }
 
-    /// Where a chunk lies; nowhere if chunks are never taken out of this one, or there is no such chunk.
+    /// Where a chunk lies; nowhere in one that others do not find, or if there is no such chunk.
     #[must_use]
     pub fn range_of(&self, chunk: ChunkIndex) -> ByteRange {
         let nowhere = ByteRange { start: 0, len: 0 };
-        self.kept.as_ref().map_or(nowhere, |kept| kept.range_of(chunk))
+        self.layout().map_or(nowhere, |layout| {
+            layout.chunk_size.range_of(chunk, layout.volume_bytes)
+        })
     }
 
-    /// Whether there are chunks in it.
+    /// Whether there are chunks in it that can be taken out.
     #[must_use]
     pub fn has_chunks(&self) -> bool {
-        let end = self.layout().map_or(0, |layout| layout.volume_bytes);
+        let end = self
+            .kept
+            .as_ref()
+            .map(Kept::layout)
+            .map_or(0, |layout| layout.volume_bytes);
         next_data(&self.writable, 0).is_some_and(|next| next < end)
     }
 
@@ -176,10 +191,13 @@ impl PageFile {
         self.folder.as_deref()
     }
 
-    /// Bytes that it takes on its file system.
+    /// Bytes that it takes on its file system; none of one that is somebody else's.
     #[must_use]
     pub fn allocated_bytes(&self) -> u64 {
-        allocated_bytes(&self.writable)
+        match self.sealed {
+            Some(_) => 0,
+            None => allocated_bytes(&self.writable),
+        }
     }
 
     /// Whether the file has, or may have, huge pages: taking a part out of one may leave zeros in its place.
@@ -227,11 +245,16 @@ impl PageFile {
         {
             return false;
         }
-        let hole = rustix::fs::seek(self.writable.as_fd(), SeekFrom::Hole(spot.range.start));
-        hole.is_ok_and(|hole| hole >= spot.range.start + spot.range.len)
+        self.has_no_hole(spot.range)
     }
 
-    fn has_data(&self, range: ByteRange) -> bool {
+    fn has_no_hole(&self, range: ByteRange) -> bool {
+        let hole = rustix::fs::seek(self.writable.as_fd(), SeekFrom::Hole(range.start));
+        hole.is_ok_and(|hole| hole >= range.start + range.len)
+    }
+
+    /// Whether part of that range is no hole.
+    pub(in crate::image) fn has_data(&self, range: ByteRange) -> bool {
         next_data(&self.writable, range.start).is_some_and(|next| next < range.start + range.len)
     }
 

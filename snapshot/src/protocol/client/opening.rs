@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::super::message::{
-    AgentStatus, BadMessage, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
+    Adopt, AgentStatus, BadMessage, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
 };
 use super::super::socket::PacketSocket;
 use crate::digest::BlobDigest;
@@ -45,6 +45,9 @@ pub enum ConnectError {
     /// The agent says why it has no index of an image.
     #[error("the agent has no index of the image: {0}")]
     NoIndex(String),
+    /// The agent says why it takes no file.
+    #[error("the agent does not take the file: {0}")]
+    NotAdopted(String),
     /// What it sent is no answer.
     #[error("the agent's answer makes no sense")]
     Message(#[from] BadMessage),
@@ -115,9 +118,11 @@ impl Connection {
         match FromAgent::parse(&message)? {
             FromAgent::Opened(opened) => Self::from_answer(socket, opened, files),
             FromAgent::Refused(refused) => Err(ConnectError::Refused(refused.reason)),
-            FromAgent::Arrived(_) | FromAgent::Failed(..) | FromAgent::Status(_) | FromAgent::Index(_) => {
-                Err(ConnectError::Answer("chunks before the image is open"))
-            }
+            FromAgent::Arrived(_)
+            | FromAgent::Failed(..)
+            | FromAgent::Status(_)
+            | FromAgent::Index(_)
+            | FromAgent::Adopted => Err(ConnectError::Answer("chunks before the image is open")),
         }
     }
 
@@ -236,6 +241,41 @@ pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectErr
     match FromAgent::parse(&message)? {
         FromAgent::Status(status) => Ok(status),
         _ => Err(ConnectError::Answer("it is no status")),
+    }
+}
+
+/// Hands the agent at `path` a file that is a volume of an image; it may be waited for until `give_up` says otherwise, as
+/// all of the file is looked at.
+///
+/// # Errors
+/// When no agent answers there, or it does not take the file.
+pub fn hand_over(
+    path: &Path,
+    adopt: Adopt,
+    file: &File,
+    give_up: &dyn Fn() -> bool,
+) -> Result<(), ConnectError> {
+    let socket = PacketSocket::connect(path).map_err(|source| ConnectError::Connect {
+        path: path.to_owned(),
+        source,
+    })?;
+    socket
+        .send(&FromMonitor::Adopt(adopt).to_bytes(), &[file.as_fd()])
+        .map_err(ConnectError::HungUp)?;
+    let patience = Patience {
+        deadline: None,
+        give_up,
+    };
+    wait_readable(&socket, &patience)?;
+    let mut message = Vec::new();
+    socket.receive(&mut message).map_err(ConnectError::HungUp)?;
+    if message.is_empty() {
+        return Err(ConnectError::HungUp(io::ErrorKind::UnexpectedEof.into()));
+    }
+    match FromAgent::parse(&message)? {
+        FromAgent::Adopted => Ok(()),
+        FromAgent::Refused(refused) => Err(ConnectError::NotAdopted(refused.reason)),
+        _ => Err(ConnectError::Answer("nothing was asked but to take a file")),
     }
 }
 

@@ -233,6 +233,47 @@ fn an_agent_with_other_page_files_is_not_used_and_the_reason_is_told() {
 }
 
 #[test]
+fn page_files_that_nobody_can_change_are_handed_to_the_next_agent_and_it_may_have_others() {
+    let mut rig = rig();
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+    rig.agent.pages = rustix::fs::memfd_create("test", flags).unwrap().into();
+    rig.agent.pages.set_len(BYTES).unwrap();
+    use rustix::fs::SealFlags;
+    let all = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW;
+    rustix::fs::fcntl_add_seals(&rig.agent.pages, all).unwrap();
+    let (source, line, heard) = opened(&rig);
+    source.ask(&[id(0, 2)], Urgency::Demand);
+    drop(line);
+    let Heard::Failed(..) = heard.recv().unwrap() else {
+        panic!()
+    };
+
+    let line = AgentLine(rig.agent.listener.accept().unwrap());
+    let mut message = Vec::new();
+    let files = line.0.receive(&mut message).unwrap();
+    let FromMonitor::Adopt(adopt) = FromMonitor::parse(&message).unwrap() else {
+        panic!("a page file first")
+    };
+    assert_eq!(
+        (adopt.digest, adopt.volume, adopt.image.as_str()),
+        (source.digest(), VolumeName::Memory, "http://host/web")
+    );
+    let inode = |file: &File| file.metadata().unwrap().ino();
+    let handed: Vec<u64> = files.into_iter().map(|file| inode(&file.into())).collect();
+    assert_eq!(handed, [inode(&rig.agent.pages)]);
+    line.say(&FromAgent::Refused(Refused {
+        reason: "there is one already".into(),
+        transient: false,
+    }));
+
+    let (line, _) = rig.agent.accept();
+    let others = memfd(&[]);
+    others.set_len(BYTES).unwrap();
+    rig.agent.open(&line, &others);
+    assert_eq!(line.heard(), FromMonitor::Ask(Urgency::Demand, vec![id(0, 2)]));
+}
+
+#[test]
 fn refusals_silence_and_nonsense_are_told_apart() {
     let rig = rig();
     let attempt = |answer: &(dyn Fn(&AgentLine) + Sync), deadline| {

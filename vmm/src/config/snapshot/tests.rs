@@ -46,6 +46,16 @@ fn firecrackers_two_files_are_taken_as_its_clients_send_them() {
 }
 
 #[test]
+fn memory_is_frozen_if_that_is_said_for_an_agent_or_none() {
+    let plain = create(r#"{"image_path": "i"}"#).unwrap();
+    assert!(!plain.freezes_memory && plain.agent.is_none());
+    let frozen = create(r#"{"image_path": "i", "freeze_memory": true}"#).unwrap();
+    assert!(frozen.freezes_memory && frozen.agent.is_none());
+    let shared = create(r#"{"image_path": "i", "freeze_memory": true, "agent_path": "a"}"#).unwrap();
+    assert_eq!((shared.freezes_memory, shared.agent), (true, Some("a".into())));
+}
+
+#[test]
 fn what_is_missing_or_too_much_is_named() {
     for (json, refusal) in [
         (r#"{}"#, SnapshotError::Missing("snapshot_path")),
@@ -76,6 +86,14 @@ fn what_is_missing_or_too_much_is_named() {
         (
             r#"{"snapshot_path": "s", "mem_file_path": "m", "excluded_drives": ["a"]}"#,
             SnapshotError::Needs("excluded_drives", "image_path"),
+        ),
+        (
+            r#"{"snapshot_path": "s", "mem_file_path": "m", "freeze_memory": true}"#,
+            SnapshotError::Needs("freeze_memory", "image_path"),
+        ),
+        (
+            r#"{"image_path": "i", "agent_path": "a"}"#,
+            SnapshotError::Needs("agent_path", "freeze_memory"),
         ),
     ] {
         assert_eq!(create(json), Err(refusal), "{json}");

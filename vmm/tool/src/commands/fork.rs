@@ -1,7 +1,8 @@
 //! `runnel fork`: many machines of one image, or of a machine that runs.
 //!
 //! A machine that runs is saved first, while it runs on, and its clones are machines of that image. All clones are loaded
-//! through one agent, so that each page is fetched and decompressed once, and shared until it is written to.
+//! through one agent, so that each page is fetched and decompressed once, and shared until it is written to; or not at all,
+//! where the machine can hand its own memory to the agent, and shares it with them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,9 @@ SOURCE is a machine that runs, or an image as `runnel resume --help` says. The c
 its own VMGENID, so that its guest reseeds, and its own overlays: what one writes no other sees. In what is given with --tap and
 --drive, {n} stands for the clone's number. There are as many as were asked for, or none: if one cannot be started, the others
 are ended, and so they are by Ctrl-C. A machine that runs is saved while it runs on, as a diff where there is an image to lie
-over; that image, machine-fork in the local store unless --image says otherwise, must stay while clones of it run.
+over; that image, machine-fork in the local store unless --image says otherwise, must stay while clones of it run. Clones of
+a machine that was booted share its memory with it, as it was at its first fork; those of later forks, and of a machine that
+was resumed, have what it wrote since from the image.
 
 Examples:
     runnel fork web-v1 -n 10
@@ -141,7 +144,9 @@ pub(crate) fn run(args: &ForkArgs) -> Result<Exit, Failure> {
         Source::Image(image) => image,
         Source::Machine(machine) => {
             let target = args.target(&store, &machine)?;
-            let body = json!({ "image_path": target, "snapshot_type": "Diff" });
+            let body = json!({
+                "image_path": target, "snapshot_type": "Diff", "freeze_memory": true, "agent_path": agent,
+            });
             match save(&state, &machine, body, &signals)? {
                 Outcome::Done => {}
                 Outcome::Overtaken(signal) => {

@@ -140,6 +140,27 @@ impl Cache {
         Ok(file)
     }
 
+    /// Whether there is a page file of a volume of an image, of this agent or an earlier one.
+    pub(super) fn has(&self, image: &BlobDigest, volume: &VolumeName) -> bool {
+        let files = lock(&self.files);
+        let mut files = files.iter();
+        files.any(|kept| kept.image == *image && kept.volume == *volume)
+    }
+
+    /// Somebody else's file is the page file of a volume of an image that has none. It takes no room here.
+    pub(super) fn adopt(&self, image: &BlobDigest, volume: &VolumeName, file: PageFile) {
+        lock(&self.files).push(Kept {
+            image: *image,
+            volume: volume.clone(),
+            file: Arc::new(file),
+        });
+    }
+
+    /// It is not any more.
+    pub(super) fn leave_out(&self, image: &BlobDigest, volume: &VolumeName) {
+        lock(&self.files).retain(|kept| kept.image != *image || kept.volume != *volume);
+    }
+
     /// An image's page files are removed.
     pub(super) fn forget(&self, image: &BlobDigest) {
         lock(&self.files).retain(|kept| kept.image != *image);
