@@ -7,6 +7,7 @@ mod fixture;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
@@ -38,6 +39,8 @@ struct Away {
     at: Vec<&'static str>,
     /// Each blob that is read.
     read: Mutex<Vec<BlobDigest>>,
+    /// Whether an index was asked for.
+    is_known: AtomicBool,
 }
 
 /// An index that is read over a link.
@@ -55,11 +58,17 @@ struct Below(Arc<Away>);
 
 impl AwayImage for Below {
     fn index(&self, _: &ImageVolume, _: &dyn Fn() -> bool) -> Result<Arc<dyn BlobStore>, BlobError> {
+        self.0.is_known.store(true, Ordering::Relaxed);
         Ok(Arc::new(Line(Arc::clone(&self.0))))
     }
 
+    // As an agent tells it: with an index.
     fn urls(&self, blob: &BlobDigest) -> Vec<String> {
-        self.0.at.iter().map(|at| format!("{at}{}", blob.hex())).collect()
+        if !self.0.is_known.load(Ordering::Relaxed) {
+            return Vec::new();
+        }
+        let places = self.0.at.iter();
+        places.map(|at| format!("{at}{}", blob.hex())).collect()
     }
 }
 
@@ -68,6 +77,7 @@ fn away(chain: &Chain, at: &[&'static str]) -> (BelowImage, Arc<Away>) {
         image: chain.image(),
         at: at.to_vec(),
         read: Mutex::default(),
+        is_known: AtomicBool::new(false),
     });
     (BelowImage::Away(Arc::new(Below(Arc::clone(&away)))), away)
 }
@@ -114,7 +124,7 @@ fn changed(
         below,
         volume: base.clone(),
     };
-    let volumes = vec![(VolumeName::Memory, source), (drive.clone(), unchanged)];
+    let volumes = vec![(drive.clone(), unchanged), (VolumeName::Memory, source)];
     let job = Job::new(CaptureSettings::default(), volumes).unwrap();
     let job = job.with_first_chunks(vec![(drive, ChunkIndex(2)), (VolumeName::Memory, ChunkIndex(1))]);
     (job.run(target, MachineState::new(0, Vec::new())), volume)
@@ -150,8 +160,8 @@ fn what_changed_over_an_image_of_another_host_pulls_in_its_index_alone_and_says_
 
     let (image, missing) = Image::open_thin(&path, &Wanted::Only).unwrap();
     assert_eq!(missing, base.layers);
-    assert_eq!(image.manifest.volumes[0].layers[..2], base.layers);
-    assert_eq!(image.manifest.volumes[1].layers, base.layers);
+    assert_eq!(image.manifest.volumes[1].layers[..2], base.layers);
+    assert_eq!(image.manifest.volumes[0].layers, base.layers);
     let urls = base.layers.iter().map(|layer| {
         let urls = FAR.map(|at| format!("{at}{}", layer.digest.hex()));
         (layer.digest, urls.to_vec())
@@ -171,11 +181,7 @@ fn what_changed_over_an_image_of_another_host_pulls_in_its_index_alone_and_says_
     assert_eq!((report.layers_elsewhere, report.chunks), (2, 0));
     let listed = folder::list(chain.folder()).unwrap();
     assert!(listed.broken.is_empty(), "{:?}", listed.broken);
-    let listed: Vec<_> = listed
-        .images
-        .iter()
-        .map(|image| image.layers_elsewhere())
-        .collect();
+    let listed: Vec<_> = listed.images.iter().map(|image| image.elsewhere.len()).collect();
     assert_eq!(listed, [0, 0, 2]);
 }
 
@@ -185,7 +191,7 @@ fn what_changed_over_a_thin_image_is_thin_too_and_the_layers_that_are_here_are_t
     let (path, volume, _) = thin(&chain, "thin");
     let (below, _) = Image::open_thin(&path, &Wanted::Only).unwrap();
     let here = BelowImage::of(Arc::new(Layout::open(&path).unwrap()), &below.manifest);
-    let base = &below.manifest.volumes[0];
+    let base = &below.manifest.volumes[1];
     assert!(here.has(base) && !here.has_here(base));
     let target = chain.folder().join("next");
     let (captured, volume) = changed(here.clone(), base, &volume, 21, &target);
@@ -210,7 +216,7 @@ fn what_changed_over_a_thin_image_is_thin_too_and_the_layers_that_are_here_are_t
     assert_eq!(made.manifest.digest, captured.manifest.digest);
     assert!(
         BelowImage::of(Arc::new(Layout::open(&target).unwrap()), &made.manifest)
-            .has_here(&made.manifest.volumes[0])
+            .has_here(&made.manifest.volumes[1])
     );
 
     // A layer that is neither here nor anywhere is no base.
@@ -268,7 +274,7 @@ fn damage_of_what_a_thin_image_has_is_found_and_a_missing_layer_of_no_url_is_dam
     let (image, _) = Image::open_thin(&path, &Wanted::Only).unwrap();
     let own = Layout::open(&path)
         .unwrap()
-        .blob_path(&image.manifest.volumes[0].layers[2].digest);
+        .blob_path(&image.manifest.volumes[1].layers[2].digest);
     let mut bytes = fs::read(&own).unwrap();
     bytes[20] ^= 1;
     fs::write(&own, bytes).unwrap();

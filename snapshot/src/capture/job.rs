@@ -477,10 +477,11 @@ impl Job {
         volume: &ImageVolume,
         wanted: &BTreeSet<ChunkIndex>,
     ) -> Result<WrittenVolume, CaptureError> {
+        // Of an image of another host it comes with word of where its layers are.
+        let index = self.base_index(name, below, volume)?;
         for layer in &volume.layers {
             publication.take_over_layer(below, layer)?;
         }
-        let index = self.base_index(name, below, volume)?;
         match below {
             BelowImage::Here { layout, .. } => publication.take_over(layout, &volume.index)?,
             // What every image has with it, wherever its layers are.

@@ -81,6 +81,21 @@ impl BelowImage {
         }
     }
 
+    /// Sees to it that a diff can lie over a volume: of one on another host, gets the index, which may take a while, for as
+    /// long as `goes_on` says so.
+    ///
+    /// # Errors
+    /// When its index cannot be had, or nobody knows where its layers are.
+    pub fn make_ready(&self, volume: &ImageVolume, goes_on: &dyn Fn() -> bool) -> Result<(), BelowError> {
+        let Self::Away(image) = self else { return Ok(()) };
+        image.index(volume, goes_on)?;
+        let mut layers = volume.layers.iter();
+        match layers.find(|layer| image.urls(&layer.digest).is_empty()) {
+            None => Ok(()),
+            Some(layer) => Err(BelowError::Nowhere(layer.digest)),
+        }
+    }
+
     /// Whether all of a volume is here.
     #[must_use]
     pub fn has_here(&self, volume: &ImageVolume) -> bool {
@@ -156,6 +171,9 @@ pub enum BelowError {
     /// Its blob.
     #[error(transparent)]
     Blob(#[from] BlobError),
+    /// A layer.
+    #[error("its layer {0} cannot be read here, and no URL of it is known")]
+    Nowhere(BlobDigest),
 }
 
 /// A store of one blob, in a file that somebody handed over. Like every store, it believes nothing.

@@ -21,28 +21,17 @@ pub struct ListedImage {
     pub name: Option<String>,
     /// What it consists of.
     pub manifest: ImageManifest,
+    /// The layers that are on other hosts: of a thin image.
+    pub elsewhere: Vec<Blob>,
 }
 
 impl ListedImage {
-    /// What all blobs of the image take together. Those that it shares with others count with each.
+    /// What the blobs that are with the image take together. Those that it shares with others count with each.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.manifest
-            .blobs()
-            .iter()
-            .fold(0, |sum, blob| sum.saturating_add(blob.bytes))
-    }
-
-    /// How many layers are on other hosts: of a thin image.
-    #[must_use]
-    pub fn layers_elsewhere(&self) -> usize {
-        let Ok(layout) = Layout::open(&self.path) else {
-            return 0;
-        };
         let blobs = self.manifest.blobs().into_iter();
-        blobs
-            .filter(|blob| layout.lacks(blob, &self.manifest.urls))
-            .count()
+        let here = blobs.filter(|blob| !self.elsewhere.contains(blob));
+        here.fold(0, |sum, blob| sum.saturating_add(blob.bytes))
     }
 
     /// The length of its volumes together.
@@ -164,22 +153,26 @@ impl Listing {
         };
         for (blob, name) in layout.images() {
             match read_whole(&layout, &blob) {
-                Ok(manifest) => {
-                    let (path, name) = (path.clone(), name.map(str::to_owned));
-                    self.images.push(ListedImage { path, name, manifest });
-                }
+                Ok((manifest, elsewhere)) => self.images.push(ListedImage {
+                    path: path.clone(),
+                    name: name.map(str::to_owned),
+                    manifest,
+                    elsewhere,
+                }),
                 Err(error) => self.broken.push((path.clone(), error)),
             }
         }
     }
 }
 
-/// Reads a manifest of which every blob is there and has its length, but for those that can be had elsewhere.
-fn read_whole(layout: &Layout, blob: &Blob) -> Result<ImageManifest, ImageError> {
+/// Reads a manifest of which every blob is there and has its length, but for those that can be had elsewhere, and come with
+/// it.
+fn read_whole(layout: &Layout, blob: &Blob) -> Result<(ImageManifest, Vec<Blob>), ImageError> {
     let manifest = ImageManifest::parse(&layout.read(blob, MANIFEST_BYTES_MAX)?)?;
     let blobs = manifest.blobs().into_iter();
-    layout.open_blobs(blobs.filter(|blob| !layout.lacks(blob, &manifest.urls)))?;
-    Ok(manifest)
+    let (elsewhere, here): (Vec<_>, Vec<_>) = blobs.partition(|blob| layout.lacks(blob, &manifest.urls));
+    layout.open_blobs(here)?;
+    Ok((manifest, elsewhere))
 }
 
 /// Finds an image of the folder by its digest.

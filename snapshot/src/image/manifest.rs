@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::blobs::Blob;
 use crate::digest::BlobDigest;
@@ -152,8 +153,8 @@ pub struct Descriptor {
     pub digest: BlobDigest,
     /// The blob's length.
     pub size: u64,
-    /// Where else the blob can be had.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// Where else the blob can be had, as far as that is text.
+    #[serde(default, deserialize_with = "texts", skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
     /// The blob's content, base64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -164,6 +165,19 @@ pub struct Descriptor {
     /// What the blob is for.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+}
+
+/// Those of a list that are text; none of what is no list. An image is good without.
+fn texts<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<String>, D::Error> {
+    let list = match Value::deserialize(from)? {
+        Value::Array(list) => list,
+        _ => Vec::new(),
+    };
+    let text = |value: Value| match value {
+        Value::String(text) => Some(text),
+        _ => None,
+    };
+    Ok(list.into_iter().filter_map(text).collect())
 }
 
 impl Descriptor {

@@ -54,9 +54,9 @@ pub enum PublishError {
         #[source]
         source: io::Error,
     },
-    /// A layer of the image below that is on another host.
+    /// A layer of the image below that cannot be had.
     #[error(
-        "layer {0} of the image below is on another host, and no URL of it is known: save all of the machine, in place of \
+        "layer {0} of the image below cannot be read here, and no URL of it is known: save all of the machine, in place of \
          what changed"
     )]
     Nowhere(BlobDigest),
@@ -93,22 +93,7 @@ impl Publication {
     /// # Errors
     /// When the target exists or the directory cannot be written.
     pub fn begin(target: &Path) -> Result<Self, PublishError> {
-        let bad = || PublishError::BadTarget(target.to_owned());
-        let name = target.file_name().ok_or_else(bad)?.to_str().ok_or_else(bad)?;
-        let parent = match target.parent() {
-            Some(parent) if parent.as_os_str().is_empty() => PathBuf::from("."),
-            Some(parent) => parent.to_owned(),
-            None => return Err(bad()),
-        };
-        if fs::symlink_metadata(target).is_ok() {
-            return Err(PublishError::Exists(target.to_owned()));
-        }
-        if looks_like_image(&parent) {
-            return Err(PublishError::InImage {
-                target: target.to_owned(),
-                image: parent,
-            });
-        }
+        let (parent, name) = look_at_target(target)?;
         sweep(&parent, Some(name)).map_err(io_error("reading", &parent))?;
         let partial =
             Partial::create_directory(&parent, name).map_err(io_error("creating an image in", &parent))?;
@@ -248,6 +233,40 @@ impl Publication {
         file.write_all(bytes).map_err(io_error("writing", &path))?;
         file.sync_all().map_err(io_error("synchronising", &path))
     }
+}
+
+/// Whether an image can be made at `target`, as far as that shows.
+///
+/// # Errors
+/// When it exists, or its directory does not or is an image.
+pub fn check_target(target: &Path) -> Result<(), PublishError> {
+    let (parent, _) = look_at_target(target)?;
+    let found = fs::metadata(&parent).map_err(io_error("finding", &parent))?;
+    match found.is_dir() {
+        true => Ok(()),
+        false => Err(PublishError::BadTarget(target.to_owned())),
+    }
+}
+
+/// The directory and the name of an image that is to be made.
+fn look_at_target(target: &Path) -> Result<(PathBuf, &str), PublishError> {
+    let bad = || PublishError::BadTarget(target.to_owned());
+    let name = target.file_name().ok_or_else(bad)?.to_str().ok_or_else(bad)?;
+    let parent = match target.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => PathBuf::from("."),
+        Some(parent) => parent.to_owned(),
+        None => return Err(bad()),
+    };
+    if fs::symlink_metadata(target).is_ok() {
+        return Err(PublishError::Exists(target.to_owned()));
+    }
+    if looks_like_image(&parent) {
+        return Err(PublishError::InImage {
+            target: target.to_owned(),
+            image: parent,
+        });
+    }
+    Ok((parent, name))
 }
 
 /// A blob that is being written, its digest running along.

@@ -32,8 +32,8 @@
 //! An agent also tells of chunks that were not asked for: of those of the image's working set, which it fetches by itself.
 //!
 //! A chunk that has arrived may be taken out of its page file again, at any time and without a message: who reads page
-//! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused; version 2 had no
-//! `WantIndex`.
+//! files looks at the [`Marks`](crate::source::Marks) behind the volume. Version 1 of the protocol did not, and is refused;
+//! version 2 had neither `WantIndex` nor `Adopt`.
 //!
 //! **Adopted files.** A machine that an image was made of may have the image's memory in a file that nobody can change any
 //! more, and hand it to the agent, which holds all of it against the image first. It is the page file of that volume then:

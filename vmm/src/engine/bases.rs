@@ -55,6 +55,19 @@ impl Bases {
         self.those(|base| base.place.has(&base.volume))
     }
 
+    /// Leaves out those over which no diff can lie, since their images are elsewhere and what it takes of them cannot be had.
+    /// May take a while, as long as `goes_on` says so.
+    pub(super) fn make_ready(bases: &mut BTreeMap<VolumeName, Base>, goes_on: &dyn Fn() -> bool) {
+        bases.retain(|name, base| match base.place.make_ready(&base.volume, goes_on) {
+            Ok(()) => true,
+            Err(error) => {
+                let (error, image) = (&error as &dyn std::error::Error, base.image);
+                tracing::warn!(error, %image, "a diff cannot lie over the image: {name} is saved whole");
+                false
+            }
+        });
+    }
+
     /// Those that an image can have which lies over none: all of them is here. Looks at every blob.
     pub(super) fn for_full(&self) -> BTreeMap<VolumeName, Base> {
         self.those(|base| base.place.has_here(&base.volume))

@@ -23,6 +23,7 @@ use runnel_snapshot::copy_before_write::{EarlyPages, EarlyPagesLimits};
 use runnel_snapshot::dirty_pages::DirtyPages;
 use runnel_snapshot::image::below::BelowImage;
 use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::image::publication::check_target;
 use runnel_snapshot::overlay::IsCancelled;
 use runnel_snapshot::pager::PageSet;
 use runnel_snapshot::protocol::{Adopt, PROTOCOL_VERSION, hand_over};
@@ -33,7 +34,7 @@ use runnel_snapshot::units::{ChunkIndex, ChunkSize};
 use runnel_snapshot::volume::VolumeName;
 
 use super::KvmGuest;
-use super::bases::Base;
+use super::bases::{Base, Bases};
 use super::changed::{ChangedMemory, changed_memory};
 use super::description::{Description, DescriptionError, DriveRecord};
 use super::drives::{Backing, DriveCapture, FileIdentity, data_ahead};
@@ -43,7 +44,7 @@ use super::watch::watch;
 use super::written::Since;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs, SnapshotType};
 use crate::control::{Guest as _, GuestError, Operation};
-use crate::memory::{FreezeError, seal, unmap_ahead};
+use crate::memory::{seal, unmap_ahead};
 use crate::microvm::SaveError as MachineSaveError;
 
 /// How often it is looked whether the machine may run on.
@@ -64,9 +65,6 @@ pub enum SaveError {
     /// Its memory.
     #[error("guest memory cannot be read")]
     Memory(#[source] io::Error),
-    /// Its memory.
-    #[error("guest memory cannot be frozen")]
-    Freeze(#[from] FreezeError),
     /// A drive.
     #[error("drive {id} cannot be read")]
     Drive {
@@ -101,6 +99,18 @@ pub(super) fn save(
     operation: &Operation,
 ) -> Result<(), GuestError> {
     let mut saving = Saving::new(guest, create);
+    if saving.is_diff {
+        // While nothing is armed, and the machine runs, if it does.
+        let goes_on = || !operation.is_cancelled();
+        Bases::make_ready(&mut saving.bases, &goes_on);
+        if operation.is_cancelled() {
+            return Err(SaveError::Capture(CaptureError::Cancelled).into());
+        }
+    }
+    if let (How::Frozen, SaveAs::Image { directory, .. }) = (&saving.how, &create.save_as) {
+        // What is frozen stays so: not for a snapshot that cannot be.
+        check_target(directory).map_err(|error| SaveError::Capture(error.into()))?;
+    }
     if saving.was_running {
         operation.enter("arming");
         // Two files are made of a machine that stands.
@@ -282,7 +292,15 @@ impl Saving {
         let content = match &mut self.how {
             How::Live(live) => live.freeze(guest, read.as_ref(), is_cancelled),
             How::Standing => memory_content(guest, is_cancelled),
-            How::Frozen => Ok(freeze(guest)?),
+            How::Frozen => freeze(guest).or_else(|error| {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(
+                    error,
+                    "guest memory is not frozen: the machine stands until it is saved"
+                );
+                self.how = How::Standing;
+                memory_content(guest, is_cancelled)
+            }),
         };
         Ok(Memory {
             content: content.map_err(SaveError::Memory)?,
@@ -356,14 +374,15 @@ impl Saving {
         if !matches!(self.how, How::Standing) {
             self.let_run(guest, operation);
         }
-        if let How::Frozen = self.how {
-            seal(guest.machine.ram())?;
-        }
+        let is_sealed = matches!(self.how, How::Frozen) && seal_memory(guest);
         operation.enter("copying");
         watch(operation, &progress);
         let captured = self.while_it_runs(guest, operation, &progress, || job.run(directory, state))??;
         remember(guest, directory, &captured, taken);
-        self.hand_over(guest, directory, &captured, operation)
+        match is_sealed {
+            true => self.hand_over(guest, directory, &captured, operation),
+            false => Ok(()),
+        }
     }
 
     /// Gives frozen memory to the agent that is to deliver it to machines of the image. Without, they read the image as any
@@ -506,6 +525,16 @@ impl Saving {
             "The machine runs on after a pause for its snapshot."
         );
     }
+}
+
+/// Whether frozen memory can be shared now. If not, the machine goes on with it, and the image is read as any other.
+fn seal_memory(guest: &KvmGuest) -> bool {
+    let sealed = seal(guest.machine.ram());
+    if let Err(error) = &sealed {
+        let error = error as &dyn std::error::Error;
+        tracing::warn!(error, "guest memory is not shared");
+    }
+    sealed.is_ok()
 }
 
 /// Whether nothing more is read of the memory of a machine that stands.

@@ -198,6 +198,11 @@ impl Images {
         let refuse = |reason: String, transient| Refused { reason, transient };
         let reference = adopt.image.parse::<ImageReference>();
         let reference = reference.map_err(|error| refuse(error.to_string(), false))?;
+        // Of many machines that come back with the same file, the first brings it.
+        if self.cache.has(&adopt.digest, &adopt.volume) {
+            let error = OpenError::HasPages(adopt.volume.clone());
+            return Err(refuse(error.to_string(), false));
+        }
         let found = FoundImage::find(&pinned(&reference, adopt.digest), &self.settings);
         let adopted = found.and_then(|found| self.adopt_for(found, &adopt.volume, file, goes_on));
         let lease = adopted.map_err(|error| refuse(with_causes(&error), error.is_transient()))?;

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use runnel_snapshot::protocol::{FromAgent, FromMonitor, PacketSocket};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 /// Answers that are kept for a monitor that does not read them. There is one for each chunk it asked for; a monitor
 /// that goes on asking without reading is hung up on.
@@ -76,6 +76,18 @@ impl Line {
     /// Whether it is to end.
     pub(super) fn has_ended(&self) -> bool {
         self.ended.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// Whether it is to end, or the monitor has hung up.
+    pub(super) fn is_over(&self) -> bool {
+        let mut socket = [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::empty())];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // A failure says nothing; what is sent in the end does.
+        let has_hung_up = poll(&mut socket, Some(&now)).is_ok() && !socket[0].revents().is_empty();
+        has_hung_up || self.has_ended()
     }
 
     /// Waits for the monitor's next message, and sends what was kept meanwhile. `message` is room to read into.

@@ -239,34 +239,9 @@ impl Host {
         let (first, files) = line.receive_with_files(&mut message)?;
         let hello = match first {
             FromMonitor::Hello(hello) => hello,
-            FromMonitor::Adopt(adopt) => {
-                let answer = match self.adopt(&adopt, files, line) {
-                    Ok(()) => FromAgent::Adopted,
-                    Err(refused) => {
-                        let (machine, image, reason) = (&adopt.machine, &adopt.image, &refused.reason);
-                        tracing::warn!(machine, image, reason, "a file is not taken");
-                        FromAgent::Refused(refused)
-                    }
-                };
-                line.socket().send(&answer.to_bytes(), &[])?;
-                return Ok(());
-            }
-            FromMonitor::Status => {
-                line.socket()
-                    .send(&FromAgent::Status(self.images.status()).to_bytes(), &[])?;
-                return Ok(());
-            }
-            FromMonitor::WantIndex(want) => {
-                match self.index(&want) {
-                    Ok((found, file)) => line
-                        .socket()
-                        .send(&FromAgent::Index(found).to_bytes(), &[file.as_fd()])?,
-                    Err(refused) => line.socket().send(&FromAgent::Refused(refused).to_bytes(), &[])?,
-                }
-                return Ok(());
-            }
-            FromMonitor::Ask(..) | FromMonitor::Cancel(_) => return Ok(()),
+            question => return self.answer_once(question, files, line),
         };
+        drop(files);
         let lease = match self.open(&hello) {
             Ok(lease) => lease,
             Err(refused) => {
@@ -312,6 +287,29 @@ impl Host {
         Err(ended)
     }
 
+    /// Answers somebody who opens no image, and is done with him.
+    fn answer_once(&self, question: FromMonitor, files: Vec<OwnedFd>, line: &Arc<Line>) -> Result<(), Ended> {
+        let (answer, file) = match question {
+            FromMonitor::Status => (FromAgent::Status(self.images.status()), None),
+            FromMonitor::WantIndex(want) => match self.index(&want) {
+                Ok((found, file)) => (FromAgent::Index(found), Some(file)),
+                Err(refused) => (FromAgent::Refused(refused), None),
+            },
+            FromMonitor::Adopt(adopt) => match self.adopt(&adopt, files, line) {
+                Ok(()) => (FromAgent::Adopted, None),
+                Err(refused) => {
+                    let (machine, image, reason) = (&adopt.machine, &adopt.image, &refused.reason);
+                    tracing::warn!(machine, image, reason, "a file is not taken");
+                    (FromAgent::Refused(refused), None)
+                }
+            },
+            FromMonitor::Hello(_) | FromMonitor::Ask(..) | FromMonitor::Cancel(_) => return Ok(()),
+        };
+        let file: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+        line.socket().send(&answer.to_bytes(), &file)?;
+        Ok(())
+    }
+
     fn open(&self, hello: &Hello) -> Result<Lease, Refused> {
         check_version(hello.protocol)?;
         self.images.open(hello)
@@ -331,7 +329,7 @@ impl Host {
         };
         let [file] =
             <[OwnedFd; 1]>::try_from(files).map_err(|_| refuse("one file is taken, with its name"))?;
-        self.images.adopt(adopt, file.into(), &|| !line.has_ended())
+        self.images.adopt(adopt, file.into(), &|| !line.is_over())
     }
 }
 

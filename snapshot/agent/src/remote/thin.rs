@@ -10,9 +10,13 @@ use runnel_snapshot::image::Image;
 
 use super::blobs::{Layout, RemoteBlobs};
 use super::client::{Client, RemoteSettings};
+use super::credentials::Credentials;
 use super::error::RemoteError;
 use super::url::{Origin, Url};
 use crate::traffic::Traffic;
+
+/// The most stores of one image that are asked: a manifest could name any number of servers.
+const STORES_MAX: usize = 16;
 
 /// The blobs of a thin image.
 pub struct ThinBlobs {
@@ -23,7 +27,9 @@ pub struct ThinBlobs {
 }
 
 impl ThinBlobs {
-    /// Of an image whose layers `away` are not in its store. Connections to where they are opened meanwhile.
+    /// Of an image whose layers `away` are not in its store. Connections to where the first of them is are opened meanwhile.
+    /// Nobody chose the servers but whoever wrote the manifest: passwords and tokens go to none without TLS, but on this
+    /// host.
     ///
     /// # Errors
     /// When one of them is nowhere that requests can go to.
@@ -35,29 +41,45 @@ impl ThinBlobs {
                 .iter()
                 .find(|known| (&known.0, known.1, &known.2) == (&origin, layout, &name));
             if let Some((.., store)) = known {
-                return Ok(store.clone());
+                return Ok(Some(store.clone()));
             }
-            let client = Client::counting(origin.clone(), settings.clone(), Arc::clone(&traffic));
-            client.warm_up()?;
+            if stores.len() >= STORES_MAX {
+                return Ok(None);
+            }
+            let mut settings = settings.clone();
+            if !origin.is_private() {
+                settings.credentials = Credentials::default();
+            }
+            let client = Client::counting(origin.clone(), settings, Arc::clone(&traffic));
+            if stores.is_empty() {
+                client.warm_up()?;
+            }
             let store = Arc::new(RemoteBlobs::new(Arc::new(client), layout, &name));
             stores.push((origin, layout, name, store.clone()));
-            Ok::<_, RemoteError>(store)
+            Ok::<_, RemoteError>(Some(store))
         };
         let mut found = HashMap::new();
         for layer in away {
             let urls = image.manifest.urls.get(&layer.digest).into_iter().flatten();
-            let places: Vec<_> = urls.filter_map(|url| place_of(url, &layer.digest)).collect();
-            if places.is_empty() {
+            let places = urls.filter_map(|url| place_of(url, &layer.digest));
+            let stores = places.map(&mut store_of).filter_map(Result::transpose);
+            let stores = stores.collect::<Result<Vec<_>, _>>()?;
+            if stores.is_empty() {
                 return Err(RemoteError::NoPlace(layer.digest));
             }
-            let stores = places.into_iter().map(&mut store_of);
-            found.insert(layer.digest, stores.collect::<Result<Vec<_>, _>>()?);
+            found.insert(layer.digest, stores);
         }
         Ok(Self {
             here: Arc::clone(&image.store),
             away: found,
             traffic,
         })
+    }
+
+    /// The stores of a layer that is not with the image, the one to ask first in front.
+    #[must_use]
+    pub fn stores_of(&self, layer: &Blob) -> &[Arc<RemoteBlobs>] {
+        self.away.get(&layer.digest).map_or(&[], Vec::as_slice)
     }
 
     /// What went over the wire for the image.

@@ -45,6 +45,12 @@ impl Origin {
         Ok(Url::parse(base)?.origin)
     }
 
+    /// Whether nobody on the way can read what is sent there.
+    pub(super) fn is_private(&self) -> bool {
+        let address: Option<std::net::IpAddr> = self.host.parse().ok();
+        self.tls || self.host == "localhost" || address.is_some_and(|address| address.is_loopback())
+    }
+
     /// The `Host` of requests (RFC 9112 §3.2): the port only where it is not the scheme's own.
     pub(super) fn host_header(&self) -> String {
         let host = self.bracketed();
@@ -163,6 +169,27 @@ fn split_authority(authority: &str, tls: bool) -> Result<(String, u16), &'static
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_sent_with_tls_or_stays_on_this_host_is_private() {
+        let is_private = |base: &str| Origin::parse(base).unwrap().is_private();
+        for base in [
+            "https://far",
+            "http://127.0.0.1:5000",
+            "http://[::1]:5000",
+            "http://localhost",
+        ] {
+            assert!(is_private(base), "{base}");
+        }
+        for base in [
+            "http://far",
+            "http://10.0.0.1:5000",
+            "http://localhost.far",
+            "http://127.0.0.1.far",
+        ] {
+            assert!(!is_private(base), "{base}");
+        }
+    }
 
     #[test]
     fn origins_are_told_apart_by_scheme_host_and_port() {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use runnel_snapshot::blobs::{Blob, BlobError};
 use runnel_snapshot::causes::with_causes;
+use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::layout::{Layout, LayoutError};
 use runnel_snapshot::image::manifest::{Descriptor, MANIFEST_BYTES_MAX};
 use runnel_snapshot::image::reference::is_name;
@@ -212,6 +213,11 @@ pub(super) enum UnusableImage {
     /// A part.
     #[error(transparent)]
     Blob(#[from] BlobError),
+    /// A part that is on another host.
+    #[error(
+        "it is thin: its layer {0} is on another host, and `runnel image complete` fetches it: then it can be served"
+    )]
+    Thin(BlobDigest),
     /// Its manifest names no parts.
     #[error("its manifest is none")]
     Manifest(#[from] serde_json::Error),
@@ -239,7 +245,12 @@ pub(super) fn read_manifest(layout: &Layout, manifest: &Blob) -> Result<Vec<u8>,
     let bytes = layout.read(manifest, MANIFEST_BYTES_MAX)?;
     let parts: Parts = serde_json::from_slice(&bytes)?;
     for part in [parts.config].iter().chain(&parts.layers) {
-        layout.open_blob(&part.blob())?;
+        match layout.open_blob(&part.blob()) {
+            Err(BlobError::Missing { digest, .. }) if !part.urls.is_empty() => {
+                return Err(UnusableImage::Thin(digest));
+            }
+            found => found?,
+        };
     }
     Ok(bytes)
 }

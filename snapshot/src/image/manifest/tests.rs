@@ -1,7 +1,7 @@
 //! What manifests are read, and which are refused by what name.
 
 use proptest::prelude::*;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
 use crate::index::{INDEX_BLOB_HEADER, IndexBuilder};
@@ -144,7 +144,15 @@ fn of_the_urls_of_a_layer_those_are_read_that_a_request_can_go_to() {
         usable
     ]);
     assert_eq!(with(strange), Urls::from([(digest, vec![usable.to_owned()])]));
-    assert_eq!(with(json!([])), Urls::new());
+    for none in [
+        json!([]),
+        json!(null),
+        json!("http://far/x"),
+        json!({"0": "http://far/x"}),
+        json!([7, null]),
+    ] {
+        assert_eq!(with(none), Urls::new());
+    }
     let many: Vec<String> = (0..100).map(|number| format!("http://far/{number}")).collect();
     assert_eq!(with(json!(many))[&digest], many[..URLS_MAX]);
 }

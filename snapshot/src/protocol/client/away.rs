@@ -18,7 +18,8 @@ use crate::image::below::{AwayImage, OneBlob};
 use crate::image::manifest::{ImageVolume, URL_BYTES_MAX, URLS_MAX};
 use crate::volume::VolumeName;
 
-/// How long an index is tried to be had: the agent may be restarting, or its server be away for a moment.
+/// How long an agent is asked again that has no index just now: it may be restarting, or its server be away for a moment. One
+/// that fetches the index is waited for, however slow its link is.
 const INDEX_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long to wait before an agent is asked again.
@@ -58,7 +59,7 @@ impl AgentImage {
         };
         let (found, file) = loop {
             let patience = Patience {
-                deadline: Some(INDEX_DEADLINE.saturating_sub(begun.elapsed())),
+                deadline: None,
                 give_up: &|| !goes_on(),
             };
             match ask(&self.agent, &want, &patience) {

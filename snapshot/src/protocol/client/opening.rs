@@ -33,8 +33,8 @@ pub enum ConnectError {
     /// The agent hung up, or the connection broke.
     #[error("the agent hung up before it opened the image")]
     HungUp(#[source] io::Error),
-    /// The agent did not open the image within the time given.
-    #[error("the agent did not open the image within {} ms", .0.as_millis())]
+    /// The agent did not answer within the time given.
+    #[error("the agent did not answer within {} ms", .0.as_millis())]
     TimedOut(Duration),
     /// The agent says why not.
     #[error("the agent cannot open the image: {0}")]
@@ -244,8 +244,11 @@ pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectErr
     }
 }
 
-/// Hands the agent at `path` a file that is a volume of an image; it may be waited for until `give_up` says otherwise, as
-/// all of the file is looked at.
+/// How long an agent may take for a file, and how long for each GiB of it more: all of it is read and hashed.
+const ADOPTION: Duration = Duration::from_secs(60);
+
+/// Hands the agent at `path` a file that is a volume of an image; it is waited for until `give_up` says otherwise, or it
+/// takes far too long.
 ///
 /// # Errors
 /// When no agent answers there, or it does not take the file.
@@ -262,8 +265,9 @@ pub fn hand_over(
     socket
         .send(&FromMonitor::Adopt(adopt).to_bytes(), &[file.as_fd()])
         .map_err(ConnectError::HungUp)?;
+    let bytes = file.metadata().map_err(ConnectError::Local)?.len();
     let patience = Patience {
-        deadline: None,
+        deadline: Some(ADOPTION.saturating_mul(1 + (bytes >> 30) as u32)),
         give_up,
     };
     wait_readable(&socket, &patience)?;

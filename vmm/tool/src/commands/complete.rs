@@ -86,6 +86,23 @@ pub(super) fn run(store: &ImageStore, args: &CompleteArgs) -> Result<Exit, Failu
     Ok(Exit::Done)
 }
 
+/// Fetches a layer from one place after the other, until one has it right.
+fn fetch_layer(
+    layout: &Layout,
+    layer: &Blob,
+    from: &ThinBlobs,
+    goes_on: &dyn Fn(u64) -> bool,
+) -> Result<(), CompleteError> {
+    let mut fetched = Ok(());
+    for store in from.stores_of(layer) {
+        fetched = complete(layout, layer, store.as_ref(), goes_on);
+        if matches!(fetched, Ok(()) | Err(CompleteError::Cancelled)) {
+            break;
+        }
+    }
+    fetched
+}
+
 /// Fetches one layer after the other; the signal that called it off, if one did.
 fn fetch(
     layout: &Layout,
@@ -107,7 +124,7 @@ fn fetch(
         };
         let worker = scope.spawn(move || {
             let mut layers = missing.iter();
-            layers.try_for_each(|layer| complete(layout, layer, from, &goes_on))
+            layers.try_for_each(|layer| fetch_layer(layout, layer, from, &goes_on))
         });
         while !worker.is_finished() {
             view.show("", done.load(Ordering::Relaxed), total);

@@ -254,7 +254,7 @@ fn describe(image: &ListedImage) -> Value {
         "digest": image.manifest.digest.to_string(),
         "volume_bytes": image.volume_bytes(),
         "stored_bytes": image.stored_bytes(),
-        "layers_elsewhere": image.layers_elsewhere(),
+        "layers_elsewhere": image.elsewhere.len(),
         "volumes": volumes.map(|volume| volume.name.to_string()).collect::<Vec<_>>(),
         "layers": layers_of(image).map(layer).collect::<Vec<_>>(),
         "parent": image.manifest.parent.map(|parent| parent.to_string()),

@@ -199,8 +199,9 @@ pub(crate) fn run(args: &SnapshotArgs) -> Result<Exit, Failure> {
         .iter()
         .map(|volume| volume.root.volume_bytes())
         .sum();
-    let stored_bytes: u64 = manifest.blobs().iter().map(|blob| blob.bytes).sum();
     let bytes_elsewhere: u64 = elsewhere.iter().map(|blob| blob.bytes).sum();
+    let all_bytes: u64 = manifest.blobs().iter().map(|blob| blob.bytes).sum();
+    let stored_bytes = all_bytes - bytes_elsewhere;
     if args.output.json {
         print_json(&json!({
             "image": target,
