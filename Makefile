@@ -28,8 +28,9 @@ demo: packages ## a Debian guest goes on on another host before it has arrived t
 	$(CARGO) build --release --locked --package runnel --package runnel-vmm --package runnel-agent --package runnel-tests --bins
 	@resources/demo/run
 
+# All targets at once: a build of the programs alone would compile every crate a second time, for other features.
 test: packages ## every test of both levels
-	$(CARGO) build --locked --workspace
+	$(CARGO) build --locked --workspace --all-targets
 	$(CARGO) test --locked --workspace --no-fail-fast
 
 fuzz: ## feed each reader of untrusted bytes a million strange inputs, on nightly; FUZZ_RUNS=<n> changes how many
