@@ -45,36 +45,42 @@ impl Base {
 pub(super) struct Bases(BTreeMap<VolumeName, Base>);
 
 impl Bases {
+    /// What the volume `name` was.
+    pub(super) fn get(&self, name: &VolumeName) -> Option<&Base> {
+        self.0.get(name)
+    }
+
     /// The volume `name` is that of an image now.
     pub(super) fn set(&mut self, name: VolumeName, base: Base) {
         self.0.insert(name, base);
     }
 
     /// Those that a diff can lie over: of images that are here, which have not been removed since. Looks at every blob.
-    pub(super) fn for_diff(&self) -> BTreeMap<VolumeName, Base> {
+    pub(super) fn for_diff(&self) -> Self {
         self.those(|base| base.place.has(&base.volume))
     }
 
     /// Leaves out those over which no diff can lie, since their images are elsewhere and what it takes of them cannot be had.
     /// May take a while, as long as `goes_on` says so.
-    pub(super) fn make_ready(bases: &mut BTreeMap<VolumeName, Base>, goes_on: &dyn Fn() -> bool) {
-        bases.retain(|name, base| match base.place.make_ready(&base.volume, goes_on) {
-            Ok(()) => true,
-            Err(error) => {
-                let (error, image) = (&error as &dyn std::error::Error, base.image);
-                tracing::warn!(error, %image, "a diff cannot lie over the image: {name} is saved whole");
-                false
-            }
-        });
+    pub(super) fn make_ready(&mut self, goes_on: &dyn Fn() -> bool) {
+        self.0
+            .retain(|name, base| match base.place.make_ready(&base.volume, goes_on) {
+                Ok(()) => true,
+                Err(error) => {
+                    let (error, image) = (&error as &dyn std::error::Error, base.image);
+                    tracing::warn!(error, %image, "a diff cannot lie over the image: {name} is saved whole");
+                    false
+                }
+            });
     }
 
     /// Those that an image can have which lies over none: all of them is here. Looks at every blob.
-    pub(super) fn for_full(&self) -> BTreeMap<VolumeName, Base> {
+    pub(super) fn for_full(&self) -> Self {
         self.those(|base| base.place.has_here(&base.volume))
     }
 
-    fn those(&self, are: impl Fn(&Base) -> bool) -> BTreeMap<VolumeName, Base> {
+    fn those(&self, are: impl Fn(&Base) -> bool) -> Self {
         let those = self.0.iter().filter(|(_, base)| are(base));
-        those.map(|(name, base)| (name.clone(), base.clone())).collect()
+        Self(those.map(|(name, base)| (name.clone(), base.clone())).collect())
     }
 }

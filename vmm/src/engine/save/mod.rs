@@ -8,14 +8,18 @@
 //! What the machine writes to meanwhile is copied first, so that every page is saved as it was at the pause. Of a machine
 //! that is to share its memory nothing is armed: its memory is frozen at the pause, and what it writes is its own.
 
-use std::cell::Cell;
+mod error;
+mod meanwhile;
+mod sharing;
+mod state;
+
+pub use error::SaveError;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use runnel_snapshot::capture::progress::Stage;
 use runnel_snapshot::capture::{
     CaptureError, CaptureSettings, Captured, Content, Job, Progress, VolumeSource, raw,
 };
@@ -26,72 +30,22 @@ use runnel_snapshot::image::layout::Layout;
 use runnel_snapshot::image::publication::check_target;
 use runnel_snapshot::overlay::IsCancelled;
 use runnel_snapshot::pager::PageSet;
-use runnel_snapshot::protocol::{Adopt, PROTOCOL_VERSION, hand_over};
-use runnel_snapshot::section::{SavedSection, Section as _, SectionError};
-use runnel_snapshot::source::ChunkId;
-use runnel_snapshot::state::{MachineState, StateError};
-use runnel_snapshot::units::{ChunkIndex, ChunkSize};
 use runnel_snapshot::volume::VolumeName;
 
 use super::KvmGuest;
 use super::bases::{Base, Bases};
 use super::changed::{ChangedMemory, changed_memory};
-use super::description::{Description, DescriptionError, DriveRecord};
-use super::drives::{Backing, DriveCapture, FileIdentity, data_ahead};
+use super::drives::{DriveCapture, FileIdentity, data_ahead};
 use super::live::Live;
 use super::memory::{RamBacking, freeze, memory_content};
 use super::watch::watch;
 use super::written::Since;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs, SnapshotType};
-use crate::control::{Guest as _, GuestError, Operation};
-use crate::memory::{seal, unmap_ahead};
-use crate::microvm::SaveError as MachineSaveError;
-
-/// How often it is looked whether the machine may run on.
-const LOOK: Duration = Duration::from_millis(2);
-
-/// Why a machine cannot be saved. It runs on, or stays paused, as it was.
-#[derive(Debug, thiserror::Error)]
-pub enum SaveError {
-    /// Its state.
-    #[error("the machine's state cannot be saved")]
-    State(#[from] MachineSaveError),
-    /// Its description.
-    #[error(transparent)]
-    Description(#[from] DescriptionError),
-    /// A section.
-    #[error(transparent)]
-    Section(#[from] SectionError),
-    /// Its memory.
-    #[error("guest memory cannot be read")]
-    Memory(#[source] io::Error),
-    /// A drive.
-    #[error("drive {id} cannot be read")]
-    Drive {
-        /// Which drive.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A drive that is to be left out is not there.
-    #[error("`excluded_drives` names {0}, and the machine has no such drive")]
-    NoDrive(ResourceId),
-    /// The image.
-    #[error(transparent)]
-    Capture(#[from] CaptureError),
-    /// The raw memory file.
-    #[error(transparent)]
-    Raw(#[from] raw::RawError),
-    /// The capture waits for a chunk, and the machine for the capture.
-    #[error(
-        "it was given up, since the machine waited for it while {0} of {1} is missing ({2}); the machine runs on"
-    )]
-    Stalled(ChunkIndex, VolumeName, String),
-    /// The state's form.
-    #[error(transparent)]
-    Encode(#[from] StateError),
-}
+use crate::control::{GuestError, Operation};
+use crate::memory::unmap_ahead;
+use meanwhile::Meanwhile;
+use sharing::seal_memory;
+use state::{first_chunks, machine_state};
 
 pub(super) fn save(
     guest: &mut KvmGuest,
@@ -99,10 +53,11 @@ pub(super) fn save(
     operation: &Operation,
 ) -> Result<(), GuestError> {
     let mut saving = Saving::new(guest, create);
+    let mut meanwhile = Meanwhile::new(operation);
     if saving.is_diff {
         // While nothing is armed, and the machine runs, if it does.
         let goes_on = || !operation.is_cancelled();
-        Bases::make_ready(&mut saving.bases, &goes_on);
+        saving.bases.make_ready(&goes_on);
         if operation.is_cancelled() {
             return Err(SaveError::Capture(CaptureError::Cancelled).into());
         }
@@ -117,13 +72,7 @@ pub(super) fn save(
         if let SaveAs::Image { directory, .. } = &create.save_as {
             saving.prepare(guest, folder_of(directory));
         }
-        operation.enter("pausing");
-        // From the first vCPU that stands.
-        operation.begin_pause();
-        if let Err(error) = guest.stand_still(&|| operation.is_cancelled()) {
-            operation.end_pause();
-            return Err(error);
-        }
+        meanwhile.pause(guest)?;
     }
     let saved = match &create.save_as {
         SaveAs::Image {
@@ -131,12 +80,12 @@ pub(super) fn save(
             excluded_drives,
         } => {
             let excluded: Vec<_> = excluded_drives.iter().cloned().collect();
-            saving.image(guest, directory, &excluded, operation)
+            saving.image(guest, directory, &excluded, &mut meanwhile)
         }
-        SaveAs::TwoFiles { state, memory } => saving.two_files(guest, state, memory, operation),
+        SaveAs::TwoFiles { state, memory } => saving.two_files(guest, state, memory, &mut meanwhile),
     };
     // Also after a failure.
-    saving.let_run(guest, operation);
+    meanwhile.let_run(guest);
     Ok(saved?)
 }
 
@@ -155,7 +104,7 @@ struct Saving {
     is_diff: bool,
     since: Since,
     /// What the volumes were; nothing is looked for if no image is made.
-    bases: BTreeMap<VolumeName, Base>,
+    bases: Bases,
     /// The data of drives' files, as it was listed ahead.
     data_ahead: BTreeMap<ResourceId, PageSet>,
 }
@@ -168,6 +117,13 @@ enum How {
     Live(Live),
     /// Nobody can write it any more: what the machine writes is elsewhere.
     Frozen,
+}
+
+impl How {
+    /// Whether somebody who writes to memory waits for the capture to come by.
+    fn holds_writers(&self) -> bool {
+        matches!(self, Self::Live(live) if live.holds_writers())
+    }
 }
 
 /// Memory as it was at the pause.
@@ -196,7 +152,7 @@ impl Saving {
         let bases = match since {
             Since::Image if is_diff => guest.bases.for_diff(),
             Since::Image => guest.bases.for_full(),
-            Since::Files => BTreeMap::new(),
+            Since::Files => Bases::default(),
         };
         let can_freeze = matches!(guest.backing, RamBacking::Own);
         let how = match create.freezes_memory {
@@ -314,8 +270,9 @@ impl Saving {
         guest: &mut KvmGuest,
         directory: &Path,
         excluded: &[ResourceId],
-        operation: &Operation,
+        meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), SaveError> {
+        let operation = meanwhile.operation;
         operation.enter("saving state");
         if let Some(stranger) = excluded
             .iter()
@@ -372,59 +329,17 @@ impl Saving {
         }
         let progress = job.progress();
         if !matches!(self.how, How::Standing) {
-            self.let_run(guest, operation);
+            meanwhile.let_run(guest);
         }
         let is_sealed = matches!(self.how, How::Frozen) && seal_memory(guest);
         operation.enter("copying");
         watch(operation, &progress);
-        let captured = self.while_it_runs(guest, operation, &progress, || job.run(directory, state))??;
+        let captured = meanwhile.work(guest, &self.how, &progress, || job.run(directory, state))??;
         remember(guest, directory, &captured, taken);
         match is_sealed {
-            true => self.hand_over(guest, directory, &captured, operation),
+            true => self.hand_over(guest, directory, &captured, meanwhile),
             false => Ok(()),
         }
-    }
-
-    /// Gives frozen memory to the agent that is to deliver it to machines of the image. Without, they read the image as any
-    /// other.
-    fn hand_over(
-        &self,
-        guest: &mut KvmGuest,
-        image: &Path,
-        captured: &Captured,
-        operation: &Operation,
-    ) -> Result<(), SaveError> {
-        let (How::Frozen, Some(agent), RamBacking::Frozen { file, .. }) =
-            (&self.how, &self.agent, &guest.backing)
-        else {
-            return Ok(());
-        };
-        operation.enter("sharing memory");
-        let file = Arc::clone(file);
-        let adopt = Adopt {
-            protocol: PROTOCOL_VERSION,
-            image: std::path::absolute(image)
-                .unwrap_or_else(|_| image.to_owned())
-                .to_string_lossy()
-                .into_owned(),
-            digest: captured.manifest.digest,
-            volume: VolumeName::Memory,
-            machine: guest.name.clone(),
-        };
-        let is_cancelled = operation.cancel_flag();
-        // All of memory is read already, and the machine runs.
-        let read = Progress::new([]);
-        let taken = self.while_it_runs(guest, operation, &read, || {
-            hand_over(agent, adopt, &file, &|| is_cancelled())
-        })?;
-        match taken {
-            Ok(()) => tracing::info!("The agent delivers the image's memory from this machine's."),
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(error, "the image's memory is not shared with this machine");
-            }
-        }
-        Ok(())
     }
 
     fn two_files(
@@ -432,15 +347,16 @@ impl Saving {
         guest: &mut KvmGuest,
         state_path: &Path,
         memory_path: &Path,
-        operation: &Operation,
+        meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), SaveError> {
+        let operation = meanwhile.operation;
         let state = machine_state(guest, &|_| false)?.encode()?;
         let settings = self.settings();
         let memory = self.memory(guest, operation.cancel_flag())?;
         let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.content.bytes())]));
         operation.enter("copying");
         watch(operation, &progress);
-        self.while_it_runs(guest, operation, &progress, || {
+        meanwhile.work(guest, &self.how, &progress, || {
             let content = &*memory.content;
             let file = match &memory.changed {
                 None => raw::write_raw(content, memory_path, &settings, &progress)?,
@@ -470,79 +386,6 @@ impl Saving {
             _ => Arc::new(EarlyPages::new(EarlyPagesLimits::default(), folder_of(image))),
         }
     }
-
-    /// Does `work` on a thread of its own, and looks after the machine on this one. One that stands for its memory
-    /// runs on as soon as that was read.
-    fn while_it_runs<T: Send>(
-        &self,
-        guest: &mut KvmGuest,
-        operation: &Operation,
-        progress: &Progress,
-        work: impl FnOnce() -> T + Send,
-    ) -> Result<T, SaveError> {
-        let mut stalled = None;
-        let done = std::thread::scope(|scope| {
-            let work = scope.spawn(work);
-            while !work.is_finished() {
-                if has_read_memory(progress) {
-                    self.let_run(guest, operation);
-                }
-                let _ = guest.look_after();
-                // The capture waits for a chunk that does not come, and the machine for the capture.
-                if stalled.is_none() && self.holds_writers() {
-                    stalled = guest.stall();
-                    if stalled.is_some() {
-                        progress.cancel();
-                    }
-                }
-                std::thread::sleep(LOOK);
-            }
-            work.join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        // It may have been all read just before.
-        match stalled {
-            Some(stall) if progress.stage() == Stage::Copying => {
-                Err(SaveError::Stalled(stall.chunk, stall.volume, stall.reason))
-            }
-            _ => Ok(done),
-        }
-    }
-
-    fn holds_writers(&self) -> bool {
-        matches!(&self.how, How::Live(live) if live.holds_writers())
-    }
-
-    /// Lets a machine run on that stands for the snapshot alone.
-    fn let_run(&self, guest: &mut KvmGuest, operation: &Operation) {
-        if !self.was_running || guest.is_running {
-            return;
-        }
-        guest.run();
-        let stood = operation.end_pause().unwrap_or_default();
-        tracing::info!(
-            stood_ms = u64::try_from(stood.as_millis()).unwrap_or(u64::MAX),
-            "The machine runs on after a pause for its snapshot."
-        );
-    }
-}
-
-/// Whether frozen memory can be shared now. If not, the machine goes on with it, and the image is read as any other.
-fn seal_memory(guest: &KvmGuest) -> bool {
-    let sealed = seal(guest.machine.ram());
-    if let Err(error) = &sealed {
-        let error = error as &dyn std::error::Error;
-        tracing::warn!(error, "guest memory is not shared");
-    }
-    sealed.is_ok()
-}
-
-/// Whether nothing more is read of the memory of a machine that stands.
-fn has_read_memory(progress: &Progress) -> bool {
-    let volumes = progress.volumes();
-    volumes
-        .first()
-        .is_none_or(|memory| memory.bytes_done == memory.bytes_total)
 }
 
 /// As a source of the new image's memory.
@@ -594,85 +437,4 @@ fn remember(guest: &mut KvmGuest, directory: &Path, captured: &Captured, taken: 
         };
         guest.bases.set(name, base);
     }
-}
-
-fn machine_state(
-    guest: &KvmGuest,
-    in_image: &dyn Fn(&ResourceId) -> bool,
-) -> Result<MachineState, SaveError> {
-    let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mut sections = guest.machine.save()?;
-    let records = guest.drives.iter().map(|(id, backing)| {
-        record(backing, in_image(id)).map_err(|source| SaveError::Drive {
-            id: id.clone(),
-            source,
-        })
-    });
-    let description = Description {
-        config: guest.config.clone(),
-        drives: records.collect::<Result<_, _>>()?,
-    };
-    if let Some(paused) = guest.machine.paused() {
-        sections.push(SavedSection::of::<Description>("", &description.save(&paused)?)?);
-    }
-    let saved_at_ms = u64::try_from(saved_at.as_millis()).unwrap_or(u64::MAX);
-    let mut state = MachineState::new(saved_at_ms, sections);
-    state.compatibility = guest.machine.compatibility()?;
-    Ok(state)
-}
-
-fn record(backing: &Backing, in_image: bool) -> io::Result<DriveRecord> {
-    let bytes = backing.store().bytes();
-    match backing {
-        Backing::File { store, .. } if !in_image => DriveRecord::of_file(store.file(), bytes),
-        _ => Ok(DriveRecord {
-            in_image,
-            bytes,
-            modified_ns: None,
-        }),
-    }
-}
-
-/// The chunks that the vCPUs need first, the first vCPU's first.
-///
-/// Page tables of a resumed machine may still be on their way. A machine that ran is not kept standing for them: what its
-/// processors go by is here. Those of one that stood are waited for like everything that a snapshot reads. What cannot
-/// be had is left out, since a page fault in this thread could be neither refused nor called off.
-fn first_chunks(
-    guest: &KvmGuest,
-    chunk_size: ChunkSize,
-    has_run: bool,
-    is_cancelled: &dyn Fn() -> bool,
-) -> Vec<(VolumeName, ChunkIndex)> {
-    let layout = guest.machine.layout();
-    // One wait is enough to know that the source is away.
-    let has_given_up = Cell::new(false);
-    let can_be_read = |address| {
-        let (Some(pager), Some(offset)) = (&guest.pager, layout.volume_offset(address)) else {
-            return true;
-        };
-        let logic = pager.logic();
-        let fetcher = logic.fetcher();
-        let volume = logic.volume();
-        let about = &fetcher.source().volumes()[usize::from(volume.0)];
-        let chunk = about.chunk_size.chunk_holding(offset);
-        let id = ChunkId { volume, chunk };
-        if has_run {
-            return fetcher.state(id).is_some();
-        }
-        if !has_given_up.get() {
-            has_given_up.set(fetcher.wait_unless(id, is_cancelled).is_err());
-        }
-        !has_given_up.get()
-    };
-    let mut chunks = Vec::new();
-    for page in guest.machine.first_pages(&can_be_read) {
-        if let Some(offset) = layout.volume_offset(page) {
-            let chunk = (VolumeName::Memory, chunk_size.chunk_holding(offset));
-            if !chunks.contains(&chunk) {
-                chunks.push(chunk);
-            }
-        }
-    }
-    chunks
 }
