@@ -8,7 +8,9 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use runnel_tests::bare::{booted, configure, end_rounds, resumed, save, start, tell};
+use runnel_tests::bare::{
+    about, booted, configure, end_rounds, refusal, resumed, save, saving, start, tell, wait_until,
+};
 use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
@@ -314,4 +316,77 @@ fn a_snapshot_that_is_cancelled_leaves_the_machine_running_and_the_next_one_righ
     let mut again = resumed(&image);
     end_rounds(&mut again, "churn");
     tell(&mut again, "checkfill:59m:1m:7", "checkfill=right");
+}
+
+/// A machine that writes, whose monitor holds each of its operations in `phase`.
+fn writing_and_held_in(phase: &str, socket: &Path) -> Monitor {
+    let mut machine = Monitor::spawn_at(socket, |mut command| {
+        command.env("RUNNEL_HOLD_PHASE", phase).spawn()
+    });
+    machine.wait_for_log("Listening on API socket");
+    configure(&machine, 1, "count:1");
+    start(&mut machine);
+    begin(&mut machine, CHURN);
+    machine
+}
+
+fn set_state(machine: &Monitor, wanted: &str, then: &str) {
+    machine.demand("PATCH", "/vm", &json!({"state": wanted}));
+    assert_eq!(about(machine)["state"], then);
+}
+
+#[test]
+fn a_machine_is_paused_let_run_and_asked_while_its_snapshot_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let mut machine = writing_and_held_in("publishing", &folder.path().join("api.sock"));
+    let progress = |machine: &Monitor| machine.demand("GET", "/snapshot/progress", &Value::Null);
+
+    let snapshot = saving(&machine, &image);
+    wait_until("it publishes", || {
+        let (status, shown) = machine.ask("GET", "/snapshot/progress", &Value::Null);
+        status == 200 && shown["phase"] == "publishing"
+    });
+    set_state(&machine, "Paused", "Paused");
+    let config = machine.demand("GET", "/machine-config", &Value::Null);
+    assert_eq!(config["vcpu_count"], 1);
+    set_state(&machine, "Resumed", "Running");
+    let drive = json!({
+        "drive_id": "late", "path_on_host": image, "is_root_device": false, "is_read_only": false,
+    });
+    assert!(refusal(&machine, "PUT", "/drives/late", &drive).contains("after starting"));
+    set_state(&machine, "Paused", "Paused");
+    assert_eq!(progress(&machine)["state"], "running");
+    machine.demand("DELETE", "/snapshot/create", &Value::Null);
+    assert_eq!(snapshot.answer().0, 400);
+    // As somebody left it, and not as it was.
+    assert_eq!(about(&machine)["state"], "Paused");
+    assert!(!image.exists());
+    set_state(&machine, "Resumed", "Running");
+    end_rounds(&mut machine, "churn");
+}
+
+#[test]
+fn a_machine_that_is_paused_while_it_is_saved_stays_so_and_is_saved_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut machine = booted("count:1");
+    begin(&mut machine, CHURN);
+    for number in 0..3 {
+        let image = folder.path().join(format!("image-{number}"));
+        let snapshot = saving(&machine, &image);
+        machine.wait_for_log("The machine runs on");
+        set_state(&machine, "Paused", "Paused");
+        assert_eq!(snapshot.answer().0, 204);
+        assert_eq!(about(&machine)["state"], "Paused");
+        // One that stands is let run as soon as its memory was read, or once the snapshot is there.
+        let again = folder.path().join(format!("again-{number}"));
+        let snapshot = saving(&machine, &again);
+        set_state(&machine, "Resumed", "Running");
+        assert_eq!(snapshot.answer().0, 204);
+        for image in [image, again] {
+            verified(&image);
+            end_rounds(&mut resumed(&image), "churn");
+        }
+    }
+    end_rounds(&mut machine, "churn");
 }

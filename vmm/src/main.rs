@@ -148,6 +148,7 @@ fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {
         KvmEngine {
             machine: cli.id.to_string(),
         },
+        inbox,
         status,
         config,
         set_logger,
@@ -158,7 +159,7 @@ fn monitor(cli: &Cli, logger: &Logger) -> Result<ExitCode, MonitorError> {
             .map_err(MonitorError::Start)?;
         tracing::info!("Successfully started microvm that was configured from one single json");
     }
-    let code = run(&mut control, &inbox)?;
+    let code = run(&mut control)?;
     // Answers leave before the machine is taken apart, which takes a while if it is stalled.
     if let Some(server) = server {
         server.stop();

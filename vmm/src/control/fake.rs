@@ -8,7 +8,7 @@ use std::time::Duration;
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
 
-use super::guest::{Engine, Guest, GuestError, Paging, Residency, Stalled, Waits};
+use super::guest::{Beside, Engine, Guest, GuestError, Paging, Residency, Stalled, Waits};
 use super::operation::Operation;
 use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig};
 use crate::exit::{EndSignal, Ended};
@@ -84,9 +84,17 @@ impl Guest for FakeGuest {
         Ok(())
     }
 
-    fn save(&mut self, _: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
+    fn save(
+        &mut self,
+        _: &CreateSnapshot,
+        operation: &Operation,
+        beside: &mut Beside<'_>,
+    ) -> Result<(), GuestError> {
         operation.enter("copying");
         self.engine.call("save")?;
+        beside(self, true);
+        self.engine.call("memory is read")?;
+        beside(self, false);
         let Some(begun) = &self.engine.endless_save else {
             return Ok(());
         };

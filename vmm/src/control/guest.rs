@@ -38,6 +38,10 @@ pub trait Engine {
     ) -> Result<Box<dyn Guest>, GuestError>;
 }
 
+/// Does with a machine, while it is saved, what else is asked of it; told whether it must stand for the snapshot just now,
+/// and neither be paused nor let run.
+pub type Beside<'a> = dyn FnMut(&mut dyn Guest, bool) + 'a;
+
 /// A machine that was booted or loaded.
 pub trait Guest {
     /// Stops the vCPUs, and then the devices. Whoever of them waits for a chunk is waited for; `give_up` is asked now
@@ -59,12 +63,17 @@ pub trait Guest {
     /// When the keyboard cannot take it.
     fn press_ctrl_alt_del(&mut self) -> Result<(), GuestError>;
 
-    /// Saves the machine. Whether it fails or not, the machine goes on as it was, running or paused. Looks at
-    /// [`Operation::is_cancelled`] often enough for whoever waits.
+    /// Saves the machine. Whether it fails or not, the machine goes on as it was, or as `beside` left it. Looks at
+    /// [`Operation::is_cancelled`] and calls `beside` often enough for whoever waits.
     ///
     /// # Errors
     /// When it cannot be saved, or the operation was cancelled; nothing is left of the snapshot.
-    fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError>;
+    fn save(
+        &mut self,
+        create: &CreateSnapshot,
+        operation: &Operation,
+        beside: &mut Beside<'_>,
+    ) -> Result<(), GuestError>;
 
     /// Looks after a machine whose volumes are on their way: stops what still runs of one that is stalled, and lets it
     /// go on afterwards. To be called again after what it returns; never if `None`.

@@ -62,10 +62,14 @@ impl Inbox {
     }
 
     pub(super) fn next(&self) -> Option<(Request, Answer)> {
-        self.queue
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop_front()
+        self.next_that(|_| true)
+    }
+
+    /// The first request that is `wanted`; the others keep their places.
+    pub(super) fn next_that(&self, wanted: impl Fn(&Request) -> bool) -> Option<(Request, Answer)> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = queue.iter().position(|(request, _)| wanted(request))?;
+        queue.remove(at)
     }
 
     /// Readable when there may be something to do.

@@ -13,8 +13,10 @@
 //! order. A request that fails leaves the machine and its configuration as they were, and the monitor answering,
 //! after a failed start or load too (Firecracker ends there).
 //!
-//! A snapshot takes seconds, and this thread is busy all the while. What must be answered meanwhile (how far it is,
-//! whether the machine is stalled, «stop that») lives in [`Status`], which is shared and never locked for long.
+//! A snapshot takes seconds, and this thread is busy all the while. It looks into the inbox now and then, and answers
+//! what need not wait for the snapshot: the machine can be paused, let run and asked for its configuration beside it; a
+//! second snapshot comes after the first. What must be answered at once (how far it is, whether the machine is stalled,
+//! «stop that») lives in [`Status`], which is shared and never locked for long.
 //!
 //! **Never**: speaks HTTP (that is `api`), or KVM (that is the [`Engine`]).
 
@@ -35,7 +37,7 @@ pub(crate) mod fake;
 mod tests;
 
 pub use fault::Fault;
-pub use guest::{Engine, Guest, GuestError, Paging, Residency, Stalled, Waits};
+pub use guest::{Beside, Engine, Guest, GuestError, Paging, Residency, Stalled, Waits};
 pub use inbox::{Inbox, Outcome};
 pub use lifeline::watch_lifeline;
 pub use operation::{Operation, OperationKind, OperationState, Progress};
@@ -57,6 +59,7 @@ pub type SetLogger = Box<dyn FnMut(LoggerBody) -> Result<(), GuestError>>;
 /// The machine, or what it is to become, and who may be asked to make it.
 pub struct Control<E> {
     engine: E,
+    inbox: Arc<Inbox>,
     status: Arc<Status>,
     set_logger: SetLogger,
     config: MicrovmConfig,
@@ -67,9 +70,16 @@ pub struct Control<E> {
 
 impl<E: Engine> Control<E> {
     /// A machine that is not started.
-    pub fn new(engine: E, status: Arc<Status>, config: MicrovmConfig, set_logger: SetLogger) -> Self {
+    pub fn new(
+        engine: E,
+        inbox: Arc<Inbox>,
+        status: Arc<Status>,
+        config: MicrovmConfig,
+        set_logger: SetLogger,
+    ) -> Self {
         Self {
             engine,
+            inbox,
             status,
             set_logger,
             config,
@@ -126,7 +136,7 @@ impl<E: Engine> Control<E> {
         }
     }
 
-    fn after_boot(&mut self, guest: &mut dyn Guest, request: Request) -> Result<Reply, Fault> {
+    fn after_boot(&self, guest: &mut dyn Guest, request: Request) -> Result<Reply, Fault> {
         match request {
             Request::GetMachineConfig => Ok(Reply::Machine(MachineBody::from(&guest.config().machine))),
             Request::GetVmConfig => Ok(Reply::Config(Box::new(WholeFile::describing(guest.config())))),
@@ -236,7 +246,8 @@ impl<E: Engine> Control<E> {
             return Err(Fault::SaveWhileRunning);
         }
         let operation = self.status.begin(OperationKind::Create);
-        match guest.save(create, &operation) {
+        let mut beside = |guest: &mut dyn Guest, must_stand| self.answer_beside(guest, must_stand);
+        match guest.save(create, &operation, &mut beside) {
             Ok(()) => {
                 operation.succeed();
                 Ok(Reply::Empty)
@@ -245,9 +256,22 @@ impl<E: Engine> Control<E> {
         }
     }
 
+    /// Answers what need not wait until the snapshot of the machine is there.
+    fn answer_beside(&self, guest: &mut dyn Guest, must_stand: bool) {
+        let goes = |request: &Request| request.goes_beside_a_snapshot(must_stand);
+        while let Some((request, answer)) = self.inbox.next_that(goes) {
+            answer(self.after_boot(guest, request));
+        }
+    }
+
     /// See [`Guest::look_after`]; `None` if there is no machine.
     fn look_after(&mut self) -> Option<Duration> {
         self.guest.as_mut().and_then(|guest| guest.look_after())
+    }
+
+    /// Where requests come from.
+    pub(super) fn inbox(&self) -> &Arc<Inbox> {
+        &self.inbox
     }
 
     /// The machine, once it is there.

@@ -30,6 +30,18 @@ pub enum Request {
     LoadSnapshot(LoadSnapshot),
 }
 
+impl Request {
+    /// Whether it is answered while a snapshot of the machine is made. What changes whether the machine runs waits as long
+    /// as it `must_stand` for the snapshot.
+    pub(super) fn goes_beside_a_snapshot(&self, must_stand: bool) -> bool {
+        match self {
+            Self::CreateSnapshot(_) => false,
+            Self::Pause | Self::Resume => !must_stand,
+            _ => true,
+        }
+    }
+}
+
 /// What a request that succeeded is answered with.
 #[derive(Debug, PartialEq)]
 pub enum Reply {

@@ -2,6 +2,7 @@
 //! a machine that may be stalled.
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -9,7 +10,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Control;
 use super::guest::Engine;
-use super::inbox::Inbox;
 use crate::exit::ExitCode;
 
 /// Why the control thread cannot do its work.
@@ -21,7 +21,8 @@ pub struct CannotWait(#[from] std::io::Error);
 ///
 /// # Errors
 /// When the kernel gives no descriptor to wait with.
-pub fn run<E: Engine>(control: &mut Control<E>, inbox: &Inbox) -> Result<ExitCode, CannotWait> {
+pub fn run<E: Engine>(control: &mut Control<E>) -> Result<ExitCode, CannotWait> {
+    let inbox = Arc::clone(control.inbox());
     let sleeper = Epoll::new()?;
     wake_on(&sleeper, inbox.event())?;
     let mut knows_end = false;

@@ -7,6 +7,7 @@ use crate::exit::ExitCode;
 
 struct Bench {
     control: Control<FakeEngine>,
+    inbox: Arc<Inbox>,
     log: Log,
 }
 
@@ -20,8 +21,11 @@ fn bench(fails: Option<&'static str>) -> Bench {
 fn bench_of(engine: FakeEngine) -> Bench {
     let log = Arc::clone(&engine.log);
     let status = Status::new("test".parse().unwrap());
+    let inbox = Inbox::new().unwrap();
+    let (config, set_logger) = (MicrovmConfig::default(), Box::new(|_| Ok(())));
     Bench {
-        control: Control::new(engine, status, MicrovmConfig::default(), Box::new(|_| Ok(()))),
+        control: Control::new(engine, Arc::clone(&inbox), status, config, set_logger),
+        inbox,
         log,
     }
 }
@@ -241,7 +245,6 @@ fn only_the_operation_that_is_under_way_can_be_cancelled() {
 #[test]
 fn the_loop_answers_in_order_and_ends_with_the_machine() {
     let mut bench = bench(None);
-    let inbox = Inbox::new().unwrap();
     let (answers, received) = std::sync::mpsc::channel();
     for request in [
         boot_source(),
@@ -250,11 +253,59 @@ fn the_loop_answers_in_order_and_ends_with_the_machine() {
         Request::SendCtrlAltDel,
     ] {
         let answers = answers.clone();
-        inbox.post(request, move |outcome| answers.send(outcome.is_ok()).unwrap());
+        bench
+            .inbox
+            .post(request, move |outcome| answers.send(outcome.is_ok()).unwrap());
     }
-    assert_eq!(run(&mut bench.control, &inbox).unwrap(), ExitCode::Ok);
+    assert_eq!(run(&mut bench.control).unwrap(), ExitCode::Ok);
     drop(answers);
     assert_eq!(received.iter().collect::<Vec<_>>(), [true; 4]);
+}
+
+#[test]
+fn beside_a_snapshot_all_but_another_one_is_answered() {
+    let mut bench = bench(None).started();
+    let (answers, received) = std::sync::mpsc::channel();
+    for (name, request) in [
+        ("snapshot", create(IMAGE)),
+        ("second snapshot", create(IMAGE)),
+        ("pause", Request::Pause),
+        ("config", Request::GetMachineConfig),
+        ("boot source", boot_source()),
+        ("resume", Request::Resume),
+    ] {
+        let (answers, inbox) = (answers.clone(), Arc::clone(&bench.inbox));
+        bench.inbox.post(request, move |outcome| {
+            answers.send((name, outcome.is_ok())).unwrap();
+            if name == "second snapshot" {
+                inbox.end();
+            }
+        });
+    }
+    assert_eq!(run(&mut bench.control).unwrap(), ExitCode::Ok);
+    drop(answers);
+    assert_eq!(
+        received.iter().collect::<Vec<_>>(),
+        [
+            ("config", true),
+            ("boot source", false),
+            ("pause", true),
+            ("resume", true),
+            ("snapshot", true),
+            ("second snapshot", true),
+        ]
+    );
+    assert_eq!(
+        bench.log()[2..],
+        [
+            "save",
+            "memory is read",
+            "pause",
+            "resume",
+            "save",
+            "memory is read"
+        ]
+    );
 }
 
 #[test]
@@ -264,8 +315,7 @@ fn the_loop_looks_after_a_machine_without_being_asked() {
         ..FakeEngine::default()
     })
     .started();
-    let inbox = Inbox::new().unwrap();
-    assert_eq!(run(&mut bench.control, &inbox).unwrap(), ExitCode::Ok);
+    assert_eq!(run(&mut bench.control).unwrap(), ExitCode::Ok);
     assert_eq!(
         bench.log(),
         ["boot", "resume", "look after", "look after", "look after"]
@@ -275,11 +325,12 @@ fn the_loop_looks_after_a_machine_without_being_asked() {
 #[test]
 fn the_loop_ends_when_asked_to_and_drops_what_it_did_not_answer() {
     let mut bench = bench(None);
-    let inbox = Inbox::new().unwrap();
     let (answers, received) = std::sync::mpsc::channel::<()>();
-    inbox.end();
-    inbox.post(Request::InstanceStart, move |_| answers.send(()).unwrap());
-    assert_eq!(run(&mut bench.control, &inbox).unwrap(), ExitCode::Ok);
-    drop(inbox);
+    bench.inbox.end();
+    bench
+        .inbox
+        .post(Request::InstanceStart, move |_| answers.send(()).unwrap());
+    assert_eq!(run(&mut bench.control).unwrap(), ExitCode::Ok);
+    drop(bench);
     assert!(received.recv().is_err());
 }

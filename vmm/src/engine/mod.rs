@@ -32,7 +32,7 @@ use runnel_snapshot::shell::shell_word;
 
 use crate::board::StoreError;
 use crate::config::{CreateSnapshot, LoadSnapshot, MicrovmConfig, ResourceId, SaveAs};
-use crate::control::{Engine, Guest, GuestError, Operation, Paging};
+use crate::control::{Beside, Engine, Guest, GuestError, Operation, Paging};
 use crate::exit::EndSignal;
 use crate::microvm::Microvm;
 use crate::pager::{Pager, WriteWatch};
@@ -239,7 +239,12 @@ impl Guest for KvmGuest {
         Ok(self.machine.board().keyboard().press_ctrl_alt_del()?)
     }
 
-    fn save(&mut self, create: &CreateSnapshot, operation: &Operation) -> Result<(), GuestError> {
+    fn save(
+        &mut self,
+        create: &CreateSnapshot,
+        operation: &Operation,
+        beside: &mut Beside<'_>,
+    ) -> Result<(), GuestError> {
         match &create.save_as {
             SaveAs::Image { directory, .. } => check_directory(directory)?,
             SaveAs::TwoFiles { state, memory } => {
@@ -250,7 +255,7 @@ impl Guest for KvmGuest {
         let saved = self.ask_guest(create.guest_hook, operation);
         let saved = saved
             .map_err(Into::into)
-            .and_then(|()| save::save(self, create, operation));
+            .and_then(|()| save::save(self, create, operation, beside));
         // One that was let run has heard of it already.
         self.let_guest_go();
         saved

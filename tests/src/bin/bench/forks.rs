@@ -1,4 +1,4 @@
-//! What it takes to fork a machine a hundred times: how soon the last clone runs, and what each costs the host.
+//! What it takes to fork an image, or a machine, a hundred times: how soon the last clone runs, and what each costs the host.
 //!
 //! The guest watches its generation identifier, and halts when it sees another: it is a clone then, and has run.
 
@@ -16,50 +16,93 @@ use super::content::RAM_MIB;
 use super::metrics::{Metrics, Samples};
 
 const CLONES: usize = 100;
+/// Their names begin with it.
+const CLONE: &str = "clone";
 const FORKS: usize = 3;
 /// How long after the last clone runs nothing changes any more.
 const AT_REST: Duration = Duration::from_secs(2);
 /// Longer than any clone takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Forks a machine whose memory is `content`.
+/// Forks an image of a machine whose memory is `content`, and then such a machine while it runs.
 ///
 /// # Errors
 /// When a clone does not run.
 pub(crate) fn measure(content: &Path, metrics: &mut Metrics) -> io::Result<()> {
     let user = User::new();
-    save(&user, content)?;
-    // One that stays: the copy that all share is there then.
-    user.output(&["fork", "web-v1", "-n", "1", "--name", "first"]);
-    wait_until_resident(&user);
-    let (mut times, mut host, mut own) = (Vec::new(), Vec::new(), Vec::new());
+    boot(&user, content)?;
+    user.output(&["snapshot", "web", "web-v1"]);
+    user.output(&["kill", "web"]);
+    let mut of_image = Vec::new();
     for _ in 0..FORKS {
+        // One that stays: the copy that all share is there then.
+        user.output(&["fork", "web-v1", "-n", "1", "--name", "first"]);
+        wait_until_resident(&user);
+        of_image.push(Fork::of(&user, "web-v1")?);
+        user.output(&["kill", "--all"]);
+    }
+    Fork::add_to(metrics, "fork", &of_image);
+
+    let mut of_machine = Vec::new();
+    for _ in 0..FORKS {
+        // Its first fork alone shares its memory.
+        let user = User::new();
+        boot(&user, content)?;
+        of_machine.push(Fork::of(&user, "web")?);
+    }
+    Fork::add_to(metrics, "fork_machine", &of_machine);
+    Ok(())
+}
+
+/// What a fork cost.
+struct Fork {
+    took: Duration,
+    /// What the host has less, for each clone.
+    host_kib: f64,
+    /// What each clone's process has.
+    own_kib: f64,
+}
+
+impl Fork {
+    fn of(user: &User, what: &str) -> io::Result<Self> {
         std::thread::sleep(AT_REST);
         let before = available_kib()?;
         let asked = Instant::now();
         let number = CLONES.to_string();
-        let made = user.output(&["fork", "web-v1", "-n", &number, "--name", "c", "--json"]);
+        let made = user.output(&["fork", what, "-n", &number, "--name", CLONE, "--json"]);
         let made: Value = serde_json::from_str(&made)?;
         let machines = made["machines"].as_array().into_iter().flatten();
         let consoles = machines.filter_map(|machine| machine["console_socket"].as_str());
         let consoles: Vec<&str> = consoles.collect();
         assert_eq!(consoles.len(), CLONES);
         consoles.iter().try_for_each(|console| has_run(console))?;
-        times.push(asked.elapsed());
+        let took = asked.elapsed();
         std::thread::sleep(AT_REST);
-        host.push(before.saturating_sub(available_kib()?) as f64 / CLONES as f64);
-        own.push(proportional_kib(&user)? as f64 / CLONES as f64);
-        user.output(&["kill", "--all"]);
-        user.output(&["fork", "web-v1", "-n", "1", "--name", "first"]);
-        wait_until_resident(&user);
+        let clones = CLONES as f64;
+        Ok(Self {
+            took,
+            host_kib: before.saturating_sub(available_kib()?) as f64 / clones,
+            own_kib: proportional_kib(user)? as f64 / clones,
+        })
     }
-    metrics.add("fork_100_first_instruction_ms", Samples::milliseconds(&times));
-    metrics.add("fork_host_kib_per_clone", Samples::new("KiB", host));
-    metrics.add("fork_pss_kib_per_clone", Samples::new("KiB", own));
-    Ok(())
+
+    fn add_to(metrics: &mut Metrics, name: &str, forks: &[Self]) {
+        let took: Vec<_> = forks.iter().map(|fork| fork.took).collect();
+        metrics.add(
+            &format!("{name}_{CLONES}_first_instruction_ms"),
+            Samples::milliseconds(&took),
+        );
+        let mut add = |what, of: fn(&Self) -> f64| {
+            let samples = Samples::new("KiB", forks.iter().map(of).collect());
+            metrics.add(&format!("{name}_{what}_kib_per_clone"), samples);
+        };
+        add("host", |fork| fork.host_kib);
+        add("pss", |fork| fork.own_kib);
+    }
 }
 
-fn save(user: &User, content: &Path) -> io::Result<()> {
+/// Runs a machine named `web` whose memory holds `content`, until it knows who it is.
+fn boot(user: &User, content: &Path) -> io::Result<()> {
     let memory = format!("{RAM_MIB}M");
     let path = |path: &Path| path.to_string_lossy().into_owned();
     let (kernel, content) = (path(bare_guest()), path(content));
@@ -72,8 +115,6 @@ fn save(user: &User, content: &Path) -> io::Result<()> {
     read_to(&mut console, "generation=known");
     console.kill()?;
     console.wait()?;
-    user.output(&["snapshot", "web", "web-v1"]);
-    user.output(&["kill", "web"]);
     Ok(())
 }
 
@@ -110,12 +151,13 @@ fn available_kib() -> io::Result<u64> {
     field_kib(&all, "MemAvailable:")
 }
 
-/// What the clones' processes have, pages that several have shared out among them; the first one is not counted.
+/// What the clones' processes have, pages that several have shared out among them.
 fn proportional_kib(user: &User) -> io::Result<u64> {
-    let machines = user
-        .machines()
-        .into_iter()
-        .filter(|machine| machine["name"] != "first-1");
+    let machines = user.machines().into_iter().filter(|machine| {
+        machine["name"]
+            .as_str()
+            .is_some_and(|name| name.starts_with(CLONE))
+    });
     let mut sum = 0;
     for machine in machines {
         let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", machine["pid"]))?;

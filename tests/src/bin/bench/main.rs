@@ -37,7 +37,7 @@ use pauses::Case;
 use remote::{Names, Remote};
 
 /// What the figures are, for whoever reads the report.
-const MEANINGS: [(&str, &str); 28] = [
+const MEANINGS: [(&str, &str); 29] = [
     (
         "resume_*",
         "API request sent to a monitor that is up, to the end of the first line that the guest begins, which depends on a counter in its RAM; monitors are fresh each time, files in the page cache",
@@ -137,6 +137,10 @@ const MEANINGS: [(&str, &str); 28] = [
     (
         "fork_pss_kib_per_clone",
         "proportional set size of their processes, guest RAM included, divided by them",
+    ),
+    (
+        "fork_machine_*",
+        "the same of a machine that was booted and runs, which is saved to an image for it, and shares its memory with its clones; an agent is started first",
     ),
     (
         "vmm_rss_kib",

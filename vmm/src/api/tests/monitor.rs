@@ -37,8 +37,8 @@ impl Monitor {
         let control = std::thread::spawn(move || {
             let logger = Logger::new("test".parse().unwrap());
             let set_logger = Box::new(move |body| Ok(logger.update(&body)?));
-            let mut control = Control::new(engine, status, MicrovmConfig::default(), set_logger);
-            run(&mut control, &requests).unwrap()
+            let mut control = Control::new(engine, requests, status, MicrovmConfig::default(), set_logger);
+            run(&mut control).unwrap()
         });
         Self {
             server: Some(server),

@@ -6,7 +6,7 @@ use runnel_snapshot::capture::Progress;
 use runnel_snapshot::capture::progress::Stage;
 
 use super::{How, SaveError};
-use crate::control::{Guest as _, GuestError, Operation};
+use crate::control::{Beside, Guest as _, GuestError, Operation};
 use crate::engine::KvmGuest;
 
 /// How often it is looked whether the machine may run on.
@@ -15,15 +15,18 @@ const LOOK: Duration = Duration::from_millis(2);
 /// What goes on beside a snapshot.
 pub(super) struct Meanwhile<'a> {
     pub(super) operation: &'a Operation,
+    /// What else is asked of the machine.
+    beside: &'a mut Beside<'a>,
     /// Whether the machine stands for the snapshot alone.
     stands: bool,
 }
 
 impl<'a> Meanwhile<'a> {
     /// The machine goes on as it was, running or paused.
-    pub(super) fn new(operation: &'a Operation) -> Self {
+    pub(super) fn new(operation: &'a Operation, beside: &'a mut Beside<'a>) -> Self {
         Self {
             operation,
+            beside,
             stands: false,
         }
     }
@@ -62,8 +65,8 @@ impl<'a> Meanwhile<'a> {
         );
     }
 
-    /// Does `work` on a thread of its own, and looks after the machine on this one. One that stands for its memory
-    /// runs on as soon as that was read.
+    /// Does `work` on a thread of its own, and looks after the machine on this one, and what else is asked of it. One
+    /// that stands for its memory runs on as soon as that was read.
     pub(super) fn work<T: Send>(
         &mut self,
         guest: &mut KvmGuest,
@@ -75,10 +78,12 @@ impl<'a> Meanwhile<'a> {
         let done = std::thread::scope(|scope| {
             let work = scope.spawn(work);
             while !work.is_finished() {
-                if has_read_memory(progress) {
+                let has_read = has_read_memory(progress);
+                if has_read {
                     self.let_run(guest);
                 }
                 let _ = guest.look_after();
+                (self.beside)(guest, matches!(how, How::Standing) && !has_read);
                 // The capture waits for a chunk that does not come, and the machine for the capture.
                 if stalled.is_none() && how.holds_writers() {
                     stalled = guest.stall();

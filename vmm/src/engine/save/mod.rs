@@ -41,7 +41,7 @@ use super::memory::{RamBacking, freeze, memory_content};
 use super::watch::watch;
 use super::written::Since;
 use crate::config::{CreateSnapshot, ResourceId, SaveAs, SnapshotType};
-use crate::control::{GuestError, Operation};
+use crate::control::{Beside, GuestError, Operation};
 use crate::memory::unmap_ahead;
 use meanwhile::Meanwhile;
 use sharing::seal_memory;
@@ -51,9 +51,10 @@ pub(super) fn save(
     guest: &mut KvmGuest,
     create: &CreateSnapshot,
     operation: &Operation,
+    beside: &mut Beside<'_>,
 ) -> Result<(), GuestError> {
     let mut saving = Saving::new(guest, create);
-    let mut meanwhile = Meanwhile::new(operation);
+    let mut meanwhile = Meanwhile::new(operation, beside);
     if saving.is_diff {
         // While nothing is armed, and the machine runs, if it does.
         let goes_on = || !operation.is_cancelled();
