@@ -163,9 +163,12 @@ pub struct ImageStatus {
     pub bytes_received: u64,
     /// Bytes that went out for it.
     pub bytes_sent: u64,
-    /// Bytes that its page files take.
+    /// Bytes that its page files take, but for those that are somebody else's.
     #[serde(default)]
     pub bytes_kept: u64,
+    /// The volumes whose page files are somebody else's: the memory of a machine that the image was made of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adopted: Vec<AdoptedVolume>,
     /// Chunks that were copied from page files of other images, and not fetched.
     #[serde(default)]
     pub chunks_copied: u64,
@@ -178,6 +181,15 @@ pub struct ImageStatus {
     /// What of it the agent cannot keep: volume, folder and reason of each. A full file system, most often.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unkept: Option<String>,
+}
+
+/// A volume whose page file was handed over, and is not the agent's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdoptedVolume {
+    /// Which.
+    pub volume: VolumeName,
+    /// Bytes that the file takes, for whoever made it and the image's machines together.
+    pub bytes: u64,
 }
 
 /// The most images that a [`AgentStatus`] tells of: more do not fit into a message.
@@ -614,6 +626,10 @@ mod tests {
             bytes_received: u64::MAX,
             bytes_sent: u64::MAX,
             bytes_kept: u64::MAX,
+            adopted: vec![AdoptedVolume {
+                volume: VolumeName::Memory,
+                bytes: u64::MAX,
+            }],
             chunks_copied: u64::MAX,
             bytes_saved: u64::MAX,
             trouble: Some("\"".repeat(4000)),
@@ -633,6 +649,24 @@ mod tests {
     }
 
     #[test]
+    fn a_status_of_an_agent_that_knows_less_is_read_and_says_no_more() {
+        let digest = BlobDigest::of(b"m");
+        let image = format!(
+            r#"{{"image":"http://h/web","digest":"{digest}","machines":1,"bytes_received":2,"bytes_sent":3}}"#
+        );
+        let told = format!(r#"{{"process":7,"images":[{image}]}}"#);
+        let FromAgent::Status(read) = FromAgent::parse(&[&[STATUS], told.as_bytes()].concat()).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!((read.process, read.images.len()), (7, 1));
+        assert!(read.images[0].adopted.is_empty() && read.images[0].bytes_kept == 0);
+        // What is not so takes no room.
+        let said = FromAgent::Status(read).to_bytes();
+        assert!(!String::from_utf8(said).unwrap().contains("adopted"));
+    }
+
+    #[test]
     fn the_trouble_of_few_images_is_told_whole() {
         let trouble = "x".repeat(REASON_BYTES_MAX);
         let image = ImageStatus {
@@ -642,6 +676,7 @@ mod tests {
             bytes_received: 1,
             bytes_sent: 1,
             bytes_kept: 1,
+            adopted: Vec::new(),
             chunks_copied: 1,
             bytes_saved: 1,
             trouble: Some(trouble.clone()),

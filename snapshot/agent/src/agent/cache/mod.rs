@@ -23,12 +23,13 @@ mod known;
 mod pool;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use runnel_snapshot::digest::{BlobDigest, ChunkDigest};
 use runnel_snapshot::image::source::{HostCache, PageFile, SourceError, TakeOut};
-use runnel_snapshot::protocol::CacheStatus;
+use runnel_snapshot::protocol::{AdoptedVolume, CacheStatus};
 use runnel_snapshot::source::PageFileLayout;
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
@@ -147,6 +148,15 @@ impl Cache {
         files.any(|kept| kept.image == *image && kept.volume == *volume)
     }
 
+    /// Whether `file` is that page file.
+    pub(super) fn has_file(&self, image: &BlobDigest, volume: &VolumeName, file: &File) -> bool {
+        let files = lock(&self.files);
+        let its = files
+            .iter()
+            .find(|kept| kept.image == *image && kept.volume == *volume);
+        its.is_some_and(|kept| kept.file.is_file(file).unwrap_or(false))
+    }
+
     /// Somebody else's file is the page file of a volume of an image that has none. It takes no room here.
     pub(super) fn adopt(&self, image: &BlobDigest, volume: &VolumeName, file: PageFile) {
         lock(&self.files).push(Kept {
@@ -198,6 +208,19 @@ impl Cache {
         let files = lock(&self.files);
         let its = files.iter().filter(|kept| kept.image == *image);
         its.map(|kept| kept.file.allocated_bytes()).sum()
+    }
+
+    /// Those of an image that are somebody else's.
+    pub(super) fn adopted(&self, image: &BlobDigest) -> Vec<AdoptedVolume> {
+        let files = lock(&self.files);
+        let its = files.iter().filter(|kept| kept.image == *image);
+        let adopted = its.filter_map(|kept| {
+            Some(AdoptedVolume {
+                volume: kept.volume.clone(),
+                bytes: kept.file.adopted_bytes()?,
+            })
+        });
+        adopted.collect()
     }
 
     fn pool(&self, volume: &VolumeName) -> &Pool {
