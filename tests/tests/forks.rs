@@ -206,6 +206,11 @@ fn clones_of_a_machine_that_was_booted_share_its_memory_with_it() {
     let agent: Value = serde_json::from_str(&user.output(&["agent", "--status", "--json"])).unwrap();
     let kept = agent["cache"]["memory"]["bytes"].as_u64().unwrap();
     assert!(kept < FILLED_KIB << 9, "{kept} bytes are the agent's");
+    let adopted = &agent["images"][0]["adopted"][0];
+    assert_eq!(adopted["volume"], "memory", "{agent}");
+    assert!(adopted["bytes"].as_u64().unwrap() >= FILLED_KIB << 10, "{agent}");
+    let told = user.output(&["agent", "--status"]);
+    assert!(told.contains("is that of the machine it was made of"), "{told}");
 
     // What one writes no other sees.
     for (seed, name) in (20..).zip(&all) {
@@ -304,6 +309,107 @@ fn there_are_all_clones_or_none() {
     // Its image's name says that the machine is meant.
     let clones = forked(&user, &["web", "-n", "1", "--image", "of-web", "--paused"]);
     assert_eq!(clones, ["web-1"]);
+}
+
+/// What the tool says that somebody could type, in the order in which it does.
+fn commands_in(told: &str) -> Vec<Vec<&str>> {
+    let quoted = told.split('`').skip(1).step_by(2);
+    let commands = quoted.filter_map(|command| command.strip_prefix("runnel "));
+    commands.map(|command| command.split(' ').collect()).collect()
+}
+
+#[test]
+fn a_fork_of_a_machine_that_fails_leaves_its_image_and_says_how_to_go_on_with_it_or_to_remove_it() {
+    let user = with_machine("fill:8m:1m:7 count:3");
+    succeeded(user.boot("", &["--detach", "--name", "c-2"]).output().unwrap());
+    let failed = user.run(&["fork", "web", "-n", "2", "--name", "c"]);
+    assert_eq!(failed.status.code(), Some(1));
+    let told = String::from_utf8(failed.stderr).unwrap();
+    assert!(
+        told.contains("c-2 cannot be started") && told.contains("the image web-fork was made, and stays"),
+        "{told}"
+    );
+    let commands = commands_in(&told);
+    let [again, remove, ..] = &commands[..] else {
+        panic!("{told}")
+    };
+    // Outside the store it is no image that the tool removes.
+    let elsewhere = user.folder().join("of-web");
+    let elsewhere = elsewhere.to_str().unwrap();
+    let failed = user.run(&["fork", "web", "-n", "2", "--name", "c", "--image", elsewhere]);
+    let told = String::from_utf8(failed.stderr).unwrap();
+    assert!(
+        told.contains(&format!("`rm -r {elsewhere}` removes it")),
+        "{told}"
+    );
+    fs::remove_dir_all(elsewhere).unwrap();
+
+    user.output(&["kill", "c-2"]);
+    // Which shares the machine's memory with them, as the fork would have.
+    let clones = user.output(&[&again[..], &["--paused"]].concat());
+    assert_eq!(clones, "c-1\nc-2\n");
+    let files: BTreeSet<String> = user
+        .machines()
+        .iter()
+        .map(|machine| memory_file(&machine["pid"]))
+        .collect();
+    assert_eq!(files.len(), 1);
+    user.output(&["unpause", "c-1"]);
+    let heard = last_words(&user, "c-1", "count:1\ncheckfill:8m:1m:7");
+    assert!(
+        heard.contains("count=4") && heard.contains("checkfill=right"),
+        "{heard}"
+    );
+    user.output(&["kill", "c-2"]);
+    user.output(remove);
+    assert!(!user.folder().join("images/web-fork").exists());
+}
+
+fn signal(pid: impl ToString, name: &str) {
+    let sent = Command::new("kill")
+        .arg(format!("-{name}"))
+        .arg(pid.to_string())
+        .status();
+    assert!(sent.unwrap().success());
+}
+
+#[test]
+fn an_agent_that_is_killed_with_a_machines_memory_in_hand_is_replaced_and_the_clones_are_right() {
+    let user = with_machine("fill:8m:1m:7 count:3");
+    let mut agent = user.command(&["agent"]).spawn().unwrap();
+    read_to(&mut agent, "listens at");
+    // It takes what it is given, and never says anything.
+    signal(agent.id(), "STOP");
+    let forking = user
+        .command(&["fork", "web", "-n", "2", "--name", "c", "--paused"])
+        .spawn()
+        .unwrap();
+    runnel_tests::bare::wait_until("the memory is handed over", || {
+        user.machines()[0]["operation"]["phase"] == "sharing memory"
+    });
+    signal(agent.id(), "KILL");
+    agent.wait().unwrap();
+    assert_eq!(succeeded(forking.wait_with_output().unwrap()), "c-1\nc-2\n");
+    let log = fs::read_to_string(user.machine_folder("web").join("vmm.log")).unwrap();
+    assert!(
+        log.contains("is not shared with this machine") && log.contains("the agent hung up"),
+        "{log}"
+    );
+    let images = fs::read_dir(user.folder().join("images")).unwrap().flatten();
+    let images: Vec<_> = images.map(|entry| entry.file_name()).collect();
+    assert_eq!(images, ["web-fork"]);
+    user.output(&["verify", "web-fork"]);
+    assert_eq!(user.state_of("web"), "running");
+    for name in ["c-1", "c-2", "web"] {
+        if name != "web" {
+            user.output(&["unpause", name]);
+        }
+        let heard = last_words(&user, name, "count:1\ncheckfill:8m:1m:7");
+        assert!(
+            heard.contains("count=4") && heard.contains("checkfill=right"),
+            "{name}: {heard}"
+        );
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod cli;
+mod failed_reads;
 pub mod remote;
 pub mod serve;
 pub mod tls;

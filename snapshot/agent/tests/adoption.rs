@@ -5,19 +5,24 @@
 
 mod wire;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use runnel_agent::agent::{Agent, AgentSettings};
-use runnel_snapshot::protocol::{self, Adopt, ConnectError, PROTOCOL_VERSION};
+use runnel_snapshot::protocol::{self, Adopt, AdoptedVolume, ConnectError, PROTOCOL_VERSION};
 use runnel_snapshot::source::Arrived::{Data, Zero};
 use runnel_snapshot::volume::VolumeName;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 use wire::Stored;
 use wire::fixture::Part::{self, Zeros};
 use wire::fixture::{CHUNK, chunk_of};
-use wire::host::{Home, Machine};
+use wire::host::{Home, LONG, Machine, registry_of};
+use wire::program::Program;
+use wire::scripted::Reply;
 
 const ALL: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
 
@@ -57,9 +62,14 @@ fn sealed(file: File, seals: SealFlags) -> File {
 }
 
 fn offer(home: &Home, image: &Stored, file: &File) -> Result<(), ConnectError> {
+    offer_at(home, image.path().to_str().unwrap(), image, file)
+}
+
+/// Of an image that the agent is to read there.
+fn offer_at(home: &Home, place: &str, image: &Stored, file: &File) -> Result<(), ConnectError> {
     let adopt = Adopt {
         protocol: PROTOCOL_VERSION,
-        image: image.path().to_str().unwrap().to_owned(),
+        image: place.to_owned(),
         digest: image.manifest.digest,
         volume: VolumeName::Memory,
         machine: "parent".to_owned(),
@@ -97,7 +107,7 @@ fn right() -> Vec<u8> {
 fn clones_map_the_file_of_the_machine_that_they_are_of() {
     let image = image();
     let home = Home::new();
-    let agent = home.start();
+    let _agent = home.start();
     let file = sealed(memory(), ALL);
     offer(&home, &image, &file).unwrap();
     for clone in [clone_of(&home, &image), clone_of(&home, &image)] {
@@ -109,9 +119,14 @@ fn clones_map_the_file_of_the_machine_that_they_are_of() {
         let hole = rustix::fs::seek(&*pages, SeekFrom::Hole(3 * CHUNK as u64)).unwrap();
         assert_eq!(hole, 5 * CHUNK as u64);
     }
-    let status = agent.status();
+    let status = protocol::status(&home.socket(), LONG).unwrap();
     assert_eq!(status.cache.memory.bytes, 0, "it takes nothing of the quota");
-    assert_eq!(status.images.len(), 1);
+    let [its] = &status.images[..] else { panic!() };
+    let adopted = AdoptedVolume {
+        volume: VolumeName::Memory,
+        bytes: file.metadata().unwrap().blocks() * 512,
+    };
+    assert_eq!((its.bytes_kept, &its.adopted), (0, &vec![adopted]));
 }
 
 #[test]
@@ -224,6 +239,62 @@ fn clones_go_on_when_the_machine_and_the_agent_are_gone_and_the_next_agent_serve
     assert!(memory_of(&other) == right());
     let inode = |machine: &Machine| machine.page_file().metadata().unwrap().ino();
     assert_eq!(inode(&other), inode(&clone));
+}
+
+#[test]
+fn the_very_file_that_the_agent_has_is_taken_again_and_an_equal_one_is_not() {
+    let image = image();
+    let home = Home::new();
+    let agent = home.start();
+    let file = sealed(memory(), ALL);
+    // At once, as the clones of a machine come back to a new agent; and later.
+    thread::scope(|scope| {
+        let offers = [(); 4].map(|()| scope.spawn(|| offer(&home, &image, &file)));
+        offers
+            .into_iter()
+            .for_each(|offer| offer.join().unwrap().unwrap());
+    });
+    let clone = clone_of(&home, &image);
+    offer(&home, &image, &file).unwrap();
+    let told = refusal(offer(&home, &image, &sealed(memory(), ALL)));
+    assert!(told.contains("already"), "{told}");
+    assert!(memory_of(&clone) == right());
+    assert_eq!(agent.status().images.len(), 1);
+}
+
+#[test]
+fn an_agent_that_is_killed_while_it_looks_at_a_file_leaves_nothing_and_the_next_one_takes_it() {
+    let image = image();
+    let index = image.open().manifest.volumes[0].index.digest;
+    let is_looking = Arc::new(AtomicBool::new(false));
+    let looks = Arc::clone(&is_looking);
+    // What its chunks should be it never hears.
+    let server = registry_of(&image, move |digest, request, bytes| {
+        if *digest != index {
+            return Reply::part(request, bytes);
+        }
+        looks.store(true, Ordering::SeqCst);
+        Reply::Hang(Vec::new())
+    });
+    let home = Home::new();
+    let agent = Program::start(&home);
+    let file = sealed(memory(), ALL);
+    let url = format!("{}/web", server.base());
+    let told = thread::scope(|scope| {
+        let offered = scope.spawn(|| offer_at(&home, &url, &image, &file));
+        while !is_looking.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        drop(agent);
+        offered.join().unwrap().unwrap_err()
+    });
+    assert!(matches!(told, ConnectError::HungUp(_)), "{told}");
+    let left = fs::read_dir(home.path().join("memory")).unwrap().flatten();
+    let left: Vec<_> = left.map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["lock"]);
+    let _next = Program::start(&home);
+    offer(&home, &image, &file).unwrap();
+    assert!(memory_of(&clone_of(&home, &image)) == right());
 }
 
 #[test]

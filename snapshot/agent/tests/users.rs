@@ -7,15 +7,16 @@ mod wire;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::thread;
 
 use runnel_agent::agent::{Agent, AgentError, PagesError};
-use runnel_snapshot::protocol::ConnectError;
-use rustix::fs::{FallocateFlags, Gid, Uid};
+use runnel_snapshot::protocol::{self, Adopt, ConnectError, PROTOCOL_VERSION};
+use runnel_snapshot::volume::VolumeName;
+use rustix::fs::{FallocateFlags, Gid, MemfdFlags, SealFlags, Uid};
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::{set_thread_res_gid, set_thread_res_uid};
-use wire::fixture::{CHUNK, chunk_of};
+use wire::fixture::{self, CHUNK, chunk_of};
 use wire::host::Home;
 use wire::{Stored, serve};
 
@@ -170,6 +171,69 @@ fn another_user_gets_neither_the_agent_nor_a_page_file() {
     let mut bytes = vec![0; CHUNK];
     machine.page_file().read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, chunk_of(1));
+}
+
+#[test]
+fn an_agent_of_another_user_takes_a_machines_file_and_reads_no_image_that_is_not_its_own() {
+    if !is_root() {
+        return;
+    }
+    let stored = Stored::new();
+    let home = Home::new();
+    std::os::unix::fs::chown(home.path(), Some(OTHER), Some(OTHER)).unwrap();
+    // Its threads are that user's, and so are those that they start.
+    let agent = as_another(|| home.start());
+    let memory = frozen_memory(&stored);
+    let hand_over = |place: &str| {
+        let adopt = Adopt {
+            protocol: PROTOCOL_VERSION,
+            image: place.to_owned(),
+            digest: stored.manifest.digest,
+            volume: VolumeName::Memory,
+            machine: "parent".to_owned(),
+        };
+        protocol::hand_over(&home.socket(), adopt, &memory, &|| false)
+    };
+    let refused = hand_over(stored.path().to_str().unwrap()).unwrap_err();
+    let ConnectError::NotAdopted(reason) = refused else {
+        panic!("{refused}")
+    };
+    assert!(reason.contains("ermission denied"), "{reason}");
+
+    let server = serve(&[&stored.path()]);
+    let url = format!("http://{}/web", server.address());
+    hand_over(&url).unwrap();
+    let clone = home.machine(&url).unwrap();
+    clone.gets(0);
+    assert!(clone.has(0, 1) && clone.has(3, 2));
+    let file = clone.page_file();
+    assert_eq!(
+        file.metadata().unwrap().ino(),
+        memory.metadata().unwrap().ino(),
+        "the machine's own"
+    );
+    // It can be opened, and is sealed.
+    let writes = || {
+        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+        attempts(&OpenOptions::new().read(true).write(true).open(again).unwrap())
+    };
+    for (how, done) in writes().into_iter().chain(as_another(writes)) {
+        let is_opened = how.starts_with("open") && how != "open to truncate";
+        assert!(done.is_err() || is_opened, "{how}");
+    }
+    assert!(clone.has(0, 1) && clone.has(3, 2));
+    assert_eq!(agent.status().images[0].adopted.len(), 1);
+}
+
+/// The memory of the machine that an image was made of, as nobody can change it.
+fn frozen_memory(image: &Stored) -> File {
+    let bytes = fixture::read_volume(&image.open(), &VolumeName::Memory);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file: File = rustix::fs::memfd_create("memory", flags).unwrap().into();
+    file.write_all(&bytes).unwrap();
+    let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW;
+    rustix::fs::fcntl_add_seals(&file, seals).unwrap();
+    file
 }
 
 #[test]

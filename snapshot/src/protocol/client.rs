@@ -10,6 +10,7 @@
 
 mod away;
 mod opening;
+mod question;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -29,10 +30,12 @@ use crate::image::source::is_sealed;
 use crate::source::{ChunkFailure, ChunkId, ChunkSink, PageSource, SourceVolume, Urgency, VolumeId};
 use crate::volume::VolumeName;
 pub use away::AgentImage;
+use opening::Connection;
 #[doc(hidden)]
 pub use opening::read_opening;
-pub use opening::{ConnectError, Opening, hand_over, is_answering, status};
-use opening::{Connection, Patience};
+pub use opening::{ConnectError, Opening};
+use question::Patience;
+pub use question::{hand_over, is_answering, status};
 
 /// How long to wait before connecting again: first this, then twice as long each time.
 const RECONNECT_MIN: Duration = Duration::from_millis(20);

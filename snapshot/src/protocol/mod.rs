@@ -38,10 +38,10 @@
 //! **Adopted files.** A machine that an image was made of may have the image's memory in a file that nobody can change any
 //! more, and hand it to the agent, which holds all of it against the image first. It is the page file of that volume then:
 //! whole from the start, without marks, and never another. A monitor that has such a page file needs no other, whichever
-//! a later agent has; it hands it to that one first.
+//! a later agent has; it hands it to that one first. To be given once more the very file that it has is `Adopted` too.
 //!
 //! **Versions.** `Hello` names the protocol's version; an agent that does not speak it refuses with the versions that it
-//! does. Fields may be added to the JSON of `Hello`, `Opened` and `Refused` within a version; a new message or another
+//! does. Fields may be added to the JSON of `Hello`, `Opened`, `Refused` and `Status` within a version; a new message or another
 //! layout of an old one is a new version.
 //!
 //! **Trust.** A monitor believes nothing about lengths; it does rely on its agent for the bytes of the page files, as the
@@ -55,8 +55,8 @@ mod socket;
 pub use client::read_opening;
 pub use client::{AgentImage, AgentSource, ConnectError, Opening, hand_over, is_answering, status};
 pub use message::{
-    Adopt, AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello, ImageStatus,
-    IndexFound, MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused, VOLUMES_MAX,
-    WantIndex,
+    Adopt, AdoptedVolume, AgentStatus, BadMessage, CHUNKS_MAX, CacheStatus, FromAgent, FromMonitor, Hello,
+    ImageStatus, IndexFound, MESSAGE_BYTES_MAX, Opened, OpenedVolume, PROTOCOL_VERSION, PoolStatus, Refused,
+    VOLUMES_MAX, WantIndex,
 };
 pub use socket::{PacketListener, PacketSocket};

@@ -404,6 +404,7 @@ impl OpenImage {
             bytes_received,
             bytes_sent,
             bytes_kept: self.cache.bytes_of(&self.digest),
+            adopted: self.cache.adopted(&self.digest),
             chunks_copied,
             bytes_saved,
             trouble: self.places.trouble(),

@@ -199,6 +199,11 @@ impl Images {
         let reference = adopt.image.parse::<ImageReference>();
         let reference = reference.map_err(|error| refuse(error.to_string(), false))?;
         // Of many machines that come back with the same file, the first brings it.
+        if self.cache.has_file(&adopt.digest, &adopt.volume, &file) {
+            let (machine, image) = (&adopt.machine, adopt.digest);
+            tracing::debug!(machine, %image, volume = %adopt.volume, "a machine's file is the page file already");
+            return Ok(());
+        }
         if self.cache.has(&adopt.digest, &adopt.volume) {
             let error = OpenError::HasPages(adopt.volume.clone());
             return Err(refuse(error.to_string(), false));
@@ -244,6 +249,11 @@ impl Images {
         goes_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<Arc<OpenImage>, OpenError> {
         let digest = found.digest();
+        if let Some(open) = slot.image.get()
+            && self.cache.has_file(&digest, volume, &file)
+        {
+            return Ok(Arc::clone(open));
+        }
         if slot.image.get().is_some() || self.cache.has(&digest, volume) {
             return Err(OpenError::HasPages(volume.clone()));
         }

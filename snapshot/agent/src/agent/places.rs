@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
-use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::image::reference::ImageReference;
 
+use crate::failed_reads::FailedReads;
 use crate::traffic::Traffic;
 
 /// Places that are kept. Beyond, the one that was to be asked last is forgotten.
@@ -178,11 +178,11 @@ impl Places {
         lock(&self.known).list.clone()
     }
 
-    /// The first that is none of `failed`.
-    fn next_beside(&self, failed: &[Arc<Place>]) -> Option<Arc<Place>> {
+    /// The first that is none of `asked`.
+    fn next_beside(&self, asked: &[Arc<Place>]) -> Option<Arc<Place>> {
         let known = lock(&self.known);
-        let has_failed = |place: &Arc<Place>| failed.iter().any(|other| Arc::ptr_eq(other, place));
-        known.list.iter().find(|place| !has_failed(place)).cloned()
+        let was_asked = |place: &Arc<Place>| asked.iter().any(|other| Arc::ptr_eq(other, place));
+        known.list.iter().find(|place| !was_asked(place)).cloned()
     }
 
     /// Asks `place` first from now on, in place of `failed`: unless another took its place meanwhile.
@@ -248,43 +248,24 @@ impl BlobStore for Places {
         into: &mut [u8],
         are_right: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<bool, BlobError> {
-        let mut failed: Vec<Arc<Place>> = Vec::new();
-        let mut troubles = Vec::new();
-        let mut last = Ok(false);
-        let mut transient = false;
+        let mut asked: Vec<Arc<Place>> = Vec::new();
+        let mut failed = FailedReads::default();
         // Looked at anew each time: one may have been named while another was waited for.
-        while let Some(place) = self.next_beside(&failed) {
+        while let Some(place) = self.next_beside(&asked) {
             let read = place.store.read_right(blob, offset, into, are_right);
-            let trouble = match &read {
-                Ok(true) => {
+            match failed.take(&place.reference, blob, read) {
+                Ok(()) => {
                     place.health.is_well();
-                    if let Some(first) = failed.first() {
+                    if let Some(first) = asked.first() {
                         self.prefer(&place, first);
                     }
-                    return read;
+                    return Ok(true);
                 }
-                Ok(false) => format!("its bytes of blob {} are damaged", blob.digest),
-                Err(error) => {
-                    transient |= error.is_transient();
-                    with_causes(error)
-                }
-            };
-            place.health.is_troubled(&trouble);
-            troubles.push(format!("{}: {trouble}", place.reference));
-            // What one place had wrong, another that cannot be read may have right.
-            if last.is_ok() {
-                last = read;
+                Err(trouble) => place.health.is_troubled(&trouble),
             }
-            failed.push(place);
+            asked.push(place);
         }
-        match last {
-            Err(_) if failed.len() > 1 => Err(BlobError::Unavailable {
-                digest: blob.digest,
-                reason: troubles.join("; "),
-                transient,
-            }),
-            last => last,
-        }
+        failed.end(blob)
     }
 }
 

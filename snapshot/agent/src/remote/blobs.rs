@@ -12,7 +12,7 @@ use runnel_snapshot::units::ByteRange;
 
 use super::client::{Asked, Client, Found};
 use super::error::RemoteError;
-use super::url::Url;
+use super::url::{Origin, Url};
 use crate::traffic::Traffic;
 
 /// The most that is skipped of a blob whose server ignores ranges. Beyond, reading all before each chunk would take
@@ -79,6 +79,11 @@ impl RemoteBlobs {
             name: name.to_owned(),
             elsewhere: Mutex::default(),
         }
+    }
+
+    /// Its server.
+    pub(super) fn base(&self) -> &Origin {
+        self.client.base()
     }
 
     /// What comes before a blob's hexadecimal digits in its URL.

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use runnel_snapshot::blobs::{Blob, BlobError, BlobStore};
-use runnel_snapshot::causes::with_causes;
 use runnel_snapshot::digest::BlobDigest;
 use runnel_snapshot::image::Image;
 
@@ -13,6 +12,7 @@ use super::client::{Client, RemoteSettings};
 use super::credentials::Credentials;
 use super::error::RemoteError;
 use super::url::{Origin, Url};
+use crate::failed_reads::FailedReads;
 use crate::traffic::Traffic;
 
 /// The most stores of one image that are asked: a manifest could name any number of servers.
@@ -104,27 +104,14 @@ impl BlobStore for ThinBlobs {
         let Some(stores) = self.away.get(&blob.digest) else {
             return self.here.read_right(blob, offset, into, are_right);
         };
-        let (mut troubles, mut transient, mut failed) = (Vec::new(), false, None);
+        let mut failed = FailedReads::default();
         for store in stores {
-            match store.read_right(blob, offset, into, are_right) {
-                Ok(true) => return Ok(true),
-                Ok(false) => {}
-                Err(error) => {
-                    transient |= error.is_transient();
-                    troubles.push(with_causes(&error));
-                    failed.get_or_insert(error);
-                }
+            let read = store.read_right(blob, offset, into, are_right);
+            if failed.take(store.base(), blob, read).is_ok() {
+                return Ok(true);
             }
         }
-        match failed {
-            None => Ok(false),
-            Some(error) if troubles.len() == 1 => Err(error),
-            Some(_) => Err(BlobError::Unavailable {
-                digest: blob.digest,
-                reason: troubles.join("; "),
-                transient,
-            }),
-        }
+        failed.end(blob)
     }
 }
 

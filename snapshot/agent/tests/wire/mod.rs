@@ -20,6 +20,9 @@ use runnel_snapshot::blobs::Blob;
 use runnel_snapshot::capture::CaptureSettings;
 use runnel_snapshot::capture::optimize::optimize;
 use runnel_snapshot::image::Image;
+use runnel_snapshot::image::layout::Layout;
+use runnel_snapshot::image::manifest::{ManifestDraft, Urls};
+use runnel_snapshot::image::publication::Publication;
 use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::source::{ChunkId, VolumeId};
 use runnel_snapshot::units::ChunkIndex;
@@ -57,6 +60,28 @@ impl Stored {
             optimize(&self.path(), &Wanted::Only, Some(set), CaptureSettings::default()).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let manifest = job.run(&folder.path().join("web"), state).unwrap().manifest;
+        Self { folder, manifest }
+    }
+
+    /// The same without the layer of its memory, which is at these URLs.
+    pub(crate) fn thin(&self, urls: Vec<String>) -> Self {
+        let manifest = self.open().manifest;
+        let layer = manifest.volumes[0].layers[0];
+        let folder = tempfile::tempdir().unwrap();
+        let publication = Publication::begin(&folder.path().join("web")).unwrap();
+        let from = Layout::open(&self.path()).unwrap();
+        for blob in manifest.blobs().iter().filter(|blob| blob.digest != layer.digest) {
+            publication.take_over(&from, blob).unwrap();
+        }
+        let draft = ManifestDraft {
+            state: manifest.state,
+            state_inline: manifest.state_inline.clone(),
+            volumes: manifest.volumes.clone(),
+            working_set: manifest.working_set,
+            parent: manifest.parent,
+            urls: Urls::from([(layer.digest, urls)]),
+        };
+        let manifest = publication.publish(&draft, Some("latest")).unwrap();
         Self { folder, manifest }
     }
 

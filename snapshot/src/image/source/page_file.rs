@@ -122,14 +122,22 @@ impl PageFile {
     /// # Errors
     /// When it is another file.
     pub fn handed_out_as(self, read_only: File) -> io::Result<Self> {
-        let (one, other) = (self.writable.metadata()?, read_only.metadata()?);
-        if (one.dev(), one.ino()) != (other.dev(), other.ino()) {
+        if !self.is_file(&read_only)? {
             return Err(io::Error::other("somebody has put another file in its place"));
         }
         Ok(Self {
             read_only: Arc::new(read_only),
             ..self
         })
+    }
+
+    /// Whether `other` is the same file, however it was opened.
+    ///
+    /// # Errors
+    /// When one of them cannot be looked at.
+    pub fn is_file(&self, other: &File) -> io::Result<bool> {
+        let (one, other) = (self.writable.metadata()?, other.metadata()?);
+        Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
     }
 
     /// Writes a chunk that was verified; `is_fill` says that nobody waits for it.
@@ -198,6 +206,12 @@ impl PageFile {
             Some(_) => 0,
             None => allocated_bytes(&self.writable),
         }
+    }
+
+    /// Bytes that somebody else's file takes; `None` of one that is the source's own.
+    #[must_use]
+    pub fn adopted_bytes(&self) -> Option<u64> {
+        self.sealed.as_ref().map(|_| allocated_bytes(&self.writable))
     }
 
     /// Whether the file has, or may have, huge pages: taking a part out of one may leave zeros in its place.

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::message::{FromAgent, FromMonitor, IndexFound, PROTOCOL_VERSION, WantIndex};
-use super::super::socket::PacketSocket;
-use super::opening::{ConnectError, Patience, wait_readable};
+use super::opening::ConnectError;
+use super::question::{Patience, ask_once};
 use crate::blobs::{BlobError, BlobStore};
 use crate::causes::with_causes;
 use crate::digest::BlobDigest;
@@ -128,19 +128,8 @@ fn may_pass(error: &ConnectError) -> bool {
 }
 
 fn ask(agent: &Path, want: &WantIndex, patience: &Patience<'_>) -> Result<(IndexFound, File), ConnectError> {
-    let socket = PacketSocket::connect(agent).map_err(|source| ConnectError::Connect {
-        path: agent.to_owned(),
-        source,
-    })?;
-    let message = FromMonitor::WantIndex(want.clone()).to_bytes();
-    socket.send(&message, &[]).map_err(ConnectError::HungUp)?;
-    wait_readable(&socket, patience)?;
-    let mut message = Vec::new();
-    let files = socket.receive(&mut message).map_err(ConnectError::HungUp)?;
-    if message.is_empty() {
-        return Err(ConnectError::HungUp(std::io::ErrorKind::UnexpectedEof.into()));
-    }
-    match FromAgent::parse(&message)? {
+    let (answer, files) = ask_once(agent, &FromMonitor::WantIndex(want.clone()), &[], patience)?;
+    match answer {
         FromAgent::Index(found) => match files.into_iter().next() {
             Some(file) => Ok((found, file.into())),
             None => Err(ConnectError::Answer("an index without its file")),

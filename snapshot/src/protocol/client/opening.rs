@@ -2,17 +2,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use super::super::message::{
-    Adopt, AgentStatus, BadMessage, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
+    BadMessage, FromAgent, FromMonitor, Hello, Opened, PROTOCOL_VERSION, VOLUMES_MAX,
 };
 use super::super::socket::PacketSocket;
+use super::question::{Patience, ask, receive_answer};
 use crate::digest::BlobDigest;
 
 /// The longest state or manifest that is taken from an agent.
@@ -31,7 +30,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// The agent hung up, or the connection broke.
-    #[error("the agent hung up before it opened the image")]
+    #[error("the agent hung up before it answered")]
     HungUp(#[source] io::Error),
     /// The agent did not answer within the time given.
     #[error("the agent did not answer within {} ms", .0.as_millis())]
@@ -91,31 +90,20 @@ impl Connection {
         digest: Option<BlobDigest>,
         patience: &Patience<'_>,
     ) -> Result<Self, ConnectError> {
-        let socket = PacketSocket::connect(&opening.agent).map_err(|source| ConnectError::Connect {
-            path: opening.agent.clone(),
-            source,
-        })?;
         let hello = Hello {
             protocol: PROTOCOL_VERSION,
             image: opening.image.clone(),
             digest,
             machine: opening.machine.clone(),
         };
-        socket
-            .send(&FromMonitor::Hello(hello).to_bytes(), &[])
-            .map_err(ConnectError::HungUp)?;
-        wait_readable(&socket, patience)?;
+        let socket = ask(&opening.agent, &FromMonitor::Hello(hello), &[], patience)?;
         Self::receive(socket)
     }
 
     /// Reads the answer to a `Hello`, which is there.
     fn receive(socket: PacketSocket) -> Result<Self, ConnectError> {
-        let mut message = Vec::new();
-        let files = socket.receive(&mut message).map_err(ConnectError::HungUp)?;
-        if message.is_empty() {
-            return Err(ConnectError::HungUp(io::ErrorKind::UnexpectedEof.into()));
-        }
-        match FromAgent::parse(&message)? {
+        let (answer, files) = receive_answer(&socket)?;
+        match answer {
             FromAgent::Opened(opened) => Self::from_answer(socket, opened, files),
             FromAgent::Refused(refused) => Err(ConnectError::Refused(refused.reason)),
             FromAgent::Arrived(_)
@@ -153,42 +141,6 @@ impl Connection {
     }
 }
 
-/// How long an answer is waited for.
-pub(super) struct Patience<'a> {
-    /// None: until somebody gives up.
-    pub(super) deadline: Option<Duration>,
-    pub(super) give_up: &'a dyn Fn() -> bool,
-}
-
-/// How often it is asked whether to give up; less than a second.
-const LOOK: Duration = Duration::from_millis(50);
-
-pub(super) fn wait_readable(socket: &PacketSocket, patience: &Patience<'_>) -> Result<(), ConnectError> {
-    let begun = Instant::now();
-    loop {
-        let left = patience.deadline.map_or(LOOK, |deadline| {
-            deadline.saturating_sub(begun.elapsed()).min(LOOK)
-        });
-        let pause = Timespec {
-            tv_sec: 0,
-            tv_nsec: left.subsec_nanos().into(),
-        };
-        match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&pause)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Ok(()),
-            Err(error) => return Err(ConnectError::Local(error.into())),
-        }
-        if let Some(deadline) = patience.deadline
-            && begun.elapsed() >= deadline
-        {
-            return Err(ConnectError::TimedOut(deadline));
-        }
-        if (patience.give_up)() {
-            return Err(ConnectError::CalledOff);
-        }
-    }
-}
-
 /// Reads by offset: machines that open the image at the same time are handed the same descriptor, and its position.
 fn read_document(file: &File) -> Result<Vec<u8>, ConnectError> {
     let bytes = file.metadata().map_err(ConnectError::Local)?.len();
@@ -211,76 +163,6 @@ pub fn read_opening(socket: PacketSocket) -> Result<(Opened, [usize; 2]), Connec
     let connection = Connection::receive(socket)?;
     let documents = [connection.state.len(), connection.manifest.len()];
     Ok((connection.opened, documents))
-}
-
-/// Whether an agent listens at `path`.
-#[must_use]
-pub fn is_answering(path: &Path) -> bool {
-    PacketSocket::connect(path).is_ok()
-}
-
-/// Asks the agent at `path` what it has open.
-///
-/// # Errors
-/// When no agent answers there within `deadline`.
-pub fn status(path: &Path, deadline: Duration) -> Result<AgentStatus, ConnectError> {
-    let socket = PacketSocket::connect(path).map_err(|source| ConnectError::Connect {
-        path: path.to_owned(),
-        source,
-    })?;
-    socket
-        .send(&FromMonitor::Status.to_bytes(), &[])
-        .map_err(ConnectError::HungUp)?;
-    let patience = Patience {
-        deadline: Some(deadline),
-        give_up: &|| false,
-    };
-    wait_readable(&socket, &patience)?;
-    let mut message = Vec::new();
-    socket.receive(&mut message).map_err(ConnectError::HungUp)?;
-    match FromAgent::parse(&message)? {
-        FromAgent::Status(status) => Ok(status),
-        _ => Err(ConnectError::Answer("it is no status")),
-    }
-}
-
-/// How long an agent may take for a file, and how long for each GiB of it more: all of it is read and hashed.
-const ADOPTION: Duration = Duration::from_secs(60);
-
-/// Hands the agent at `path` a file that is a volume of an image; it is waited for until `give_up` says otherwise, or it
-/// takes far too long.
-///
-/// # Errors
-/// When no agent answers there, or it does not take the file.
-pub fn hand_over(
-    path: &Path,
-    adopt: Adopt,
-    file: &File,
-    give_up: &dyn Fn() -> bool,
-) -> Result<(), ConnectError> {
-    let socket = PacketSocket::connect(path).map_err(|source| ConnectError::Connect {
-        path: path.to_owned(),
-        source,
-    })?;
-    socket
-        .send(&FromMonitor::Adopt(adopt).to_bytes(), &[file.as_fd()])
-        .map_err(ConnectError::HungUp)?;
-    let bytes = file.metadata().map_err(ConnectError::Local)?.len();
-    let patience = Patience {
-        deadline: Some(ADOPTION.saturating_mul(1 + (bytes >> 30) as u32)),
-        give_up,
-    };
-    wait_readable(&socket, &patience)?;
-    let mut message = Vec::new();
-    socket.receive(&mut message).map_err(ConnectError::HungUp)?;
-    if message.is_empty() {
-        return Err(ConnectError::HungUp(io::ErrorKind::UnexpectedEof.into()));
-    }
-    match FromAgent::parse(&message)? {
-        FromAgent::Adopted => Ok(()),
-        FromAgent::Refused(refused) => Err(ConnectError::NotAdopted(refused.reason)),
-        _ => Err(ConnectError::Answer("nothing was asked but to take a file")),
-    }
 }
 
 #[cfg(test)]

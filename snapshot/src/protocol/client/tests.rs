@@ -317,6 +317,37 @@ fn refusals_silence_and_nonsense_are_told_apart() {
 }
 
 #[test]
+fn an_agent_that_hangs_up_before_it_answers_is_found_out_whatever_it_was_asked() {
+    let rig = rig();
+    let (path, long) = (&rig.opening.agent, rig.opening.deadline);
+    let adopt = Adopt {
+        protocol: PROTOCOL_VERSION,
+        image: rig.opening.image.clone(),
+        digest: BlobDigest::of(b"image"),
+        volume: VolumeName::Memory,
+        machine: rig.opening.machine.clone(),
+    };
+    let questions: [&(dyn Fn() -> ConnectError + Sync); 3] = [
+        &|| status(path, long).unwrap_err(),
+        &|| hand_over(path, adopt.clone(), &rig.agent.pages, &|| false).unwrap_err(),
+        &|| AgentSource::open(rig.opening.clone()).err().unwrap(),
+    ];
+    for question in questions {
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(question);
+            let line = AgentLine(rig.agent.listener.accept().unwrap());
+            line.heard();
+            drop(line);
+            let error = asked.join().unwrap();
+            let ConnectError::HungUp(end) = &error else {
+                panic!("{error}")
+            };
+            assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
+        });
+    }
+}
+
+#[test]
 fn more_asks_than_the_socket_holds_are_all_sent() {
     let rig = rig();
     let (source, line, _heard) = opened(&rig);

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use runnel_agent::agent::Agent;
 use runnel_agent::cli::{AgentArguments, tidy_up};
-use runnel_snapshot::protocol::{AgentStatus, CacheStatus, ImageStatus, PoolStatus, is_answering, status};
+use runnel_snapshot::protocol::{
+    AdoptedVolume, AgentStatus, CacheStatus, ImageStatus, PoolStatus, is_answering, status,
+};
 use runnel_snapshot::shell::shell_word;
 use rustix::process::Signal;
 
@@ -43,7 +45,8 @@ with the same files.
 
 --status shows each image once, where it is read now: RECEIVED and SENT are what it cost, for all of its MACHINES
 together, which share its pages. `runnel ps` counts what each has been given. KEPT is what its pages take here, and SAVED what
-did not have to be fetched, because another image has the same chunks. Below stands what all of them take, of how much.
+did not have to be fetched, because another image has the same chunks. Memory that a machine handed over, as `runnel fork` has
+it do, is the machine's and no part of KEPT; a line tells of it. Below stands what all pages take, of how much.
 
 Pages that are over --memory-quota or --drive-quota, or for which there is no room, are taken out again: first those of images
 that no machine uses, the longest unused first, then what machines are least likely to need. They fetch what they still need
@@ -210,6 +213,9 @@ fn show_status(socket: &Path, output: OutputArgs) -> Result<Exit, Failure> {
         print(&pool_line(kind, pool))?;
     }
     for image in &status.images {
+        for adopted in &image.adopted {
+            print(&adopted_line(image, adopted))?;
+        }
         if let Some(trouble) = &image.trouble {
             let name = one_line(&image.image, 60);
             let trouble = one_line(trouble, TROUBLE_CHARS_MAX);
@@ -237,6 +243,16 @@ fn pool_line(kind: &str, pool: PoolStatus) -> String {
     };
     let (bytes, bytes_max) = (size::bytes(pool.bytes), size::bytes(pool.bytes_max));
     format!("pages of {kind} take {bytes} of {bytes_max}{evicted}\n")
+}
+
+/// Of which volume the pages are somebody else's.
+fn adopted_line(image: &ImageStatus, adopted: &AdoptedVolume) -> String {
+    format!(
+        "{} of {} is that of the machine it was made of: {}, which its clones share with it\n",
+        adopted.volume,
+        one_line(&image.image, 60),
+        size::bytes(adopted.bytes)
+    )
 }
 
 /// What helps an image that cannot be read somewhere.

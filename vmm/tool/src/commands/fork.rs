@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use clap::Args;
 use runnel_snapshot::image::reference::ImageReference;
+use runnel_snapshot::protocol::is_answering;
+use runnel_snapshot::shell::shell_word;
 use serde_json::{Value, json};
 
 use super::Failure;
@@ -36,9 +38,10 @@ SOURCE is a machine that runs, or an image as `runnel resume --help` says. The c
 its own VMGENID, so that its guest reseeds, and its own overlays: what one writes no other sees. In what is given with --tap and
 --drive, {n} stands for the clone's number. There are as many as were asked for, or none: if one cannot be started, the others
 are ended, and so they are by Ctrl-C. A machine that runs is saved while it runs on, as a diff where there is an image to lie
-over; that image, machine-fork in the local store unless --image says otherwise, must stay while clones of it run. Clones of
-a machine that was booted share its memory with it, as it was at its first fork; those of later forks, and of a machine that
-was resumed, have what it wrote since from the image.
+over; that image, machine-fork in the local store unless --image says otherwise, must stay while clones of it run, and so must
+the server of an image of another host that it lies over: what the machine never touched is read there. If the clones of a
+machine cannot be started, its image stays, to begin again with. Clones of a machine that was booted share its memory with it,
+as it was at its first fork; those of later forks, and of a machine that was resumed, have what it wrote since from the image.
 
 Examples:
     runnel fork web-v1 -n 10
@@ -140,52 +143,48 @@ pub(crate) fn run(args: &ForkArgs) -> Result<Exit, Failure> {
     let source = args.source(&store, &state)?;
     let prefix = args.prefix(&source)?;
     let agent = ensure_running(&state, &args.agent)?;
-    let image = match source {
-        Source::Image(image) => image,
-        Source::Machine(machine) => {
-            let target = args.target(&store, &machine)?;
-            let body = json!({
-                "image_path": target, "snapshot_type": "Diff", "freeze_memory": true, "agent_path": agent,
-            });
-            match save(&state, &machine, body, &signals)? {
-                Outcome::Done => {}
-                Outcome::Overtaken(signal) => {
-                    tell(format_args!(
-                        "called off: no clone was started; the image {} was finished, and stays",
-                        target.display()
-                    ));
-                    return Ok(Exit::Signal(signal));
-                }
-                Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => return Ok(Exit::Signal(signal)),
-            }
+    let start = |image: &ImageReference, agent: &Path| {
+        let fork = Fork {
+            args,
+            state: &state,
+            image,
+            agent,
+            prefix: &prefix,
+            next: AtomicU32::new(0),
+            is_over: AtomicBool::new(false),
+            loading: Mutex::default(),
+            taps: Mutex::default(),
+        };
+        fork.run(&signals)
+    };
+    let machine = match source {
+        Source::Image(image) => return start(&image, &agent),
+        Source::Machine(machine) => machine,
+    };
+    let target = args.target(&store, &machine)?;
+    let body = json!({
+        "image_path": target, "snapshot_type": "Diff", "freeze_memory": true, "agent_path": agent,
+    });
+    let ended = match save(&state, &machine, body, &signals)? {
+        Outcome::Cancelled(signal) | Outcome::Abandoned(signal) => return Ok(Exit::Signal(signal)),
+        Outcome::Overtaken(signal) => {
+            tell("called off: no clone was started");
+            Ok(Exit::Signal(signal))
+        }
+        Outcome::Done => {
             tell(format_args!("the clones' image is {}", target.display()));
-            store.resolve(&target.to_string_lossy())?
+            let image = store.resolve(&target.to_string_lossy())?;
+            // It may have ended over what it was handed.
+            match is_answering(&agent) {
+                true => start(&image, &agent),
+                false => ensure_running(&state, &args.agent).and_then(|agent| start(&image, &agent)),
+            }
         }
     };
-    let before = HostInterfaces::now();
-    let fork = Fork {
-        args,
-        state: &state,
-        image: &image,
-        agent: &agent,
-        prefix: &prefix,
-        next: AtomicU32::new(0),
-        is_over: AtomicBool::new(false),
-        loading: Mutex::default(),
-        taps: Mutex::default(),
-    };
-    let mut clones = match fork.start_all(&signals)? {
-        Ok(clones) => clones,
-        Err(signal) => {
-            tell("called off: the clones that ran already were ended");
-            return Ok(Exit::Signal(signal));
-        }
-    };
-    before.warn_of_new(fork.taps().iter().map(String::as_str));
-    clones.sort_by_key(|clone| clone.0);
-    args.print(&image, &clones)?;
-    clones.into_iter().for_each(|(_, monitor)| monitor.keep());
-    Ok(Exit::Done)
+    if !matches!(ended, Ok(Exit::Done)) {
+        tell(args.what_stays(&store, &target, &prefix));
+    }
+    ended
 }
 
 impl ForkArgs {
@@ -239,6 +238,21 @@ impl ForkArgs {
             .chain(others)
             .filter(|path| path.symlink_metadata().is_err());
         Ok(free.next().unwrap_or(first))
+    }
+
+    /// What there is of a fork without clones. The image may have taken long, and for it alone the agent has what the machine
+    /// handed over: it is not thrown away unasked.
+    fn what_stays(&self, store: &ImageStore, image: &Path, prefix: &str) -> String {
+        let name = image.file_name().unwrap_or_default();
+        let (image, remove) = match store.path().join(name) == image {
+            true => (shell_word(name), "runnel image rm"),
+            false => (shell_word(image), "rm -r"),
+        };
+        format!(
+            "the image {image} was made, and stays: `runnel fork {image} -n {} --name {prefix}` starts clones of it, \
+             `{remove} {image}` removes it",
+            self.number,
+        )
     }
 
     fn check_overrides(&self) -> Result<(), ForkError> {
@@ -321,6 +335,23 @@ struct Fork<'a> {
 type Clones<'a> = Vec<(u32, Monitor<'a>)>;
 
 impl<'a> Fork<'a> {
+    /// Starts all clones and says which, or starts none.
+    fn run(&self, signals: &Signals) -> Result<Exit, Failure> {
+        let before = HostInterfaces::now();
+        let mut clones = match self.start_all(signals)? {
+            Ok(clones) => clones,
+            Err(signal) => {
+                tell("called off: the clones that ran already were ended");
+                return Ok(Exit::Signal(signal));
+            }
+        };
+        before.warn_of_new(self.taps().iter().map(String::as_str));
+        clones.sort_by_key(|clone| clone.0);
+        self.args.print(self.image, &clones)?;
+        clones.into_iter().for_each(|(_, monitor)| monitor.keep());
+        Ok(Exit::Done)
+    }
+
     /// Starts all, or none: the signal that called it off, if one did.
     fn start_all(&self, signals: &Signals) -> Result<Result<Clones<'a>, i32>, Failure> {
         let (clones, failure, mut signal) = (Mutex::new(Vec::new()), Mutex::new(None), None);

@@ -1,5 +1,5 @@
 //! The host's cache: the page files of all images of this agent, how much they may take, what is taken out of them where
-//! that is too much, and which chunk is where.
+//! that is too much, which chunk is where, and which is being fetched.
 //!
 //! ```text
 //!   worker ──bytes to come──► Pool (memory, or drives) ──too many──► counted: st_blocks of every page file
@@ -21,14 +21,16 @@
 
 mod known;
 mod pool;
+mod under_way;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use runnel_snapshot::digest::{BlobDigest, ChunkDigest};
-use runnel_snapshot::image::source::{HostCache, PageFile, SourceError, TakeOut};
-use runnel_snapshot::protocol::CacheStatus;
+use runnel_snapshot::image::source::{Fetch, Fetching, HostCache, PageFile, SourceError, TakeOut};
+use runnel_snapshot::protocol::{AdoptedVolume, CacheStatus};
 use runnel_snapshot::source::PageFileLayout;
 use runnel_snapshot::units::ChunkIndex;
 use runnel_snapshot::volume::VolumeName;
@@ -37,6 +39,7 @@ use super::pages::PageFolders;
 use super::settings::AgentSettings;
 use known::KnownChunks;
 use pool::Pool;
+use under_way::UnderWay;
 
 /// How much of what memory's file system has room for page files take unless told otherwise: tmpfs has half of RAM.
 const MEMORY_SHARE: (u64, u64) = (3, 4);
@@ -51,6 +54,7 @@ pub(super) struct Cache {
     files: Mutex<Vec<Kept>>,
     uses: Mutex<Uses>,
     known: KnownChunks,
+    under_way: UnderWay,
 }
 
 /// A page file of an image.
@@ -108,6 +112,7 @@ impl Cache {
             files: Mutex::new(files),
             uses: Mutex::default(),
             known: KnownChunks::default(),
+            under_way: UnderWay::default(),
         }
     }
 
@@ -145,6 +150,15 @@ impl Cache {
         let files = lock(&self.files);
         let mut files = files.iter();
         files.any(|kept| kept.image == *image && kept.volume == *volume)
+    }
+
+    /// Whether `file` is that page file.
+    pub(super) fn has_file(&self, image: &BlobDigest, volume: &VolumeName, file: &File) -> bool {
+        let files = lock(&self.files);
+        let its = files
+            .iter()
+            .find(|kept| kept.image == *image && kept.volume == *volume);
+        its.is_some_and(|kept| kept.file.is_file(file).unwrap_or(false))
     }
 
     /// Somebody else's file is the page file of a volume of an image that has none. It takes no room here.
@@ -198,6 +212,19 @@ impl Cache {
         let files = lock(&self.files);
         let its = files.iter().filter(|kept| kept.image == *image);
         its.map(|kept| kept.file.allocated_bytes()).sum()
+    }
+
+    /// Those of an image that are somebody else's.
+    pub(super) fn adopted(&self, image: &BlobDigest) -> Vec<AdoptedVolume> {
+        let files = lock(&self.files);
+        let its = files.iter().filter(|kept| kept.image == *image);
+        let adopted = its.filter_map(|kept| {
+            Some(AdoptedVolume {
+                volume: kept.volume.clone(),
+                bytes: kept.file.adopted_bytes()?,
+            })
+        });
+        adopted.collect()
     }
 
     fn pool(&self, volume: &VolumeName) -> &Pool {
@@ -295,6 +322,18 @@ impl HostCache for Cache {
 
     fn find(&self, digest: &ChunkDigest, plain: &mut [u8]) -> bool {
         self.known.find(digest, plain)
+    }
+
+    fn begin_fetch(&self, digest: &ChunkDigest, is_fill: bool) -> Fetching {
+        self.under_way.begin(digest, is_fill)
+    }
+
+    fn end_fetch(&self, fetch: &Fetch) {
+        self.under_way.end(fetch);
+    }
+
+    fn wait_for(&self, fetch: &Fetch) {
+        self.under_way.wait_for(fetch);
     }
 }
 

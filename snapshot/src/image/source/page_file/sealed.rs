@@ -152,6 +152,7 @@ mod tests {
     fn a_chunk_counts_if_it_is_there_and_takes_nobodys_room() {
         let file = PageFile::sealed(memfd(2 * CHUNK, ALL), layout()).unwrap();
         assert_eq!((file.allocated_bytes(), file.has_chunks()), (0, false));
+        assert_eq!(file.adopted_bytes(), Some(PAGE_SIZE));
         let mut right = vec![0; CHUNK as usize];
         right[PAGE_SIZE as usize..2 * PAGE_SIZE as usize].fill(7);
         let mut room = Vec::new();
