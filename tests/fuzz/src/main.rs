@@ -50,10 +50,15 @@ fn give_up(why: &str) -> ! {
 }
 
 fn write_seeds(target: &Path) -> io::Result<()> {
-    for (name, _) in READERS {
+    for (name, read) in READERS {
         let folder = target.join(name);
         fs::create_dir_all(&folder)?;
         for (seed, number) in seeds::of(name).iter().zip(0..) {
+            if !read(seed) {
+                return Err(io::Error::other(format!(
+                    "{name} refuses seed {number}: little of it would be reached"
+                )));
+            }
             fs::write(folder.join(format!("seed-{number}")), seed)?;
         }
     }
