@@ -33,11 +33,11 @@ test: packages ## every test of both levels
 	$(CARGO) build --locked --workspace --all-targets
 	$(CARGO) test --locked --workspace --no-fail-fast
 
-fuzz: ## feed each reader of untrusted bytes a million strange inputs, on nightly; FUZZ_RUNS=<n> changes how many
+fuzz: packages ## feed each reader of untrusted bytes a million strange inputs; FUZZ_RUNS=<n> changes how many
 	@tests/fuzz/run
 
 # From one beginning each time: CI fails for what a change did, and not by chance.
-fuzz-short: ## what CI does of it: the corpus, and some thousand inputs beyond
+fuzz-short: packages ## what CI does of it: the corpus, and some thousand inputs beyond
 	@FUZZ_RUNS=$${FUZZ_RUNS:-5000} FUZZ_SEED=1 tests/fuzz/run
 
 bench: packages build ## measure, into target/bench/report.json; RUNNEL_PEER_FIRECRACKER=<binary> measures Firecracker too

@@ -187,6 +187,29 @@ mod tests {
         decoder.decode(&frame, &digest, &mut plain).unwrap();
     }
 
+    /// A dependency that asks for zstd's feature `legacy` would bring them back, for all of the program.
+    #[test]
+    fn the_formats_of_zstd_before_its_first_version_are_unknown() {
+        let versions = [
+            0x1eb5_2ffd_u32,
+            0xfd2f_b522,
+            0xfd2f_b523,
+            0xfd2f_b524,
+            0xfd2f_b525,
+            0xfd2f_b526,
+            0xfd2f_b527,
+        ];
+        for magic in versions {
+            let mut frame = magic.to_le_bytes().to_vec();
+            frame.extend([0; 60]);
+            let refused = ChunkDecoder::new().unwrap().decompress(&frame, &mut [0; 100]);
+            let Err(DecodeError::Decompress { source, .. }) = refused else {
+                panic!("{magic:#x} is decompressed");
+            };
+            assert_eq!(source.to_string(), "Unknown frame descriptor");
+        }
+    }
+
     #[test]
     fn a_frame_of_zeros_is_exactly_that() {
         let frame_of = |plain: &[u8]| zstd::bulk::compress(plain, 1).unwrap();

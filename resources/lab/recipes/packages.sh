@@ -6,6 +6,7 @@ packages=(
     qemu-system-x86                        # the nested host's CPU, in software
     mmdebstrap e2fsprogs                   # root file systems, made without mounting anything
     gcc libc6-dev                          # the guest's own program
+    g++                                    # libFuzzer
     busybox-static cpio zstd xz-utils lz4 kmod  # initramfs archives, compressed modules and kernels
     iproute2 procps util-linux             # namespaces, links, taps, netem; flock, setpriv, nsenter
     skopeo                                 # stock tool for images

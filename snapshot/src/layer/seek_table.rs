@@ -1,11 +1,19 @@
-//! The seek table at the end of a layer, read with every count held against the layer's true length.
-
-use zeekstd::seek_table::{Format, SeekTable};
-use zeekstd::{BytesWrapper, SEEKABLE_MAGIC_NUMBER, SEEKABLE_MAX_FRAMES};
+//! The seek table at the end of a layer, read with every count held against the layer's true length: zstd's seekable
+//! format (`contrib/seekable_format` of zstd), as a skippable frame.
+//!
+//! ```text
+//! magic of a skippable frame, length of the rest │ (stored, content) of each frame │ frames, descriptor, magic
+//! ```
 
 use crate::blobs::{Blob, BlobError, BlobStore};
 use crate::units::ByteRange;
 
+/// The one skippable frame, of sixteen, that a seek table is.
+const SKIPPABLE_MAGIC: u32 = 0x184d_2a5e;
+/// The last bytes of a layer.
+const SEEKABLE_MAGIC: u32 = 0x8f92_eab1;
+/// Frames that the format can list.
+const FRAMES_MAX: u32 = 1 << 27;
 /// Number of frames, descriptor, magic: the last bytes of a layer.
 const FOOTER_BYTES: u64 = 9;
 /// Magic and length of the skippable frame around the table.
@@ -41,12 +49,14 @@ pub struct FrameAt {
 /// Collects frames while a layer is written.
 #[derive(Default)]
 pub struct SeekTableWriter {
-    table: SeekTable,
+    /// As they are written.
+    entries: Vec<u8>,
+    frames: u32,
 }
 
 /// A layer of more frames than the format can list.
 #[derive(Debug, thiserror::Error)]
-#[error("a layer holds at most {SEEKABLE_MAX_FRAMES} frames: choose a larger chunk size")]
+#[error("a layer holds at most {FRAMES_MAX} frames: choose a larger chunk size")]
 pub struct TooManyFrames;
 
 impl SeekTableWriter {
@@ -55,7 +65,13 @@ impl SeekTableWriter {
     /// # Errors
     /// When the table is full.
     pub fn push(&mut self, stored: u32, content: u32) -> Result<(), TooManyFrames> {
-        self.table.log_frame(stored, content).map_err(|_| TooManyFrames)
+        if self.frames == FRAMES_MAX {
+            return Err(TooManyFrames);
+        }
+        self.frames += 1;
+        self.entries.extend(stored.to_le_bytes());
+        self.entries.extend(content.to_le_bytes());
+        Ok(())
     }
 
     /// The table as it goes to the end of the layer, handed over piece by piece.
@@ -63,20 +79,32 @@ impl SeekTableWriter {
     /// # Errors
     /// The first error of `write`.
     pub fn finish<E>(self, mut write: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
-        let mut serializer = self.table.into_format_serializer(Format::Foot);
-        let mut piece = vec![0; 64 << 10];
-        loop {
-            match serializer.write_into(&mut piece) {
-                0 => return Ok(()),
-                len => write(&piece[..len])?,
-            }
-        }
+        write(&skippable_header(self.frames))?;
+        write(&self.entries)?;
+        let [n0, n1, n2, n3] = self.frames.to_le_bytes();
+        let [m0, m1, m2, m3] = SEEKABLE_MAGIC.to_le_bytes();
+        write(&[n0, n1, n2, n3, 0, m0, m1, m2, m3])
     }
+}
+
+/// What the table of so many frames, no more than there can be, begins with.
+fn skippable_header(frames: u32) -> [u8; SKIPPABLE_HEADER_BYTES as usize] {
+    let rest = frames * ENTRY_BYTES as u32 + FOOTER_BYTES as u32;
+    let header = u64::from(SKIPPABLE_MAGIC) | u64::from(rest) << u32::BITS;
+    header.to_le_bytes()
 }
 
 /// A seek table that was read from a layer and fits to its length.
 pub struct LayerSeekTable {
-    table: SeekTable,
+    /// Where each frame ends.
+    ends: Vec<End>,
+}
+
+/// Where a frame ends, in the layer and in the content of all.
+#[derive(Clone, Copy, Default)]
+struct End {
+    stored: u64,
+    content: u64,
 }
 
 impl LayerSeekTable {
@@ -120,62 +148,76 @@ impl LayerSeekTable {
         if table_bytes(*footer)? != bytes.len() as u64 {
             return Err("the number of frames does not fit its length".into());
         }
-        let table =
-            SeekTable::from_seekable(&mut BytesWrapper::new(bytes)).map_err(|error| error.to_string())?;
-        Ok(Self { table })
+        let (header, rest) = bytes.split_at(SKIPPABLE_HEADER_BYTES as usize);
+        let entries = &rest[..rest.len() - FOOTER_BYTES as usize];
+        let (entries, _) = entries.as_chunks::<{ ENTRY_BYTES as usize }>();
+        if header != skippable_header(entries.len() as u32) {
+            return Err("it is not in a skippable frame of its length".into());
+        }
+        let mut end = End::default();
+        let ends = entries.iter().map(|entry| {
+            let lengths = u64::from_le_bytes(*entry);
+            // At most 2^27 numbers of 32 bits each.
+            end.stored += lengths & u64::from(u32::MAX);
+            end.content += lengths >> u32::BITS;
+            end
+        });
+        Ok(Self { ends: ends.collect() })
     }
 
     /// How many frames there are.
     #[must_use]
     pub fn frames(&self) -> u32 {
-        self.table.num_frames()
+        self.ends.len() as u32
     }
 
     /// Where the frames end and the table begins.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
-        self.table.size_comp()
+        self.end().stored
     }
 
     /// How many bytes the frames hold.
     #[must_use]
     pub fn content_bytes(&self) -> u64 {
-        self.table.size_decomp()
+        self.end().content
     }
 
     /// The frame at position `number`, or `None` behind the last.
     #[must_use]
     pub fn frame(&self, number: u32) -> Option<FrameAt> {
-        let range = |start, len| Some(ByteRange { start, len });
+        let number = number as usize;
+        let end = self.ends.get(number)?;
+        let begin = number
+            .checked_sub(1)
+            .map_or(End::default(), |before| self.ends[before]);
+        let range = |start, end| ByteRange {
+            start,
+            len: end - start,
+        };
         Some(FrameAt {
-            stored: range(
-                self.table.frame_start_comp(number).ok()?,
-                self.table.frame_size_comp(number).ok()?,
-            )?,
-            content: range(
-                self.table.frame_start_decomp(number).ok()?,
-                self.table.frame_size_decomp(number).ok()?,
-            )?,
+            stored: range(begin.stored, end.stored),
+            content: range(begin.content, end.content),
         })
     }
-}
 
-impl LayerSeekTable {
+    fn end(&self) -> End {
+        self.ends.last().copied().unwrap_or_default()
+    }
+
     /// The number of the frame that begins at byte `start` of the layer.
     #[must_use]
     pub fn starting_at(&self, start: u64) -> Option<u32> {
-        if start >= self.stored_bytes() {
-            return None; // zeekstd looks for the last frame then, also where there is none
-        }
-        let number = self.table.frame_index_comp(start);
-        (self.table.frame_start_comp(number).ok()? == start).then_some(number)
+        let number = self.ends.partition_point(|end| end.stored <= start) as u32;
+        let frame = self.frame(number)?;
+        (frame.stored.start == start).then_some(number)
     }
 }
 
 /// The length of the whole table, from its last bytes.
 fn table_bytes(footer: [u8; FOOTER_BYTES as usize]) -> Result<u64, String> {
     let [n0, n1, n2, n3, descriptor, m0, m1, m2, m3] = footer;
-    if u32::from_le_bytes([m0, m1, m2, m3]) != SEEKABLE_MAGIC_NUMBER {
+    if u32::from_le_bytes([m0, m1, m2, m3]) != SEEKABLE_MAGIC {
         return Err("its magic number is missing".into());
     }
     if descriptor != 0 {
@@ -184,9 +226,9 @@ fn table_bytes(footer: [u8; FOOTER_BYTES as usize]) -> Result<u64, String> {
         ));
     }
     let frames = u32::from_le_bytes([n0, n1, n2, n3]);
-    if frames > SEEKABLE_MAX_FRAMES {
+    if frames > FRAMES_MAX {
         return Err(format!(
-            "it lists {frames} frames, and at most {SEEKABLE_MAX_FRAMES} are possible"
+            "it lists {frames} frames, and at most {FRAMES_MAX} are possible"
         ));
     }
     Ok(SKIPPABLE_HEADER_BYTES + u64::from(frames) * ENTRY_BYTES + FOOTER_BYTES)
@@ -215,7 +257,6 @@ mod tests {
 
     #[test]
     fn frames_are_found_again() {
-        // More than one piece of the serializer and of zeekstd's reader.
         let frames: Vec<(u32, u32)> = (0..20_000).map(|n| (10 + n % 7, 65536)).collect();
         let read = LayerSeekTable::parse(&table(&frames)).unwrap();
         assert_eq!(read.frames(), 20_000);

@@ -4,7 +4,7 @@
 //! store and decoder, and stock `zstd` makes the same bytes of each layer.
 
 use std::cell::RefCell;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -51,19 +51,23 @@ struct Parts {
     marker: Vec<u8>,
 }
 
-/// An image in memory's file system, and what was written there last.
+/// The files of an image, by where they are in its folder.
+type Files = HashMap<PathBuf, Vec<u8>>;
+
+/// An image in memory's file system, of which each input changes little.
 struct Workshop {
     folder: TempDir,
     seed: Parts,
-    written: HashSet<PathBuf>,
+    files: Files,
+    compressor: zstd::bulk::Compressor<'static>,
 }
 
 thread_local! {
     static WORKSHOP: RefCell<Workshop> = RefCell::new(Workshop::new());
 }
 
-fn blobs(folder: &Path) -> PathBuf {
-    folder.join("blobs/sha256")
+fn path_of(digest: BlobDigest) -> PathBuf {
+    Path::new("blobs/sha256").join(digest.hex())
 }
 
 impl Workshop {
@@ -76,36 +80,38 @@ impl Workshop {
         publish(&seed);
         let parts = Parts::of(&seed);
         fs::remove_dir_all(&seed).expect("the seed can be removed");
-        fs::create_dir_all(blobs(folder.path())).expect("a folder can be made");
+        fs::create_dir_all(folder.path().join("blobs/sha256")).expect("a folder can be made");
         Self {
             folder,
             seed: parts,
-            written: HashSet::new(),
+            files: Files::new(),
+            compressor: zstd::bulk::Compressor::new(1).expect("zstd has memory"),
         }
     }
 
-    fn put(&mut self, path: PathBuf, bytes: &[u8]) {
-        fs::write(&path, bytes).expect("memory takes a file");
-        self.written.insert(path);
-    }
-
-    /// Adds a blob, unless the last image had it.
-    fn add(&mut self, bytes: &[u8], last: &mut HashSet<PathBuf>) -> BlobDigest {
-        let digest = BlobDigest::of(bytes);
-        let path = blobs(self.folder.path()).join(digest.hex());
-        if last.remove(&path) || self.written.contains(&path) {
-            self.written.insert(path);
-        } else {
-            self.put(path, bytes);
+    /// Has the folder hold these files, and no others.
+    fn write(&mut self, files: Files) {
+        let folder = self.folder.path();
+        for (path, bytes) in &files {
+            if self.files.remove(path).as_ref() != Some(bytes) {
+                fs::write(folder.join(path), bytes).expect("memory takes a file");
+            }
         }
-        digest
+        for path in self.files.keys() {
+            fs::remove_file(folder.join(path)).expect("what was written can be removed");
+        }
+        self.files = files;
     }
 
-    /// Writes an image of these parts; `mended` says which digests are made right.
-    fn write(&mut self, parts: &Parts, mended: u8) {
-        let mut last = std::mem::take(&mut self.written);
-        let folder = self.folder.path().to_owned();
-        let state = zstd::bulk::compress(&parts.state, 1).expect("zstd has memory");
+    /// The image of these parts; `mended` says which digests are made right.
+    fn assemble(&mut self, parts: Parts, mended: u8) -> Files {
+        let mut files = Files::new();
+        let mut add = |bytes: Vec<u8>| {
+            let (digest, len) = (BlobDigest::of(&bytes), bytes.len());
+            files.insert(path_of(digest), bytes);
+            (digest, len)
+        };
+        let state = self.compressor.compress(&parts.state).expect("zstd has memory");
         let mut root = parts.root.clone();
         if mended & 1 == 0 {
             mend_root(&mut root, &parts.index);
@@ -114,27 +120,25 @@ impl Workshop {
         if mended & 2 == 0
             && let Ok(mut json) = serde_json::from_slice::<Value>(&manifest)
         {
-            mend_manifest(&mut json, &state, &root, parts);
+            mend_manifest(&mut json, &state, &root, &parts);
             manifest = json.to_string().into_bytes();
         }
-        for blob in [&state, &parts.layer, &parts.index, &root] {
-            self.add(blob, &mut last);
+        for blob in [state, parts.layer, parts.index, root] {
+            add(blob);
         }
-        let digest = self.add(&manifest, &mut last);
-        let mut index_json = parts.index_json.clone();
+        let (digest, len) = add(manifest);
+        let mut index_json = parts.index_json;
         if mended & 4 == 0
             && let Ok(mut json) = serde_json::from_slice::<Value>(&index_json)
             && let Some(descriptor) = json.pointer_mut("/manifests/0").filter(|found| found.is_object())
         {
             descriptor["digest"] = digest.to_string().into();
-            descriptor["size"] = manifest.len().into();
+            descriptor["size"] = len.into();
             index_json = json.to_string().into_bytes();
         }
-        self.put(folder.join("index.json"), &index_json);
-        self.put(folder.join("oci-layout"), &parts.marker);
-        for path in last.difference(&self.written) {
-            fs::remove_file(path).expect("what was written can be removed");
-        }
+        files.insert("index.json".into(), index_json);
+        files.insert("oci-layout".into(), parts.marker);
+        files
     }
 }
 
@@ -233,7 +237,7 @@ impl Parts {
     fn of(seed: &Path) -> Self {
         let image = Image::open_directory(seed, &Wanted::Only).expect("the seed is an image");
         let read = |path: PathBuf| fs::read(path).expect("the seed is there");
-        let blob = |digest: BlobDigest| read(blobs(seed).join(digest.hex()));
+        let blob = |digest: BlobDigest| read(seed.join(path_of(digest)));
         let volume = &image.manifest.volumes[0];
         let state = image.state().expect("the seed has a state");
         Self {
@@ -308,7 +312,8 @@ pub fn image(bytes: &[u8]) -> bool {
             }
             parts.edit(&mut input);
         }
-        workshop.write(&parts, mended);
+        let files = workshop.assemble(parts, mended);
+        workshop.write(files);
         read(workshop.folder.path())
     })
 }

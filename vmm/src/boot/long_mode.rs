@@ -51,9 +51,9 @@ pub fn write_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
         let directory = directories + number * TABLE_BYTES;
         ram.write_obj(directory | PRESENT_WRITABLE, GuestAddress(pointers + number * 8))?;
     }
-    for number in 0..DIRECTORIES * ENTRIES {
-        let page = (number * LARGE_PAGE_BYTES) | PRESENT_WRITABLE | LARGE_PAGE;
-        ram.write_obj(page, GuestAddress(directories + number * 8))?;
-    }
-    Ok(())
+    let page = |number| (number * LARGE_PAGE_BYTES) | PRESENT_WRITABLE | LARGE_PAGE;
+    let entries: Vec<u8> = (0..DIRECTORIES * ENTRIES)
+        .flat_map(|number| page(number).to_le_bytes())
+        .collect();
+    ram.write_slice(&entries, GuestAddress(directories))
 }

@@ -56,7 +56,7 @@ pub struct Conversation {
     pub(super) lines: Lines,
     pub(super) has_agent: bool,
     asked: Option<Asked>,
-    outbox: VecDeque<u8>,
+    pub(super) outbox: VecDeque<u8>,
     ignored_lines: u64,
 }
 
