@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::lab;
 
-/// The program `name`, of the package of the same name, built in the same profile as the test that asks for it. Built
+/// The program `name`, built in the same profile as the test that asks for it. Built
 /// once more if need be, so that no test runs an old one; in the nested host, the one that was carried along, and where
 /// `RUNNEL_PROGRAMS` names a folder, the one there.
 ///
@@ -35,15 +35,18 @@ pub fn program(name: &str) -> PathBuf {
     folder.join(name)
 }
 
-fn build(package: &str, folder: &Path) {
+fn build(name: &str, folder: &Path) {
     let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--offline", "--bins", "--package", package]);
+    build.args(["build", "--quiet", "--offline", "--workspace", "--bin", name]);
+    // There are no examples, but with them cargo turns on what tests turn on in all that the program is made of: this is
+    // the one that is there when all was built at once, and nothing is compiled another time.
+    build.arg("--examples");
     build.args(folder.ends_with("release").then_some("--release"));
     // What cargo tells a test of its own package makes build scripts run again that look at it, and ring compile anew.
-    for (name, _) in std::env::vars_os() {
-        let text = name.to_string_lossy();
+    for (variable, _) in std::env::vars_os() {
+        let text = variable.to_string_lossy();
         if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
-            build.env_remove(&name);
+            build.env_remove(&variable);
         }
     }
     // Where this test was built, wherever that is.
@@ -54,5 +57,5 @@ fn build(package: &str, folder: &Path) {
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .status()
         .expect("cargo runs");
-    assert!(status.success(), "cargo build --package {package}: {status}");
+    assert!(status.success(), "cargo build --bin {name}: {status}");
 }
