@@ -13,8 +13,9 @@ use crate::agent::AgentFolders;
 use crate::bare::{booted, load, save};
 use crate::monitor::{DEADLINE, Monitor};
 
-/// Bytes a second of background fill, so few that all but what is demanded stays away for the length of a test.
-pub const TRICKLE: [&str; 2] = ["--fill-rate", "256"];
+/// Bytes a second of background fill, so few that all but what is demanded stays away for the length of a test, however
+/// long that takes on a busy host: a chunk of a pattern is less than 200 bytes.
+pub const TRICKLE: [&str; 2] = ["--fill-rate", "1"];
 
 /// How often it is tried again to listen at an address whose last server's connections are not over yet.
 const LOOK: Duration = Duration::from_millis(50);
