@@ -345,7 +345,7 @@ fn a_machine_is_paused_let_run_and_asked_while_its_snapshot_is_made() {
     let snapshot = saving(&machine, &image);
     wait_until("it publishes", || {
         let (status, shown) = machine.ask("GET", "/snapshot/progress", &Value::Null);
-        status == 200 && shown["phase"] == "publishing"
+        status == 200 && shown["operation"]["phase"] == "publishing"
     });
     set_state(&machine, "Paused", "Paused");
     let config = machine.demand("GET", "/machine-config", &Value::Null);
@@ -356,7 +356,7 @@ fn a_machine_is_paused_let_run_and_asked_while_its_snapshot_is_made() {
     });
     assert!(refusal(&machine, "PUT", "/drives/late", &drive).contains("after starting"));
     set_state(&machine, "Paused", "Paused");
-    assert_eq!(progress(&machine)["state"], "running");
+    assert_eq!(progress(&machine)["operation"]["state"], "running");
     machine.demand("DELETE", "/snapshot/create", &Value::Null);
     assert_eq!(snapshot.answer().0, 400);
     // As somebody left it, and not as it was.
