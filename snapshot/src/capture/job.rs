@@ -387,10 +387,11 @@ impl Job {
         };
         let state_bytes = state.encode()?;
         let state = publication.add(&state_bytes)?;
+        self.progress.set_stage(Stage::Publishing);
+        // The last moment at which nothing is there yet.
         if self.progress.is_cancelled() {
             return Err(CaptureError::Cancelled);
         }
-        self.progress.set_stage(Stage::Publishing);
         let draft = ManifestDraft {
             state,
             state_inline: Some(state_bytes),

@@ -104,9 +104,14 @@ pub fn write_raw(
 /// memory keeps it.
 ///
 /// # Errors
-/// When a rename fails. The old files are both there then, or the old state is not.
+/// When it was called off before, and nothing has changed; when a rename fails. The old files are both there then, or
+/// the old state is not.
 pub fn publish(state: RawFile, memory: RawFile, progress: &Progress) -> Result<(), RawError> {
     progress.set_stage(Stage::Publishing);
+    // The last moment at which the old files are both there.
+    if progress.is_cancelled() {
+        return Err(RawError::Cancelled);
+    }
     // Again, for copying took a while.
     check_target(&state.target)?;
     check_target(&memory.target)?;
