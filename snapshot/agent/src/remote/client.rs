@@ -343,8 +343,7 @@ impl Client {
                 realm.target += &format!("{joint}{name}={}", escape(value));
             }
         }
-        // A password that was meant for TLS is not sent without.
-        let basic = basic.filter(|_| realm.origin.tls || !self.base.tls);
+        let basic = basic.filter(|_| self.base.may_send_to(&realm.origin));
         let answer = self.ask(&realm, Asked::default(), basic)?;
         if answer.head.status != 200 {
             return Err(self.refusal(&realm, answer));

@@ -51,6 +51,16 @@ impl Origin {
         self.tls || self.host == "localhost" || address.is_some_and(|address| address.is_loopback())
     }
 
+    /// Whether a password for this server may go to `realm`, of which it says that it gives the token: on no way that is
+    /// less private than the one to the server itself.
+    pub(super) fn may_send_to(&self, realm: &Self) -> bool {
+        match (self.tls, self.is_private()) {
+            (true, _) => realm.tls,
+            (false, true) => realm.is_private(),
+            (false, false) => true,
+        }
+    }
+
     /// The `Host` of requests (RFC 9112 §3.2): the port only where it is not the scheme's own.
     pub(super) fn host_header(&self) -> String {
         let host = self.bracketed();
@@ -169,6 +179,27 @@ fn split_authority(authority: &str, tls: bool) -> Result<(String, u16), &'static
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_password_takes_no_way_that_is_less_private_than_that_to_its_server() {
+        let may_send = |server: &str, realm: &str| {
+            let (server, realm) = (Origin::parse(server).unwrap(), Origin::parse(realm).unwrap());
+            server.may_send_to(&realm)
+        };
+        let (with_tls, here, in_the_clear) =
+            ("https://far.example", "http://127.0.0.1:80", "http://far.example");
+        for server in [with_tls, here, in_the_clear] {
+            assert!(
+                may_send(server, server) && may_send(server, "https://auth.example"),
+                "{server}"
+            );
+        }
+        assert!(may_send(here, "http://localhost:81"));
+        assert!(may_send(in_the_clear, "http://auth.example"));
+        assert!(!may_send(with_tls, "http://auth.example"));
+        assert!(!may_send(with_tls, here));
+        assert!(!may_send(here, "http://auth.example"));
+    }
 
     #[test]
     fn what_is_sent_with_tls_or_stays_on_this_host_is_private() {
