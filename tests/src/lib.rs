@@ -9,11 +9,13 @@ pub mod link;
 pub mod monitor;
 mod program;
 pub mod served;
+mod signal;
 pub mod user;
 
 use std::path::Path;
 
 pub use program::program;
+pub use signal::signal;
 
 /// The bare guest: an ELF64 kernel of our own (`tests/bare-guest/`) that even an interpreted KVM runs.
 #[must_use]

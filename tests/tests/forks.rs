@@ -5,10 +5,11 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::reference::Wanted;
+use runnel_tests::signal;
 use runnel_tests::user::{User, read_to, refusal, succeeded};
 use runnel_vmm::layout::VMGENID;
 use serde_json::Value;
@@ -365,14 +366,6 @@ fn a_fork_of_a_machine_that_fails_leaves_its_image_and_says_how_to_go_on_with_it
     assert!(!user.folder().join("images/web-fork").exists());
 }
 
-fn signal(pid: impl ToString, name: &str) {
-    let sent = Command::new("kill")
-        .arg(format!("-{name}"))
-        .arg(pid.to_string())
-        .status();
-    assert!(sent.unwrap().success());
-}
-
 #[test]
 fn an_agent_that_is_killed_with_a_machines_memory_in_hand_is_replaced_and_the_clones_are_right() {
     let user = with_machine("fill:8m:1m:7 count:3");
@@ -421,11 +414,7 @@ fn ctrl_c_ends_the_clones_that_run_already() {
         .spawn()
         .unwrap();
     runnel_tests::bare::wait_until("a clone runs", || user.machine_folder("c-3").exists());
-    let sent = Command::new("kill")
-        .arg("-INT")
-        .arg(forking.id().to_string())
-        .status();
-    assert!(sent.unwrap().success());
+    signal(forking.id(), "INT");
     let output = forking.wait_with_output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(130), "{told}");

@@ -368,9 +368,22 @@ impl Linux {
                     found.entry(key).or_insert(value.to_owned());
                 }
             }
-            assert!(Instant::now() < until, "{keys:?} did not come, but {found:?}");
+            if Instant::now() >= until {
+                let (then, now) = (self.timers(), self.timers());
+                panic!(
+                    "{keys:?} did not come, but {found:?}; the guest's clock and timers, twice: {then:#?} {now:#?}"
+                );
+            }
         }
         found
+    }
+
+    /// What the guest's kernel knows of its clock, and of what it waits for: lines of `timer_list`, its uptime first.
+    #[track_caller]
+    fn timers(&mut self) -> Vec<String> {
+        self.tell("cat /proc/uptime /proc/timer_list; echo timers=end");
+        let lines = std::iter::from_fn(|| Some(self.line()).filter(|line| line != "timers=end"));
+        lines.filter(|line| !line.starts_with("work=")).collect()
     }
 
     /// Types a line.

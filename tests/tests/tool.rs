@@ -13,19 +13,11 @@ use runnel_snapshot::protocol::is_answering;
 use runnel_tests::bare::wait_until;
 use runnel_tests::served::Served;
 use runnel_tests::user::{User, read_to, refusal, succeeded};
-use runnel_tests::{bare_guest, program};
+use runnel_tests::{bare_guest, program, signal};
 use serde_json::Value;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn signal(pid: impl ToString, name: &str) {
-    let sent = Command::new("kill")
-        .arg(format!("-{name}"))
-        .arg(pid.to_string())
-        .status();
-    assert!(sent.unwrap().success());
 }
 
 #[test]

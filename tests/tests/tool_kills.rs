@@ -18,6 +18,7 @@ use runnel_tests::bare::wait_until;
 use runnel_tests::lab::say;
 use runnel_tests::monitor::Monitor;
 use runnel_tests::served::{Served, TRICKLE};
+use runnel_tests::signal;
 use runnel_tests::user::{User, succeeded};
 use serde_json::{Value, json};
 
@@ -72,7 +73,7 @@ fn at_every_moment(what: &str, start: &dyn Fn() -> Child, looks: &mut dyn FnMut(
         assert!(whole.success(), "{what}, undisturbed: {whole}");
         looks();
     }
-    for signal in SIGNALS {
+    for name in SIGNALS {
         let (mut alive, mut tries) = (0, 0);
         // It does not take the same time each time: until so many have been killed.
         while alive < KILLS && tries < TRIES_MAX {
@@ -81,23 +82,17 @@ fn at_every_moment(what: &str, start: &dyn Fn() -> Child, looks: &mut dyn FnMut(
             tries += 1;
             if child.try_wait().unwrap().is_none() {
                 alive += 1;
-                send(&child, signal);
+                // A child that has not been waited for keeps its number.
+                signal(child.id(), name);
             }
             child.wait().unwrap();
             looks();
         }
         say(&format!(
-            "{what}: SIG{signal}, {alive} of {tries} before its end, at moments spread over {takes:?}"
+            "{what}: SIG{name}, {alive} of {tries} before its end, at moments spread over {takes:?}"
         ));
         assert_eq!(alive, KILLS, "{what}: it mostly ended before its signal");
     }
-}
-
-/// A child that has not been waited for keeps its number.
-fn send(child: &Child, signal: &str) {
-    let mut kill = Command::new("kill");
-    kill.arg(format!("-{signal}")).arg(child.id().to_string());
-    assert!(kill.status().unwrap().success());
 }
 
 fn start(mut command: Command) -> Child {
@@ -206,12 +201,12 @@ fn a_server_that_ends_is_not_in_the_way_of_the_next() {
     let _agent = agents.start(&TRICKLE);
     let url = format!("http://{listen}/bare");
     let socket = agents.socket();
-    for signal in SIGNALS {
+    for name in SIGNALS {
         for moment in 0..KILLS {
             let mut server = start(user.command(&["serve", image, "--listen", &listen]));
             // The later moments are those of a server at work.
             thread::sleep(Duration::from_millis(5) * moment);
-            send(&server, signal);
+            signal(server.id(), name);
             server.wait().unwrap();
         }
         let server = start(user.command(&["serve", image, "--listen", &listen]));
@@ -221,11 +216,11 @@ fn a_server_that_ends_is_not_in_the_way_of_the_next() {
         machine.demand("PUT", "/snapshot/load", &load);
         machine.type_line("checkfill:8m:1m:7");
         assert_eq!(machine.wait_for_console("checkfill="), "checkfill=right");
-        send(&server, "TERM");
+        signal(server.id(), "TERM");
         let mut server = server;
         server.wait().unwrap();
         say(&format!(
-            "serve: SIG{signal} at {KILLS} moments, and the next one served"
+            "serve: SIG{name} at {KILLS} moments, and the next one served"
         ));
     }
     has_no_processes(&user);
@@ -234,12 +229,12 @@ fn a_server_that_ends_is_not_in_the_way_of_the_next() {
 #[test]
 fn an_agent_that_ends_while_it_starts_is_not_in_the_way_of_the_next() {
     let served = Served::new();
-    for signal in SIGNALS {
+    for name in SIGNALS {
         for moment in 0..KILLS {
             let agent = served.agents().command(&[]);
             let mut agent = start(agent);
             thread::sleep(Duration::from_millis(2) * moment);
-            send(&agent, signal);
+            signal(agent.id(), name);
             agent.wait().unwrap();
             let _next = served.agents().start(&TRICKLE);
             let mut machine = served.load(&json!({"resume_vm": true}));
@@ -247,7 +242,7 @@ fn an_agent_that_ends_while_it_starts_is_not_in_the_way_of_the_next() {
             assert_eq!(machine.wait_for_console("checkfill="), "checkfill=right");
         }
         say(&format!(
-            "agent: SIG{signal} at {KILLS} moments of its start, and the next one delivered"
+            "agent: SIG{name} at {KILLS} moments of its start, and the next one delivered"
         ));
     }
 }
