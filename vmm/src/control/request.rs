@@ -37,7 +37,19 @@ impl Request {
         match self {
             Self::CreateSnapshot(_) => false,
             Self::Pause | Self::Resume => !must_stand,
-            _ => true,
+            Self::GetMachineConfig | Self::GetVmConfig | Self::SendCtrlAltDel | Self::FlushMetrics
+            // Refused in a moment, for the machine was started.
+            | Self::PutLogger(_)
+            | Self::PutSerial(_)
+            | Self::PutMachineConfig(_)
+            | Self::PatchMachineConfig(_)
+            | Self::PutBootSource(_)
+            | Self::PutDrive(_)
+            | Self::PutInterface(_)
+            | Self::PutEntropy(_)
+            | Self::PutGuestChannel(_)
+            | Self::InstanceStart
+            | Self::LoadSnapshot(_) => true,
         }
     }
 }
