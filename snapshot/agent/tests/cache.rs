@@ -8,8 +8,8 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 
 use runnel_agent::agent::{Agent, AgentSettings};
 use runnel_snapshot::pager::{Fetcher, FetcherSettings};
@@ -19,7 +19,7 @@ use wire::fixture::Part::{Data, Zeros};
 use wire::fixture::{CHUNK, chunk_of};
 use wire::host::{Home, LONG, Machine, ids, registry};
 use wire::program::Program;
-use wire::scripted::Reply;
+use wire::scripted::{Reply, Request, Scripted};
 use wire::{Stored, serve};
 
 /// Where marks, footer and the file system's own books go.
@@ -220,6 +220,176 @@ fn a_chunk_that_another_image_has_is_copied_and_not_fetched() {
     // And the other way round.
     gets(&of_first, [6]);
     assert!(of_first.has(6, 16));
+}
+
+/// A server that lets nobody have its layer before it is told to.
+struct Gate(Mutex<bool>, Condvar);
+
+impl Gate {
+    fn closed() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(false), Condvar::new()))
+    }
+
+    fn open(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+
+    fn pass(&self) {
+        drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
+    }
+}
+
+/// Two images that have one content in common, that of the first chunk of the first and the third of the second; the
+/// machines of both, and the servers. That of the first lets its layer through a gate, and says so; then it answers as
+/// `first_answers` says. The gate opens when a machine of the second wants what it alone has.
+struct Common {
+    images: [Stored; 2],
+    wanted: [Arc<AtomicUsize>; 2],
+    gate: Arc<Gate>,
+    machines: [Machine; 2],
+    /// Gone before the agent, which would wait for one that is silent.
+    _servers: [Scripted; 2],
+    agent: Agent,
+    _home: Home,
+}
+
+impl Common {
+    fn new(first_answers: impl Fn(&Request, &[u8]) -> Reply + Send + Sync + 'static) -> Self {
+        let images = [image(10, 4), image(8, 4)];
+        let home = Home::new();
+        let agent = home.start();
+        let gate = Gate::closed();
+        let wanted: [Arc<AtomicUsize>; 2] = Default::default();
+        let (its_gate, its_wanted) = (Arc::clone(&gate), Arc::clone(&wanted[0]));
+        let first = registry(&images[0], move |request, bytes| {
+            its_wanted.fetch_add(1, Ordering::SeqCst);
+            its_gate.pass();
+            first_answers(request, bytes)
+        });
+        let (its_gate, its_wanted) = (Arc::clone(&gate), Arc::clone(&wanted[1]));
+        let second = registry(&images[1], move |request, bytes| {
+            its_wanted.fetch_add(1, Ordering::SeqCst);
+            its_gate.open();
+            Reply::part(request, bytes)
+        });
+        let servers = [first, second];
+        let machines = [0, 1].map(|number: usize| {
+            let url = format!("{}/web", servers[number].base());
+            home.machine(&url).unwrap()
+        });
+        Self {
+            images,
+            wanted,
+            gate,
+            machines,
+            _servers: servers,
+            agent,
+            _home: home,
+        }
+    }
+
+    /// The first machine wants the content, and its server is asked; then the second does, and the one behind it.
+    fn both_want_it(&self) {
+        self.machines[0].ask(&[0]);
+        while self.wanted[0].load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        // In one pair of hands.
+        self.machines[1].source.ask(&ids(&[2, 3]), Urgency::Fill);
+    }
+
+    fn second_has_all(&self) {
+        let answers = self.machines[1].answers(2);
+        assert_eq!(answers, [(2, Ok(Arrived::Data)), (3, Ok(Arrived::Data))]);
+        assert!(self.machines[1].has(2, 10) && self.machines[1].has(3, 11));
+    }
+
+    fn copied(&self) -> u64 {
+        let images = self.agent.status().images.into_iter();
+        let mut second = images.filter(|image| image.digest == self.images[1].manifest.digest);
+        second.next().unwrap().chunks_copied
+    }
+}
+
+impl Drop for Common {
+    fn drop(&mut self) {
+        self.gate.open();
+    }
+}
+
+#[test]
+fn a_chunk_that_two_images_want_at_the_same_time_is_fetched_once() {
+    let common = Common::new(Reply::part);
+    common.both_want_it();
+    common.second_has_all();
+    assert_eq!(common.machines[0].answer(), (0, Ok(Arrived::Data)));
+    assert_eq!(common.copied(), 1);
+    let wanted = common
+        .wanted
+        .each_ref()
+        .map(|wanted| wanted.load(Ordering::SeqCst));
+    assert_eq!(wanted, [1, 1], "of the second, what the first has not");
+}
+
+#[test]
+fn what_was_left_to_another_image_that_cannot_have_it_is_fetched_all_the_same() {
+    let common = Common::new(|_, _| Reply::status("404 Not Found", &[]));
+    common.both_want_it();
+    common.second_has_all();
+    assert!(common.machines[0].answer().1.is_err());
+    assert_eq!(common.copied(), 0);
+}
+
+#[test]
+fn what_was_left_to_another_image_whose_server_is_silent_is_fetched_all_the_same() {
+    let common = Common::new(|_, _| Reply::Hang(Vec::new()));
+    common.both_want_it();
+    common.second_has_all();
+    assert_eq!(common.copied(), 0);
+}
+
+#[test]
+fn images_that_have_the_same_in_other_orders_do_not_wait_for_each_other_for_ever() {
+    const CHUNKS: u8 = 40;
+    let forth: Vec<u8> = (1..=CHUNKS).collect();
+    let orders = [0, 7, 19, 31].map(|by| {
+        let mut order = forth.clone();
+        order.rotate_left(by);
+        // Chunk 1 is zeros, as the fixture has it.
+        let data = |content: &u8| Data(chunk_of(*content));
+        let mut parts = vec![data(&order[0]), Zeros(1)];
+        parts.extend(order[1..].iter().map(data));
+        (order, Stored::of(&parts))
+    });
+    let home = Home::new();
+    let _agent = home.start();
+    let servers = orders.each_ref().map(|(_, image)| registry(image, Reply::part));
+    let machines = servers
+        .each_ref()
+        .map(|server| home.machine(&format!("{}/web", server.base())).unwrap());
+    let chunks: Vec<u64> = (0..=u64::from(CHUNKS)).filter(|chunk| *chunk != 1).collect();
+    for (machine, urgency) in
+        machines
+            .iter()
+            .zip([Urgency::Soon, Urgency::Demand, Urgency::Soon, Urgency::Fill])
+    {
+        machine.source.ask(&ids(&chunks), urgency);
+    }
+    for (machine, (order, _)) in machines.iter().zip(&orders) {
+        assert!(
+            machine
+                .answers(chunks.len())
+                .iter()
+                .all(|(_, answer)| *answer == Ok(Arrived::Data))
+        );
+        assert!(
+            chunks
+                .iter()
+                .zip(order)
+                .all(|(chunk, content)| machine.has(*chunk, *content))
+        );
+    }
 }
 
 #[test]

@@ -31,6 +31,46 @@ pub trait HostCache: Send + Sync {
 
     /// Fills `plain` with the chunk of that digest if a page file of the host has it, whatever image it is of.
     fn find(&self, digest: &ChunkDigest, plain: &mut [u8]) -> bool;
+
+    /// The chunk of that digest is about to be fetched, for the fill or for somebody, unless another is at it already.
+    fn begin_fetch(&self, digest: &ChunkDigest, is_fill: bool) -> Fetching;
+
+    /// It is there, or cannot be had.
+    fn end_fetch(&self, fetch: &Fetch);
+
+    /// Waits for the end of another's fetch, but not for ever: whoever waits then looks for himself. He has no fetch of his
+    /// own under way meanwhile.
+    fn wait_for(&self, fetch: &Fetch);
+}
+
+/// A fetch of a chunk, among all of a host.
+#[derive(Debug)]
+pub struct Fetch {
+    /// What is fetched.
+    pub digest: ChunkDigest,
+    /// Which time.
+    pub number: u64,
+}
+
+/// Who fetches a chunk.
+#[derive(Debug)]
+pub enum Fetching {
+    /// Whoever asks.
+    Ours(Fetch),
+    /// Another, who began before.
+    Others(Fetch),
+}
+
+/// A fetch of this source's, which ends with this.
+pub(super) struct OwnFetch {
+    cache: Arc<dyn HostCache>,
+    fetch: Fetch,
+}
+
+impl Drop for OwnFetch {
+    fn drop(&mut self) {
+        self.cache.end_fetch(&self.fetch);
+    }
 }
 
 /// No cache but each image's own page files.
@@ -52,6 +92,17 @@ impl HostCache for Uncached {
     fn find(&self, _: &ChunkDigest, _: &mut [u8]) -> bool {
         false
     }
+
+    fn begin_fetch(&self, digest: &ChunkDigest, _: bool) -> Fetching {
+        Fetching::Ours(Fetch {
+            digest: *digest,
+            number: 0,
+        })
+    }
+
+    fn end_fetch(&self, _: &Fetch) {}
+
+    fn wait_for(&self, _: &Fetch) {}
 }
 
 /// What was copied from another image's page file, and not fetched.
@@ -122,6 +173,17 @@ impl Volume {
             self.cache.keeps(digest, &self.pages, spot.chunk);
         }
         holds
+    }
+
+    /// Begins to fetch a chunk, or says who has begun.
+    pub(super) fn begin_fetch(&self, digest: &ChunkDigest, is_fill: bool) -> Result<OwnFetch, Fetch> {
+        match self.cache.begin_fetch(digest, is_fill) {
+            Fetching::Ours(fetch) => Ok(OwnFetch {
+                cache: Arc::clone(&self.cache),
+                fetch,
+            }),
+            Fetching::Others(fetch) => Err(fetch),
+        }
     }
 
     /// Takes the chunk from another page file of the host, if one has it.

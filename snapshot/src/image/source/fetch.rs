@@ -7,7 +7,7 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use super::cache::{Copied, HostCache};
+use super::cache::{Copied, Fetch, HostCache, OwnFetch};
 use super::chunk_set::ChunkSet;
 use super::making::{FrameWanted, InTheMaking, Making, Wanted, together};
 use super::page_file::{PageFile, Spot};
@@ -120,16 +120,43 @@ impl Shared {
 
     /// Answers every chunk of a run; returns how many stored bytes that took.
     fn deliver(&self, run: &Run, hands: &mut Hands) -> u64 {
+        let mut left = Vec::new();
+        let stored_bytes = self.deliver_these(&run.chunks, Some(&mut left), hands);
+        // Nothing is under way here any more that the others could wait for.
+        for (id, fetch) in &left {
+            if let Some(volume) = self.volume(*id) {
+                volume.cache.wait_for(fetch);
+            }
+        }
+        let left: Vec<ChunkId> = left.into_iter().map(|(id, _)| id).collect();
+        stored_bytes + self.deliver_these(&left, None, hands)
+    }
+
+    /// Answers chunks, but for those that are left to others of the host, if any may be; returns how many stored bytes that
+    /// took.
+    fn deliver_these(
+        &self,
+        chunks: &[ChunkId],
+        mut left: Option<&mut Vec<(ChunkId, Fetch)>>,
+        hands: &mut Hands,
+    ) -> u64 {
         let mut stored_bytes = 0;
         let mut making = InTheMaking::default();
-        for &id in &run.chunks {
+        for &id in chunks {
             match self.look_up(id, hands) {
                 Ok(Lookup::There(what)) => self.answer(id, Ok(what)),
-                Ok(Lookup::Stored(entry, range)) => {
+                Ok(Lookup::Stored(entry, range, fetch)) => {
+                    let fetch = match (fetch, &mut left) {
+                        (Err(others), Some(left)) => {
+                            left.push((id, others));
+                            continue;
+                        }
+                        (fetch, _) => fetch.ok().flatten(),
+                    };
                     if making.is_full_for(&entry, range) {
                         stored_bytes += self.make(&mut making, hands);
                     }
-                    making.add(id, &entry, range);
+                    making.add(id, &entry, range, fetch);
                 }
                 Err(error) => self.answer(id, Err(&error)),
             }
@@ -154,20 +181,25 @@ impl Shared {
             None => volume.index.entry(id.chunk)?,
         };
         let spot = volume.spot(id.chunk);
+        let mut fetch = Ok(None);
         let is_there = match &entry {
             Entry::Zero => {
                 volume.zeros.insert(id.chunk);
                 return Ok(Lookup::There(Arrived::Zero));
             }
             Entry::Data(stored) => {
-                volume.inherits(spot, &stored.digest, hands) || volume.copies(spot, stored, hands)
+                volume.inherits(spot, &stored.digest, hands) || {
+                    // First, or another's fetch could end in between.
+                    fetch = volume.begin_fetch(&stored.digest, hands.is_fill).map(Some);
+                    volume.copies(spot, stored, hands)
+                }
             }
             Entry::Parts(parts) => volume.inherits_parts(spot, parts, hands),
         };
         if is_there {
             return Ok(Lookup::There(Arrived::Data));
         }
-        Ok(Lookup::Stored(entry, spot.range))
+        Ok(Lookup::Stored(entry, spot.range, fetch))
     }
 
     /// Reads the frames of chunks, and answers them; returns how many stored bytes that took.
@@ -230,7 +262,7 @@ impl Shared {
                         }
                         Err(error) => self.fail(chunk, &error),
                         Ok(()) if chunk.missing == 0 => {
-                            chunk.is_answered = true;
+                            chunk.is_over();
                             self.answer(chunk.id, Ok(Arrived::Data));
                         }
                         Ok(()) => {}
@@ -254,7 +286,7 @@ impl Shared {
 
     fn fail(&self, chunk: &mut Making, error: &FetchError) {
         if !chunk.is_answered {
-            chunk.is_answered = true;
+            chunk.is_over();
             self.answer(chunk.id, Err(error));
         }
     }
@@ -291,7 +323,8 @@ fn give_back_memory() {
 
 enum Lookup {
     There(Arrived),
-    Stored(Entry, ByteRange),
+    /// It is to be fetched: by whoever looked, or by another who is at it already.
+    Stored(Entry, ByteRange, Result<Option<OwnFetch>, Fetch>),
 }
 
 impl Volume {

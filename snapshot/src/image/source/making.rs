@@ -1,5 +1,6 @@
 //! Chunks that are being made: which frames each still waits for, and what is there of those of several parts.
 
+use super::cache::OwnFetch;
 use crate::index::{Entry, LayerNumber, StoredChunk, StoredPart};
 use crate::source::ChunkId;
 use crate::units::ByteRange;
@@ -41,7 +42,6 @@ impl FrameWanted {
 }
 
 /// A chunk that waits for frames.
-#[derive(Debug)]
 pub(super) struct Making {
     pub(super) id: ChunkId,
     /// The bytes of the volume that it is.
@@ -52,10 +52,20 @@ pub(super) struct Making {
     pub(super) missing: usize,
     /// Whether whoever asked has his answer.
     pub(super) is_answered: bool,
+    /// Others of the host who need the same chunk wait for this to end.
+    pub(super) fetch: Option<OwnFetch>,
+}
+
+impl Making {
+    /// Whoever asked is about to have his answer, and others look for themselves.
+    pub(super) fn is_over(&mut self) {
+        self.is_answered = true;
+        self.fetch = None;
+    }
 }
 
 /// The chunks of a run, all of one volume, that are not there.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct InTheMaking {
     pub(super) chunks: Vec<Making>,
     frames: Vec<FrameWanted>,
@@ -69,7 +79,7 @@ impl InTheMaking {
     }
 
     /// Adds a chunk of the volume's `range`.
-    pub(super) fn add(&mut self, id: ChunkId, entry: &Entry, range: ByteRange) {
+    pub(super) fn add(&mut self, id: ChunkId, entry: &Entry, range: ByteRange, fetch: Option<OwnFetch>) {
         let chunk = self.chunks.len();
         let before = self.frames.len();
         let mut plain = Vec::new();
@@ -94,6 +104,7 @@ impl InTheMaking {
             plain,
             missing: self.frames.len() - before,
             is_answered: false,
+            fetch,
         });
     }
 

@@ -11,7 +11,7 @@ mod page_file;
 mod queue;
 mod room;
 
-pub use cache::{HostCache, Uncached};
+pub use cache::{Fetch, Fetching, HostCache, Uncached};
 pub use page_file::{PageFile, TakeOut, is_sealed};
 
 use std::fs::File;

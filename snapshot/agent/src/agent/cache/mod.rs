@@ -1,5 +1,5 @@
 //! The host's cache: the page files of all images of this agent, how much they may take, what is taken out of them where
-//! that is too much, and which chunk is where.
+//! that is too much, which chunk is where, and which is being fetched.
 //!
 //! ```text
 //!   worker ──bytes to come──► Pool (memory, or drives) ──too many──► counted: st_blocks of every page file
@@ -21,6 +21,7 @@
 
 mod known;
 mod pool;
+mod under_way;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -28,7 +29,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use runnel_snapshot::digest::{BlobDigest, ChunkDigest};
-use runnel_snapshot::image::source::{HostCache, PageFile, SourceError, TakeOut};
+use runnel_snapshot::image::source::{Fetch, Fetching, HostCache, PageFile, SourceError, TakeOut};
 use runnel_snapshot::protocol::{AdoptedVolume, CacheStatus};
 use runnel_snapshot::source::PageFileLayout;
 use runnel_snapshot::units::ChunkIndex;
@@ -38,6 +39,7 @@ use super::pages::PageFolders;
 use super::settings::AgentSettings;
 use known::KnownChunks;
 use pool::Pool;
+use under_way::UnderWay;
 
 /// How much of what memory's file system has room for page files take unless told otherwise: tmpfs has half of RAM.
 const MEMORY_SHARE: (u64, u64) = (3, 4);
@@ -52,6 +54,7 @@ pub(super) struct Cache {
     files: Mutex<Vec<Kept>>,
     uses: Mutex<Uses>,
     known: KnownChunks,
+    under_way: UnderWay,
 }
 
 /// A page file of an image.
@@ -109,6 +112,7 @@ impl Cache {
             files: Mutex::new(files),
             uses: Mutex::default(),
             known: KnownChunks::default(),
+            under_way: UnderWay::default(),
         }
     }
 
@@ -318,6 +322,18 @@ impl HostCache for Cache {
 
     fn find(&self, digest: &ChunkDigest, plain: &mut [u8]) -> bool {
         self.known.find(digest, plain)
+    }
+
+    fn begin_fetch(&self, digest: &ChunkDigest, is_fill: bool) -> Fetching {
+        self.under_way.begin(digest, is_fill)
+    }
+
+    fn end_fetch(&self, fetch: &Fetch) {
+        self.under_way.end(fetch);
+    }
+
+    fn wait_for(&self, fetch: &Fetch) {
+        self.under_way.wait_for(fetch);
     }
 }
 
