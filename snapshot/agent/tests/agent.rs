@@ -395,7 +395,47 @@ fn a_stopped_agent_leaves_the_files_of_machines_and_nothing_else() {
     assert!(folder.exists(), "the machine comes back for it");
     assert!(!home.socket().exists());
     drop(machine);
-    // The next agent has nobody come back, and takes it away when it ends.
+    // The next agent does not wait for who comes back for it, and leaves it to one that does.
     home.start().stop();
+    assert!(folder.exists());
+    let agent = home.start();
+    std::thread::sleep(Duration::from_secs(4));
+    agent.stop();
     assert!(!folder.exists());
+}
+
+#[test]
+fn page_files_of_a_machine_whose_image_is_away_for_long_are_there_when_it_is_back() {
+    let stored = Stored::new();
+    let home = Home::new();
+    let image = stored.path();
+    let agent = home.start();
+    let folder = home.path().join("memory").join(stored.manifest.digest.hex());
+    let machine = home.machine(image.to_str().unwrap()).unwrap();
+    machine.ask(&[0]);
+    assert_eq!(machine.answer(), (0, Ok(Arrived::Data)));
+    let away = image.with_extension("away");
+    agent.stop();
+    fs::rename(&image, &away).unwrap();
+    // Longer than a machine waits before it tries again.
+    let start = || {
+        let mut settings = home.settings();
+        settings.unused_after = Duration::from_secs(2);
+        Agent::start(settings).unwrap()
+    };
+    let agent = start();
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(folder.exists(), "its machine has come back for it, in vain");
+    agent.stop();
+    assert!(folder.exists());
+    let _agent = start();
+    fs::rename(&away, &image).unwrap();
+    // What it was told meanwhile comes first.
+    while let (3, Err(failure)) = {
+        machine.ask(&[3]);
+        machine.answer()
+    } {
+        assert!(failure.transient, "{failure:?}");
+    }
+    assert!(machine.has(0, 1) && machine.has(3, 2));
 }

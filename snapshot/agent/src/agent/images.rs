@@ -29,6 +29,12 @@ const SEEK_PAUSES: [Duration; 4] = [
     Duration::from_secs(30),
 ];
 
+/// How long machines are given to come back to a new agent. They try each second at least.
+const COME_BACK: Duration = Duration::from_secs(3);
+
+/// Images that are remembered because a machine came back for one in vain.
+const MISSED_MAX: usize = 1 << 10;
+
 /// The table of open images.
 pub(super) struct Images {
     settings: AgentSettings,
@@ -43,6 +49,9 @@ struct Table {
     slots: HashMap<BlobDigest, Slot>,
     /// Since when page files without an open image may have been waiting for their machines to come back.
     started: Instant,
+    /// When a machine last came back for an image that could not be opened. It has that image's page files, and no others
+    /// will do.
+    missed: HashMap<BlobDigest, Instant>,
     /// Places in which images that are open are being looked for.
     sought: HashSet<String>,
     ending: bool,
@@ -85,6 +94,7 @@ impl Images {
             table: Mutex::new(Table {
                 slots: HashMap::new(),
                 started: Instant::now(),
+                missed: HashMap::new(),
                 sought: HashSet::new(),
                 ending: false,
             }),
@@ -161,6 +171,7 @@ impl Images {
                 Err(error) => failure = Some(error),
             }
         }
+        self.lock().miss(digest, self.settings.unused_after);
         Err(failure.expect("there is a place at least, and it failed"))
     }
 
@@ -382,6 +393,9 @@ impl Images {
             let waited = self.ends.wait_timeout_while(table, pause, |table| !table.ending);
             table = waited.unwrap_or_else(PoisonError::into_inner).0;
             let dropped = self.drop_unused(&mut table, unused_after);
+            if table.started.elapsed() >= unused_after {
+                self.drop_left_over(&table, unused_after);
+            }
             // Not under the lock: its workers may have to finish a read.
             drop(table);
             drop(dropped);
@@ -402,15 +416,20 @@ impl Images {
             .iter()
             .filter_map(|digest| table.slots.remove(digest))
             .collect();
-        // What an earlier agent left, and no machine came back for.
-        if table.started.elapsed() >= unused_after {
-            let left = self.folders.images().into_iter();
-            for digest in left.filter(|digest| !table.slots.contains_key(digest)) {
-                tracing::info!(%digest, "removing page files of an earlier agent");
-                self.remove(&digest);
-            }
-        }
         dropped
+    }
+
+    /// Takes away what an earlier agent left, and no machine has come back for.
+    fn drop_left_over(&self, table: &Table, unused_after: Duration) {
+        let is_wanted = |digest: &BlobDigest| {
+            let missed = table.missed.get(digest);
+            table.slots.contains_key(digest) || missed.is_some_and(|at| at.elapsed() < unused_after)
+        };
+        let left = self.folders.images().into_iter();
+        for digest in left.filter(|digest| !is_wanted(digest)) {
+            tracing::info!(%digest, "removing page files of an earlier agent");
+            self.remove(&digest);
+        }
     }
 
     /// Takes an image's page files away.
@@ -426,8 +445,12 @@ impl Images {
             if std::mem::replace(&mut table.ending, true) {
                 return;
             }
-            table.started = Instant::now();
-            self.drop_unused(&mut table, Duration::ZERO)
+            let dropped = self.drop_unused(&mut table, Duration::ZERO);
+            // Machines may be about to come back for what is left; if they do to the next agent, it is there.
+            if table.started.elapsed() >= COME_BACK {
+                self.drop_left_over(&table, self.settings.unused_after);
+            }
+            dropped
         };
         drop(dropped);
         self.ends.notify_all();
@@ -463,6 +486,16 @@ fn pinned(reference: &ImageReference, digest: BlobDigest) -> ImageReference {
     let (ImageReference::Directory { wanted, .. } | ImageReference::Remote { wanted, .. }) = &mut pinned;
     *wanted = Wanted::Pinned(digest);
     pinned
+}
+
+impl Table {
+    /// A machine has come back for an image, and it cannot be opened.
+    fn miss(&mut self, digest: BlobDigest, counts_for: Duration) {
+        self.missed.retain(|_, at| at.elapsed() < counts_for);
+        if self.missed.len() < MISSED_MAX || self.missed.contains_key(&digest) {
+            self.missed.insert(digest, Instant::now());
+        }
+    }
 }
 
 impl Drop for Lease {
