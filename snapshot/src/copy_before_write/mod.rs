@@ -65,8 +65,17 @@ pub enum Writable {
     Later,
 }
 
-/// Called with pages that the capture has saved: the first, and how many. Holds no lock of ours.
-type OnSaved = Box<dyn Fn(PageIndex, u64) + Send + Sync>;
+/// What becomes of the pages of a [`Moment`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// The capture has saved these: the first, and how many.
+    Saved(PageIndex, u64),
+    /// Nothing is kept any more, of none: all may be written to.
+    Over,
+}
+
+/// Called with what becomes of pages. Holds no lock of ours.
+type OnPassed = Box<dyn Fn(Passed) + Send + Sync>;
 
 struct State {
     /// Pages that still hold what they held at the moment, and were not captured.
@@ -198,19 +207,19 @@ impl CopyBeforeWrite {
 /// any more, and no writer waits.
 pub struct Moment {
     writers: Arc<CopyBeforeWrite>,
-    on_saved: OnSaved,
+    on_passed: OnPassed,
 }
 
 impl Moment {
     /// This moment, of the pages `own` of a volume of `bytes`: nobody writes to them before this has returned.
-    /// `on_saved` is told of pages as they are read.
+    /// `on_passed` is told of pages as they are read, and of the end.
     #[must_use]
     pub fn new(
         own: PageSet,
         bytes: u64,
         pages: Box<dyn OwnPages>,
         early: Arc<EarlyPages>,
-        on_saved: impl Fn(PageIndex, u64) + Send + Sync + 'static,
+        on_passed: impl Fn(Passed) + Send + Sync + 'static,
     ) -> Self {
         let state = State {
             unsaved: own,
@@ -228,7 +237,7 @@ impl Moment {
         });
         Self {
             writers,
-            on_saved: Box::new(on_saved),
+            on_passed: Box::new(on_passed),
         }
     }
 
@@ -248,6 +257,8 @@ impl Drop for Moment {
             pages_kept = state.kept_in_all,
             "A moment of a volume is not kept any more."
         );
+        drop(state);
+        (self.on_passed)(Passed::Over);
     }
 }
 
@@ -256,7 +267,7 @@ impl OwnPages for Moment {
         self.writers.read(offset, into)?;
         let first = PageIndex::holding(offset);
         let count = (offset + into.len() as u64).div_ceil(PAGE_SIZE) - first.0;
-        (self.on_saved)(first, count);
+        (self.on_passed)(Passed::Saved(first, count));
         Ok(())
     }
 }

@@ -39,8 +39,10 @@ fn rig(bytes: u64, room: u64) -> Rig {
         bytes,
         Box::new(file.try_clone().unwrap()),
         early.clone(),
-        move |_, pages| {
-            count.fetch_add(pages, Ordering::Relaxed);
+        move |passed| {
+            if let Passed::Saved(_, pages) = passed {
+                count.fetch_add(pages, Ordering::Relaxed);
+            }
         },
     );
     let writes = DriveWrites::new(1 << 20);
@@ -164,7 +166,7 @@ fn a_page_that_cannot_be_read_ends_the_capture_and_not_the_writer() {
         EarlyPagesLimits::default(),
         Path::new("/nonexistent"),
     ));
-    let moment = Moment::new(own, 4 * PAGE_SIZE, Box::new(Broken), early, |_, _| {});
+    let moment = Moment::new(own, 4 * PAGE_SIZE, Box::new(Broken), early, |_| {});
     moment.writers().before_write(PageIndex(1), 2);
     assert_eq!(
         moment.writers().try_before_write(PageIndex(3), 1),
@@ -233,8 +235,10 @@ fn read_while_overwritten(happens_first: bool, room: u64) -> (Vec<u8>, u64) {
         4 * PAGE_SIZE,
         Box::new(pages),
         early.clone(),
-        move |_, pages| {
-            count.fetch_add(pages, Ordering::Relaxed);
+        move |passed| {
+            if let Passed::Saved(_, pages) = passed {
+                count.fetch_add(pages, Ordering::Relaxed);
+            }
         },
     );
     let writers = moment.writers().clone();

@@ -125,7 +125,7 @@ impl Overlay {
             self.about.bytes,
             Box::new(self.own.clone()),
             early.clone(),
-            |_, _| {},
+            |_| {},
         );
         self.capture.go_by(&moment);
         let nothing = PageSet::new(self.about.bytes.div_ceil(PAGE_SIZE));

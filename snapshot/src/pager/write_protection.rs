@@ -21,7 +21,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::PageSet;
-use crate::copy_before_write::{CopyBeforeWrite, EarlyPages, Moment, OwnPages, Writable};
+use crate::copy_before_write::{CopyBeforeWrite, EarlyPages, Moment, OwnPages, Passed, Writable};
 use crate::units::{PAGE_SIZE, PageIndex};
 
 /// Pages that are armed with one call, 2 MiB: some 70 µs, during which a write to any page waits for the lock.
@@ -171,12 +171,12 @@ impl WriteProtection {
         }
         let bytes = own.pages() * PAGE_SIZE;
         let this: Weak<Self> = Arc::downgrade(self);
-        let saved = move |first, count| {
-            if let Some(this) = this.upgrade() {
-                this.saved(first, count);
-            }
+        let passed = move |passed| match (this.upgrade(), passed) {
+            (Some(this), Passed::Saved(first, count)) => this.saved(first, count),
+            (Some(this), Passed::Over) => this.over(),
+            (None, _) => {}
         };
-        let moment = Moment::new(own, bytes, pages, early, saved);
+        let moment = Moment::new(own, bytes, pages, early, passed);
         state.frozen = Some(moment.writers().clone());
         Ok(moment)
     }
@@ -226,6 +226,18 @@ impl WriteProtection {
     #[must_use]
     pub fn held(&self) -> usize {
         self.lock().held.len()
+    }
+
+    /// The [`Moment`] is over, whatever became of it: nobody waits for the capture any more. What is armed still is
+    /// [lifted](Self::lift) later, by a thread that may be waiting for such a writer now.
+    fn over(&self) {
+        let mut state = self.lock();
+        state.frozen = None;
+        while let Some(page) = state.held.first().copied().map(PageIndex) {
+            if !self.let_go(&mut state, page, 1) {
+                break;
+            }
+        }
     }
 
     /// Ends all protection, once the [`Moment`] is over. The machine may run or stand.

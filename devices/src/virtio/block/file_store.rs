@@ -177,7 +177,7 @@ impl FileStore {
             None => self.data_pages()?,
         };
         let pages = Box::new(self.file.clone());
-        let moment = Moment::new(own.clone(), self.bytes, pages, early.clone(), |_, _| {});
+        let moment = Moment::new(own.clone(), self.bytes, pages, early.clone(), |_| {});
         self.capture.go_by(&moment);
         Ok(OwnContent::new(own, self.bytes, Box::new(moment)))
     }

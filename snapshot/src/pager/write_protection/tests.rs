@@ -242,8 +242,10 @@ impl Rig {
     fn lift(&mut self) {
         self.capture = None;
         self.seen = None;
-        self.protection.lift();
+        // Whoever is to lift may wait for a writer first.
         self.retry();
+        assert_eq!(self.waiting, [], "nobody waits for a capture that is over");
+        self.protection.lift();
         self.assert_at_rest();
     }
 

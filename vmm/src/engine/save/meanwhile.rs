@@ -67,6 +67,9 @@ impl<'a> Meanwhile<'a> {
 
     /// Does `work` on a thread of its own, and looks after the machine on this one, and what else is asked of it. One
     /// that stands for its memory runs on as soon as that was read.
+    ///
+    /// What is asked may have this thread wait for vCPUs, and those may wait for the capture: what they wait for must end
+    /// with `work`, whatever becomes of it.
     pub(super) fn work<T: Send>(
         &mut self,
         guest: &mut KvmGuest,

@@ -353,23 +353,30 @@ impl Saving {
         let operation = meanwhile.operation;
         let state = machine_state(guest, &|_| false)?.encode()?;
         let settings = self.settings();
-        let memory = self.memory(guest, operation.cancel_flag())?;
-        let progress = Arc::new(Progress::new([(VolumeName::Memory, memory.content.bytes())]));
+        let Memory {
+            content,
+            changed,
+            dirty,
+        } = self.memory(guest, operation.cancel_flag())?;
+        let progress = Arc::new(Progress::new([(VolumeName::Memory, content.bytes())]));
         operation.enter("copying");
         watch(operation, &progress);
-        meanwhile.work(guest, &self.how, &progress, || {
-            let content = &*memory.content;
-            let file = match &memory.changed {
-                None => raw::write_raw(content, memory_path, &settings, &progress)?,
+        let of_work = progress.clone();
+        meanwhile.work(guest, &self.how, &progress, move || {
+            let progress = of_work;
+            let file = match &changed {
+                None => raw::write_raw(&*content, memory_path, &settings, &progress)?,
                 Some(changed) => {
-                    raw::write_raw_pages(content, &changed.pages, memory_path, &settings, &progress)?
+                    raw::write_raw_pages(&*content, &changed.pages, memory_path, &settings, &progress)?
                 }
             };
+            // Nobody waits any longer to write to it: the thread that looks after the machine may wait for that.
+            drop(content);
             let of_state = Progress::new([(VolumeName::Memory, state.bytes())]);
             let state = raw::write_raw(&state, state_path, &settings, &of_state)?;
             raw::publish(state, file, &progress)
         })??;
-        memory.dirty.saved();
+        dirty.saved();
         Ok(())
     }
 
