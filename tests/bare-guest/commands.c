@@ -117,6 +117,13 @@ static void done(const char *what) {
     print("=done");
 }
 
+/* What goes on until something is typed has begun. */
+static void begun(const char *what) {
+    print("begun=");
+    print(what);
+    end_line();
+}
+
 static void triple_fault(void) {
     struct { u16 limit; u64 base; } __attribute__((packed)) none = {0, 0};
     __asm__ volatile("lidt %0" : : "m"(none));
@@ -146,17 +153,20 @@ void obey(const char *word) {
     } else if (is(word, "checkstamp")) {
         verdict("checkstamp", check_stamps(a[0], a[1], a[2]), 0);
     } else if (is(word, "churn")) { /* churn:START:BYTES, until something is typed */
+        begun("churn");
         u64 rounds, wrong = churn(a[0], a[1], is_typed, &rounds);
         verdict("churn", wrong, &rounds);
     } else if (is(word, "vcpus")) { /* vcpus:COUNT: wakes the others, so that there are so many */
         start_vcpus(a[0]);
         done("vcpus"), end_line();
     } else if (is(word, "churntogether")) { /* churntogether:START:BYTES, so many for each, until something is typed */
+        begun("churntogether");
         u64 rounds, wrong = churn_together(a[0], a[1], &rounds);
         verdict("churntogether", wrong, &rounds);
     } else if (is(word, "checktogether")) { /* checktogether:START:BYTES:STRIDE:SEED, so many for each, so far apart */
         verdict("checktogether", check_together(a[0], a[1], a[2], a[3]), 0);
     } else if (is(word, "diskchurn")) { /* diskchurn:SECTOR:BYTES, until something is typed */
+        begun("diskchurn");
         u64 rounds, failed = block_churn(a[0], a[1], &rounds);
         block("diskchurn", failed, &rounds);
     } else if (is(word, "gap")) { /* gap:START:BYTES, of 0 bytes to write to none, until something is typed */

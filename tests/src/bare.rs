@@ -137,6 +137,16 @@ pub fn saving(monitor: &Monitor, image: &Path) -> Question {
     Question::put(monitor.socket(), "PUT", "/snapshot/create", &create)
 }
 
+/// Has a guest begin what it does round by round, as `words` say, and waits until it does: before it has read them they
+/// are its serial port's, and a machine that is saved then has not begun.
+///
+/// # Panics
+/// When it does not begin.
+pub fn begin_rounds(monitor: &mut Monitor, words: &str) {
+    monitor.type_line(words);
+    monitor.wait_for_console("begun=");
+}
+
 /// Has a guest end what it does round by round (`churn`, `diskchurn`, …); all of its rounds must have been right.
 ///
 /// # Panics

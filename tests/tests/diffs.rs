@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use runnel_snapshot::image::Image;
 use runnel_snapshot::image::manifest::ImageVolume;
-use runnel_tests::bare::{MIB, configure, end_rounds, load, resumed, save, start, tell};
+use runnel_tests::bare::{MIB, begin_rounds, configure, end_rounds, load, resumed, save, start, tell};
 use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
@@ -136,7 +136,7 @@ fn a_machine_that_writes_all_the_time_is_diffed_as_it_was_at_each_pause() {
     let path = paths(folder.path());
     for logs in [true, false] {
         let mut machine = booted(logs, "fill:20m:8m:5", None);
-        machine.type_line(CHURN);
+        begin_rounds(&mut machine, CHURN);
         save(&machine, &path(0));
         for number in 1..4 {
             save_diff(&machine, &path(number));
@@ -172,7 +172,7 @@ fn a_drive_that_is_written_to_all_the_time_is_diffed_as_it_was_at_each_pause() {
     let disk = folder.path().join("disk");
     let mut machine = booted(true, "count:1", Some(&disk));
     tell(&mut machine, "diskfill:0:2m:3", "diskfill=right");
-    machine.type_line("diskchurn:16384:256k");
+    begin_rounds(&mut machine, "diskchurn:16384:256k");
     save(&machine, &path(0));
     for number in 1..3 {
         save_diff(&machine, &path(number));

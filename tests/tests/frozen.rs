@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use runnel_tests::agent::AgentFolders;
-use runnel_tests::bare::{configure, end_rounds, load, resumed, save, start, tell};
+use runnel_tests::bare::{begin_rounds, configure, end_rounds, load, resumed, save, start, tell};
 use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
 use serde_json::{Value, json};
@@ -66,7 +66,7 @@ fn a_machine_that_writes_all_the_time_is_frozen_as_it_was_and_saved_in_every_way
     let path = paths(folder.path());
     for (logs, is_saved_before) in [(true, false), (false, false), (true, true), (false, true)] {
         let mut machine = booted(logs, "fill:20m:8m:5");
-        machine.type_line(CHURN);
+        begin_rounds(&mut machine, CHURN);
         if is_saved_before {
             save(&machine, &path(0));
         }

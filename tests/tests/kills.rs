@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use runnel_tests::agent::AgentFolders;
-use runnel_tests::bare::{configure, save, start, tell, wait_until, wait_until_stalled};
+use runnel_tests::bare::{begin_rounds, configure, save, start, tell, wait_until, wait_until_stalled};
 use runnel_tests::forge::verified;
 use runnel_tests::lab::{say, skip};
 use runnel_tests::monitor::{Monitor, Question};
@@ -186,7 +186,7 @@ fn a_monitor_that_ends_in_any_phase_of_a_snapshot_leaves_no_half_image_and_nothi
         let mut monitor = ground.monitor_held_in(held);
         monitor.demand("PUT", "/snapshot/load", &ground.local());
         // It writes all the while.
-        monitor.type_line("churn:16m:4m");
+        begin_rounds(&mut monitor, "churn:16m:4m");
         signal_in_phase(&monitor, "Create", phase, signal);
         let _unanswered = Question::put(monitor.socket(), "PUT", "/snapshot/create", &create);
         let log = ground.ended(&mut monitor, signal);

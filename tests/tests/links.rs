@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use runnel_tests::agent::Agent;
 use runnel_tests::bare::{
-    Noise, about, booted, booted_with_noise, configure, hear, load, refusal, resumed, save, saving, start,
-    tell, wait_until, wait_until_stalled,
+    Noise, about, begin_rounds, booted, booted_with_noise, configure, hear, load, refusal, resumed, save,
+    saving, start, tell, wait_until, wait_until_stalled,
 };
 use runnel_tests::forge::verified;
 use runnel_tests::lab::say;
@@ -409,14 +409,14 @@ fn a_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause_while_it_s
     tell(&mut machine, "fill:20m:4m:3", "fill=done");
     let (have, all) = resident(&machine);
     assert!(have < all, "{have} of {all}");
-    machine.type_line(CHURN);
+    begin_rounds(&mut machine, CHURN);
     // The capture comes no further than to what is not here, which lies before what the guest writes to.
     rig.link.go_wrong(Wrong::Silent, usize::MAX);
     let target = rig.target("again");
     let saving = saving(&machine, &target);
     machine.wait_for_log("The machine runs on");
     ends(&mut machine);
-    machine.type_line(CHURN);
+    begin_rounds(&mut machine, CHURN);
     assert_eq!(progress(&machine)["operation"]["state"], "running");
     rig.link.heal();
     assert_eq!(saving.answer().0, 204);

@@ -9,7 +9,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use runnel_tests::bare::{
-    about, booted, configure, end_rounds, refusal, resumed, save, saving, start, tell, wait_until,
+    about, begin_rounds, booted, configure, end_rounds, refusal, resumed, save, saving, start, tell,
+    wait_until,
 };
 use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
@@ -19,11 +20,6 @@ const DISK_BYTES: u64 = 16 << 20;
 
 /// So much is written to all the time.
 const CHURN: &str = "churn:8m:24m";
-
-/// Has the guest begin to write, and waits until it does: it has gone a round when something is typed.
-fn begin(machine: &mut Monitor, words: &str) {
-    machine.type_line(words);
-}
 
 /// A number in the line with which a snapshot ends.
 fn figure(line: &str, name: &str) -> u64 {
@@ -56,7 +52,7 @@ fn saved_under_writes(machine: &mut Monitor, folder: &Path) -> Vec<PathBuf> {
 fn a_booted_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause() {
     let folder = tempfile::tempdir().unwrap();
     let mut machine = booted("count:1");
-    begin(&mut machine, CHURN);
+    begin_rounds(&mut machine, CHURN);
     let images = saved_under_writes(&mut machine, folder.path());
     end_rounds(&mut machine, "churn");
     for image in images {
@@ -71,7 +67,7 @@ fn a_resumed_machine_that_writes_all_the_time_is_saved_as_it_was_at_the_pause() 
     let folder = tempfile::tempdir().unwrap();
     let first = folder.path().join("first");
     let mut machine = booted("fill:8m:8m:7");
-    begin(&mut machine, CHURN);
+    begin_rounds(&mut machine, CHURN);
     save(&machine, &first);
     drop(machine);
     let mut machine = resumed(&first);
@@ -97,7 +93,7 @@ fn a_guest_whose_writes_find_no_room_waits_for_the_capture_and_is_saved_as_it_wa
     machine.wait_for_log("Listening on API socket");
     configure(&machine, 1, "count:1");
     start(&mut machine);
-    begin(&mut machine, CHURN);
+    begin_rounds(&mut machine, CHURN);
     let image = folder.path().join("image");
     let has_waited = (0..TRIES).any(|_| {
         if image.exists() {
@@ -113,6 +109,42 @@ fn a_guest_whose_writes_find_no_room_waits_for_the_capture_and_is_saved_as_it_wa
     verified(&image);
     let mut again = resumed(&image);
     end_rounds(&mut again, "churn");
+}
+
+#[test]
+fn a_pause_is_not_kept_by_a_write_that_waited_for_a_snapshot_that_is_called_off() {
+    const TRIES: usize = 20;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("api.sock");
+    let mut machine = Monitor::spawn_at(&socket, |mut command| {
+        command.env("RUNNEL_EARLY_PAGES", "1").spawn()
+    });
+    machine.wait_for_log("Listening on API socket");
+    configure(&machine, 1, "count:1");
+    start(&mut machine);
+    begin_rounds(&mut machine, CHURN);
+    let image = folder.path().join("image");
+    let mut called_off = 0;
+    for _ in 0..TRIES {
+        let snapshot = saving(&machine, &image);
+        machine.wait_for_log("The machine runs on");
+        let paused = Question::put(&socket, "PATCH", "/vm", &json!({"state": "Paused"}));
+        let is_in_time = machine.ask("DELETE", "/snapshot/create", &Value::Null).0 == 204;
+        assert_eq!(paused.answer().0, 204);
+        let is_cancelled = snapshot.answer().0 == 400;
+        assert!(is_in_time || !is_cancelled);
+        let line = machine.wait_for_log("Memory is not protected any more");
+        set_state(&machine, "Resumed", "Running");
+        called_off += usize::from(is_cancelled && figure(&line, "faults_held") > 0);
+        if image.exists() {
+            fs::remove_dir_all(&image).unwrap();
+        }
+    }
+    assert!(
+        called_off > 0,
+        "no write waited in a snapshot that was called off"
+    );
+    end_rounds(&mut machine, "churn");
 }
 
 /// A machine with the drive `disk` at `path`, which listens.
@@ -172,7 +204,7 @@ fn a_drive_that_is_written_to_all_the_time_is_saved_as_it_was_at_the_pause() {
     let mut machine = with_disk(&folder.path().join("disk"));
     // Before what changes, so that this is not saved at once.
     tell(&mut machine, "diskfill:0:2m:3", "diskfill=right");
-    begin(&mut machine, "diskchurn:16384:256k");
+    begin_rounds(&mut machine, "diskchurn:16384:256k");
     let first = saved_until_a_drive_is_met(&mut machine, folder.path(), |_, _| {});
     end_rounds(&mut machine, "diskchurn");
     drop(machine);
@@ -221,7 +253,7 @@ fn several_vcpus_that_write_all_the_time_are_saved_as_they_were_at_the_pause() {
     configure(&machine, VCPUS, &format!("vcpus:{VCPUS}"));
     start(&mut machine);
     // Each to memory of its own, of one moment with the others'.
-    begin(&mut machine, "churntogether:8m:6m");
+    begin_rounds(&mut machine, "churntogether:8m:6m");
     let images = saved_under_writes(&mut machine, folder.path());
     end_rounds(&mut machine, "churntogether");
     drop(machine);
@@ -233,7 +265,7 @@ fn several_vcpus_that_write_all_the_time_are_saved_as_they_were_at_the_pause() {
     for machine in [&mut again, &mut resumed(images.last().unwrap())] {
         end_rounds(machine, "churntogether");
         // All of them still do what they are told.
-        begin(machine, "churntogether:8m:1m");
+        begin_rounds(machine, "churntogether:8m:1m");
         end_rounds(machine, "churntogether");
     }
 }
@@ -254,7 +286,7 @@ fn memory_above_the_hole_that_is_written_to_all_the_time_is_saved_as_it_was_at_t
         &json!({"kernel_image_path": runnel_tests::bare_guest(), "boot_args": "maphigh stamp:0xbff00000:1m:5"}),
     );
     start(&mut machine);
-    begin(&mut machine, "churn:0x100000000:8m");
+    begin_rounds(&mut machine, "churn:0x100000000:8m");
     let images = saved_under_writes(&mut machine, folder.path());
     end_rounds(&mut machine, "churn");
     drop(machine);
@@ -274,7 +306,7 @@ fn memory_above_the_hole_that_is_written_to_all_the_time_is_saved_as_it_was_at_t
 fn a_snapshot_that_is_cancelled_leaves_the_machine_running_and_the_next_one_right() {
     let folder = tempfile::tempdir().unwrap();
     let mut machine = booted("fill:40m:20m:7");
-    begin(&mut machine, CHURN);
+    begin_rounds(&mut machine, CHURN);
     let mut cancelled = 0;
     for number in 0..40 {
         let target = folder.path().join(format!("cancelled-{number}"));
@@ -326,7 +358,7 @@ fn writing_and_held_in(phase: &str, socket: &Path) -> Monitor {
     machine.wait_for_log("Listening on API socket");
     configure(&machine, 1, "count:1");
     start(&mut machine);
-    begin(&mut machine, CHURN);
+    begin_rounds(&mut machine, CHURN);
     machine
 }
 
@@ -370,7 +402,7 @@ fn a_machine_is_paused_let_run_and_asked_while_its_snapshot_is_made() {
 fn a_machine_that_is_paused_while_it_is_saved_stays_so_and_is_saved_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let mut machine = booted("count:1");
-    begin(&mut machine, CHURN);
+    begin_rounds(&mut machine, CHURN);
     for number in 0..3 {
         let image = folder.path().join(format!("image-{number}"));
         let snapshot = saving(&machine, &image);

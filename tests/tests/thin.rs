@@ -14,7 +14,7 @@ use runnel_snapshot::image::reference::Wanted;
 use runnel_snapshot::verify::{VerifyProgress, verify};
 use runnel_tests::agent::AgentFolders;
 use runnel_tests::bare::{
-    booted_with_noise, configure, end_rounds, load, refusal, resumed, save, start, tell,
+    begin_rounds, booted_with_noise, configure, end_rounds, load, refusal, resumed, save, start, tell,
 };
 use runnel_tests::forge::verified;
 use runnel_tests::monitor::{Monitor, Question};
@@ -156,7 +156,7 @@ fn drives_are_thin_too_a_machine_that_writes_is_of_one_moment_and_a_full_snapsho
     let _agent = served.agents().start(&TRICKLE);
     let mut machine = served.load(&json!({"resume_vm": true}));
     tell(&mut machine, "diskfill:1024:64k:5", "diskfill=right");
-    machine.type_line(CHURN);
+    begin_rounds(&mut machine, CHURN);
     for name in ["0", "1"] {
         save_diff(&machine, &path(name));
         let (image, away) = sound(&path(name));
