@@ -412,11 +412,10 @@ impl Images {
             tracing::info!(%digest, "dropping an image that no machine uses");
             self.remove(digest);
         }
-        let dropped = unused
+        unused
             .iter()
             .filter_map(|digest| table.slots.remove(digest))
-            .collect();
-        dropped
+            .collect()
     }
 
     /// Takes away what an earlier agent left, and no machine has come back for.
