@@ -24,6 +24,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 pub use early_pages::{EarlyPages, EarlyPagesLimits};
 
@@ -34,6 +35,9 @@ use early_pages::Kept;
 
 /// Pages of a drive that are copied aside with one read: 64 KiB.
 const COPY_PAGES: u64 = 16;
+
+/// How often whoever waits looks for himself: of room that the capture of another volume has made, nobody tells.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Where a machine's own pages are read, at their offset in the volume.
 pub trait OwnPages: Send + Sync {
@@ -128,7 +132,8 @@ impl CopyBeforeWrite {
             page.0 += kept;
             if kept < run && state.failure.is_none() {
                 state.waiting += 1;
-                state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
+                let waited = self.moved.wait_timeout(state, LOOK);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 state.waiting -= 1;
             }
         }

@@ -124,6 +124,32 @@ fn a_writer_without_room_waits_until_the_capture_has_come_by() {
 }
 
 #[test]
+fn a_writer_without_room_goes_on_when_the_capture_of_another_volume_has_made_some() {
+    let first = rig(PAGE_SIZE, 1);
+    let file = first.file.try_clone().unwrap();
+    let mut own = PageSet::new(1);
+    own.insert_run(PageIndex(0), 1);
+    let second = Moment::new(own, PAGE_SIZE, Box::new(file), first.early.clone(), |_| {});
+    let other = DriveWrites::new(PAGE_SIZE);
+    other.go_by(&second);
+    first.write(0, 1, 99);
+    thread::scope(|scope| {
+        let all = ByteRange {
+            start: 0,
+            len: PAGE_SIZE,
+        };
+        let writer = scope.spawn(move || other.before(all));
+        while second.writers().waiting() == 0 {
+            thread::yield_now();
+        }
+        assert!(!writer.is_finished());
+        assert_eq!(first.read(0, PAGE).unwrap()[0], 1);
+        writer.join().unwrap();
+    });
+    assert_eq!(first.early.held().0, 1, "that of the second");
+}
+
+#[test]
 fn the_end_of_the_capture_lets_writers_go_and_keeps_nothing() {
     let Rig {
         file,
