@@ -12,7 +12,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::{Fetcher, PageSet, Stall};
@@ -99,6 +99,8 @@ pub struct MemoryPager {
     has_small_pages: bool,
     /// Held while pages are installed, so that a page given back is never filled with the image's content afterwards.
     pages: Mutex<Pages>,
+    /// Told when the host has refused something, by whichever thread asked it.
+    on_refused: OnceLock<Box<dyn Fn() + Send + Sync>>,
     faults: Faults,
 }
 
@@ -151,6 +153,7 @@ impl MemoryPager {
                 refused: BTreeMap::new(),
                 lost: Vec::new(),
             }),
+            on_refused: OnceLock::new(),
             faults: Faults::default(),
         });
         let weak = Arc::downgrade(&pager);
@@ -222,6 +225,12 @@ impl MemoryPager {
             }
         }
         self.finish(pages);
+    }
+
+    /// Has `wake` called whenever there is something to [`retry`](Self::retry): a chunk's arrival may be refused on a thread
+    /// that never comes back to it. It must not block; the first one counts.
+    pub fn on_refused(&self, wake: impl Fn() + Send + Sync + 'static) {
+        let _ = self.on_refused.set(Box::new(wake));
     }
 
     /// Whether somebody waits for a page just now.
@@ -369,6 +378,9 @@ impl MemoryPager {
                     reason,
                     since: Instant::now(),
                 });
+                if let Some(wake) = self.on_refused.get() {
+                    wake();
+                }
             }
         }
     }

@@ -121,6 +121,16 @@ impl FaultThread {
     fn start(installer: Installer, logic: Option<Arc<MemoryPager>>) -> Result<Self, PagerError> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| PagerError::Thread(error.into()))?;
         let stop = Arc::new(stop);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let refused = eventfd(0, flags).map_err(|error| PagerError::Thread(error.into()))?;
+        let refused = Arc::new(refused);
+        if let Some(logic) = &logic {
+            let refused = refused.clone();
+            logic.on_refused(move || {
+                // It fails only if the counter is full: then the thread is being told already.
+                let _ = rustix::io::write(&refused, &1u64.to_ne_bytes());
+            });
+        }
         let uffd = installer.uffd.clone();
         let mappings = installer.mappings.clone();
         let pages = mappings
@@ -134,6 +144,7 @@ impl FaultThread {
             logic,
             protection: protection.clone(),
             stop: stop.clone(),
+            refused,
         };
         let thread = std::thread::Builder::new()
             .name("pager".into())
@@ -171,12 +182,16 @@ struct Reader {
     logic: Option<Arc<MemoryPager>>,
     protection: Arc<WriteProtection>,
     stop: Arc<OwnedFd>,
+    /// Readable when the host has refused something since it was last looked.
+    refused: Arc<OwnedFd>,
 }
 
 impl Reader {
     fn run(&self) {
         let mut faults = Vec::new();
         loop {
+            // In this order: what is refused from here on wakes this thread, and is tried again after a pause.
+            let _ = rustix::io::read(&self.refused, &mut [0; 8]); // nothing is there, most often
             let refused = self.logic.as_ref().filter(|logic| logic.has_refused());
             match self.wait(refused.is_some()) {
                 Ok(false) => return,
@@ -201,6 +216,7 @@ impl Reader {
         let mut fds = [
             PollFd::new(&*self.uffd, PollFlags::IN),
             PollFd::new(&self.stop, PollFlags::IN),
+            PollFd::new(&*self.refused, PollFlags::IN),
         ];
         let pause = Timespec {
             tv_sec: RETRY_SECONDS,

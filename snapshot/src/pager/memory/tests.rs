@@ -203,9 +203,16 @@ fn a_chunk_evicted_from_the_page_file_is_fetched_again() {
 #[test]
 fn a_host_that_refuses_stalls_the_machine_until_it_takes_the_page() {
     let rig = rig();
+    let woken = Arc::new(AtomicU64::new(0));
+    let wakes = woken.clone();
+    rig.pager.on_refused(move || {
+        wakes.fetch_add(1, Ordering::SeqCst);
+    });
     rig.refusals.store(2, Ordering::SeqCst);
     rig.pager.fault(PageIndex(5), false);
+    assert_eq!(woken.load(Ordering::SeqCst), 0);
     rig.source.deliver(id(0, 1));
+    assert_eq!(woken.load(Ordering::SeqCst), 1, "somebody has to come back to it");
     assert_eq!(rig.page(5), None);
     assert_eq!(rig.pager.stall().unwrap().chunk, ChunkIndex(1));
 
