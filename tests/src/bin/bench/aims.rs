@@ -144,11 +144,11 @@ fn of_snapshots(metrics: &Metrics) -> Vec<Aim> {
         ),
     ];
     for fork in ["fork", "fork_machine"] {
-        let pss = format!("{fork}_pss_kib_per_clone");
+        let [pss, kvm] = ["pss", "kvm"].map(|part| format!("{fork}_{part}_kib_per_clone"));
         aims.push(Aim::at_most(
             &format!("{fork}_host_kib_per_clone"),
             2048.0,
-            json!({&pss: median(&pss)}),
+            json!({&pss: median(&pss), &kvm: median(&kvm)}),
         ));
     }
     for gib in [1, 4] {

@@ -61,12 +61,14 @@ struct Fork {
     host_kib: f64,
     /// What each clone's process has.
     own_kib: f64,
+    /// What KVM's books of each clone's memory take of the host's.
+    kvm_kib: f64,
 }
 
 impl Fork {
     fn of(user: &User, what: &str) -> io::Result<Self> {
         std::thread::sleep(AT_REST);
-        let before = available_kib()?;
+        let (before, books_before) = (available_kib()?, kvm_books_kib()?);
         let asked = Instant::now();
         let number = CLONES.to_string();
         let made = user.output(&["fork", what, "-n", &number, "--name", CLONE, "--json"]);
@@ -83,6 +85,7 @@ impl Fork {
             took,
             host_kib: before.saturating_sub(available_kib()?) as f64 / clones,
             own_kib: proportional_kib(user)? as f64 / clones,
+            kvm_kib: kvm_books_kib()?.saturating_sub(books_before) as f64 / clones,
         })
     }
 
@@ -98,6 +101,7 @@ impl Fork {
         };
         add("host", |fork| fork.host_kib);
         add("pss", |fork| fork.own_kib);
+        add("kvm", |fork| fork.kvm_kib);
     }
 }
 
@@ -149,6 +153,15 @@ fn has_run(console: &str) -> io::Result<()> {
 fn available_kib() -> io::Result<u64> {
     let all = fs::read_to_string("/proc/meminfo")?;
     field_kib(&all, "MemAvailable:")
+}
+
+/// What KVM has allocated for its books of guest memory: where it cannot have the processor translate guests' addresses, ten
+/// bytes for each page (`memslot_rmap_alloc`, `kvm_page_track_create_memslot`).
+fn kvm_books_kib() -> io::Result<u64> {
+    let all = fs::read_to_string("/proc/vmallocinfo")?;
+    let is_of_kvm = |line: &&str| line.contains("kvm") || line.contains("memslot");
+    let bytes = |line: &str| line.split_whitespace().nth(1)?.parse::<u64>().ok();
+    Ok(all.lines().filter(is_of_kvm).filter_map(bytes).sum::<u64>() >> 10)
 }
 
 /// What the clones' processes have, pages that several have shared out among them.

@@ -37,7 +37,7 @@ use pauses::Case;
 use remote::{Names, Remote};
 
 /// What the figures are, for whoever reads the report.
-const MEANINGS: [(&str, &str); 29] = [
+const MEANINGS: [(&str, &str); 30] = [
     (
         "resume_*",
         "API request sent to a monitor that is up, to the end of the first line that the guest begins, which depends on a counter in its RAM; monitors are fresh each time, files in the page cache",
@@ -137,6 +137,10 @@ const MEANINGS: [(&str, &str); 29] = [
     (
         "fork_pss_kib_per_clone",
         "proportional set size of their processes, guest RAM included, divided by them",
+    ),
+    (
+        "fork_kvm_kib_per_clone",
+        "part of the host's: what KVM keeps for each page of a guest where it shadows page tables, as it does where it interprets guests; none where the processor translates",
     ),
     (
         "fork_machine_*",
