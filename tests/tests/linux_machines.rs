@@ -384,7 +384,10 @@ impl Linux {
     #[track_caller]
     fn timers(&mut self) -> Vec<String> {
         self.tell("cat /proc/uptime /proc/timer_list; echo timers=end");
-        let lines = std::iter::from_fn(|| Some(self.line()).filter(|line| line != "timers=end"));
+        // Its shell may be what does not get on, while others say that they do.
+        let until = Instant::now() + DEADLINE / 4;
+        let goes_on = |line: &String| line != "timers=end" && Instant::now() < until;
+        let lines = std::iter::from_fn(|| Some(self.line()).filter(goes_on));
         lines.filter(|line| !line.starts_with("work=")).collect()
     }
 
